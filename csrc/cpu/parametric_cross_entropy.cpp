@@ -1,0 +1,298 @@
+#include "math/parametric_cross_entropy.h"
+
+#include "cpu/group.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace lossmeta::LOSSMETA_ISA {
+namespace {
+
+constexpr int64_t grain_elements = 1 << 14;  // below this a thread costs more than it saves
+
+// The typed view of the arguments. Element (b, s, c) of logits lies at sample(b, s) + c * class_stride.
+template <class T>
+struct Problem {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+
+  const ParametricCrossEntropy& a;
+  const T* logits = static_cast<const T*>(a.logits);
+  const A* phi = static_cast<const A*>(a.phi);
+  const A* weight = static_cast<const A*>(a.weight);
+  int64_t total = a.models * a.samples;
+  A* maximum = static_cast<A*>(a.statistics);
+  A* log_sum = maximum + total;
+  A* z = log_sum + total;
+  A* q_sum = z + total;
+  A* denominator = q_sum + total;
+
+  // The row of q of flat sample i: the same layout as logits without labels, contiguous with them.
+  int64_t offset(int64_t i) const { return i / a.inner * a.classes * a.inner + i % a.inner; }
+  const A* phi_row(int64_t i, int64_t label) const { return phi + (i / a.samples * a.classes + label) * a.classes; }
+  bool valid(int64_t i) const { return !a.labels || (a.labels[i] >= 0 && a.labels[i] < a.classes); }
+  A class_weight(int64_t i) const { return weight && a.labels ? weight[a.labels[i]] : A(1); }
+
+  // dloss/dz of sample i times the incoming gradient.
+  A slope(int64_t i) const {
+    const A* grad = static_cast<const A*>(a.grad);
+    A g = a.reduction == Reduction::none ? grad[i] : grad[i / a.samples];
+    if (a.reduction == Reduction::mean) g = g / denominator[i / a.samples];
+    return -g * class_weight(i) * math::parametric_activation_slope(z[i], a.sigmoid);
+  }
+};
+
+// ---- Lanes along the classes: one row at a time, contiguous.
+
+template <class T>
+void forward_row(const Problem<T>& p, int64_t i) {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  const int64_t classes = p.a.classes, full = classes / V::size * V::size;
+  const int rest = int(classes - full);
+  const T* x = p.logits + i * classes;
+  const A* q = p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * classes;
+
+  V m0(-INFINITY), m1(-INFINITY);
+  int64_t c = 0;
+  for (; c + 2 * V::size <= full; c += 2 * V::size) m0 = max(load(x + c), m0), m1 = max(load(x + c + V::size), m1);
+  for (; c < full; c += V::size) m0 = max(load(x + c), m0);
+  if (rest) m1 = max(load_partial(x + full, rest, A(-INFINITY)), m1);
+  const A m = reduce_max(max(m0, m1));
+
+  V sum(A(0)), dot(A(0)), weight_sum(A(0));
+  for (c = 0; c < full; c += V::size) {
+    const V d = load(x + c) - m, w = load(q + c);
+    sum += exp(d);
+    dot += math::weighted_logit(w, d);
+    weight_sum += w;
+  }
+  if (rest) {
+    const V d = load_partial(x + full, rest, A(-INFINITY)) - m, w = load_partial(q + full, rest, A(0));
+    sum += exp(d);
+    dot += math::weighted_logit(w, d);
+    weight_sum += w;
+  }
+  p.maximum[i] = m;
+  p.log_sum[i] = math::log(reduce_add(sum));
+  p.q_sum[i] = reduce_add(weight_sum);
+  p.z[i] = reduce_add(dot) - p.q_sum[i] * p.log_sum[i];
+}
+
+template <class T>
+void backward_row(const Problem<T>& p, int64_t i, T* grad_logits, accumulate_t<T>* grad_q) {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  const int64_t classes = p.a.classes, full = classes / V::size * V::size;
+  const int rest = int(classes - full);
+  const T* x = p.logits + i * classes;
+  const A* q = p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * classes;
+  const A g = p.slope(i), m = p.maximum[i], log_sum = p.log_sum[i], gq = g * p.q_sum[i];
+  if (grad_logits) {
+    T* out = grad_logits + i * classes;
+    for (int64_t c = 0; c < full; c += V::size) store(out + c, load(q + c) * g - exp(load(x + c) - m - log_sum) * gq);
+    if (rest)
+      store_partial(out + full,
+                    load_partial(q + full, rest, A(0)) * g -
+                        exp(load_partial(x + full, rest, A(-INFINITY)) - m - log_sum) * gq,
+                    rest);
+  }
+  if (grad_q) {
+    A* out = grad_q + i * classes;
+    for (int64_t c = 0; c < classes; c += V::size) {
+      const int n = int(classes - c < V::size ? classes - c : V::size);
+      const V f = load_partial(x + c, n, A(0)) - m - log_sum, w = load_partial(q + c, n, A(0));
+      store_partial(out + c, select((w == A(0)) & (f == A(-INFINITY)), A(0), f * g), n);
+    }
+  }
+}
+
+// ---- Lanes along the samples: for few classes, and for layouts [N, C, d...] whose classes are strided.
+
+template <class T>
+struct Lanes {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  static constexpr int64_t max_rows_classes = 16;  // up to here lanes across rows beat lanes along the row
+
+  const Problem<T>& p;
+  int64_t first;  // flat index of the first sample; the others follow it
+  int n;          // samples in use
+  int64_t stride;  // from sample to sample in logits
+
+  const T* x(int64_t c) const { return p.logits + p.offset(first) + c * p.a.inner; }
+  V logit(int64_t c) const { return load_strided(x(c), stride, n, A(0)); }
+  V q(int64_t c) const {
+    if (!p.a.labels) return load_strided(p.phi + p.offset(first) + c * p.a.inner, stride, n, A(0));
+    A buffer[V::size];
+    for (int l = 0; l < V::size; ++l)
+      buffer[l] = l < n && p.valid(first + l) ? p.phi_row(first + l, p.a.labels[first + l])[c] : A(0);
+    return load(buffer);
+  }
+};
+
+template <class T>
+void forward_lanes(const Lanes<T>& lanes) {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  const Problem<T>& p = lanes.p;
+  V m(-INFINITY);
+  for (int64_t c = 0; c < p.a.classes; ++c) m = max(lanes.logit(c), m);
+  V sum(A(0)), dot(A(0)), weight_sum(A(0));
+  for (int64_t c = 0; c < p.a.classes; ++c) {
+    const V d = lanes.logit(c) - m, w = lanes.q(c);
+    sum += exp(d);
+    dot += math::weighted_logit(w, d);
+    weight_sum += w;
+  }
+  const V log_sum = log(sum);
+  const int64_t i = lanes.first;
+  store_partial(p.maximum + i, m, lanes.n);
+  store_partial(p.log_sum + i, log_sum, lanes.n);
+  store_partial(p.q_sum + i, weight_sum, lanes.n);
+  store_partial(p.z + i, dot - weight_sum * log_sum, lanes.n);
+}
+
+template <class T>
+void backward_lanes(const Lanes<T>& lanes, T* grad_logits, accumulate_t<T>* grad_q) {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  const Problem<T>& p = lanes.p;
+  const int64_t i = lanes.first;
+  A slopes[V::size];
+  for (int l = 0; l < V::size; ++l) slopes[l] = l < lanes.n && p.valid(i + l) ? p.slope(i + l) : A(0);
+  const V g = load(slopes), m = load_partial(p.maximum + i, lanes.n, A(0)),
+          log_sum = load_partial(p.log_sum + i, lanes.n, A(0)), gq = g * load_partial(p.q_sum + i, lanes.n, A(0));
+  for (int64_t c = 0; c < p.a.classes; ++c) {
+    const int64_t at = p.offset(i) + c * p.a.inner;
+    const V f = lanes.logit(c) - m - log_sum, w = lanes.q(c);
+    // An ignored sample has g = 0 whatever its logits are.
+    if (grad_logits)
+      store_strided(grad_logits + at, lanes.stride, select(g == A(0), A(0), w * g - exp(f) * gq), lanes.n);
+    if (grad_q)
+      store_strided(grad_q + at, lanes.stride, select((w == A(0)) & (f == A(-INFINITY)), A(0), f * g), lanes.n);
+  }
+}
+
+// Calls rows(i) for each sample, or lanes(Lanes) for each group of them, whichever suits the layout.
+template <class T, class Rows, class Groups>
+void for_each(const Problem<T>& p, const Rows& rows, const Groups& groups) {
+  constexpr int width = Vec<accumulate_t<T>>::size;
+  const int64_t classes = p.a.classes;
+  if (p.a.inner == 1 && classes > Lanes<T>::max_rows_classes)
+    return parallel_for(p.total, grain_elements / classes + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) rows(i);
+    });
+  const int64_t outer = p.a.inner == 1 ? 1 : p.total / p.a.inner, length = p.a.inner == 1 ? p.total : p.a.inner;
+  const int64_t blocks = (length + width - 1) / width;
+  parallel_for(outer * blocks, grain_elements / (classes * width) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t start = k % blocks * width;
+      const int n = int(length - start < width ? length - start : width);
+      groups(Lanes<T>{p, k / blocks * length + start, n, p.a.inner == 1 ? classes : 1});
+    }
+  });
+}
+
+template <class T>
+void clear_row(T* out, int64_t classes) {
+  for (int64_t c = 0; c < classes; ++c) math::store(out + c, accumulate_t<T>(0));
+}
+
+// The loss per sample, and its sum or mean per model: in a fixed order, in float64.
+template <class T>
+void finish(const Problem<T>& p) {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  A* loss = static_cast<A*>(p.a.loss);
+  A* reduced = static_cast<A*>(p.a.reduced);
+  for (int64_t b = 0; b < p.a.models; ++b) {
+    double sum = 0, weights = 0;
+    const int64_t end = (b + 1) * p.a.samples;
+    for (int64_t i = b * p.a.samples; i < end; i += V::size) {
+      const int n = int(end - i < V::size ? end - i : V::size);
+      const V activation = math::parametric_activation(load_partial(p.z + i, n, A(0)), p.a.sigmoid);
+      for (int l = 0; l < n; ++l) {
+        const A w = p.valid(i + l) ? p.class_weight(i + l) : A(0);
+        const A value = p.valid(i + l) ? -w * activation[l] : A(0);
+        if (loss) loss[i + l] = value;
+        sum += double(value);
+        weights += double(w);
+      }
+    }
+    p.denominator[b] = A(weights);
+    if (reduced) reduced[b] = A(p.a.reduction == Reduction::mean ? sum / weights : sum);
+  }
+}
+
+template <class T>
+void forward(const ParametricCrossEntropy& a) {
+  const Problem<T> p{a};
+  for_each<T>(
+      p,
+      [&](int64_t i) {
+        if (p.valid(i)) return forward_row(p, i);
+        p.maximum[i] = p.log_sum[i] = p.z[i] = p.q_sum[i] = 0;
+      },
+      [&](const Lanes<T>& lanes) { forward_lanes(lanes); });
+  finish(p);
+}
+
+// dPhi[k] = sum of g log f over the samples of class k, in their order: no two threads share a row.
+template <class T>
+void phi_gradient(const Problem<T>& p, accumulate_t<T>* grad_phi) {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  const int64_t classes = p.a.classes;
+  for (int64_t b = 0; b < p.a.models; ++b) {
+    const int64_t first = b * p.a.samples;
+    const Groups groups(p.a.labels + first, p.a.samples, classes);
+    parallel_for(classes, grain_elements / (p.a.samples + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        A* out = grad_phi + (b * classes + k) * classes;
+        const A* q = p.phi + (b * classes + k) * classes;
+        clear_row(out, classes);
+        for (int64_t o = groups.offsets[k]; o < groups.offsets[k + 1]; ++o) {
+          const int64_t i = first + groups.order[o];
+          const A g = p.slope(i), m = p.maximum[i], log_sum = p.log_sum[i];
+          const T* x = p.logits + p.offset(i);
+          for (int64_t c = 0; c < classes; c += V::size) {
+            const int n = int(classes - c < V::size ? classes - c : V::size);
+            const V f = (p.a.inner == 1 ? load_partial(x + c, n, A(0)) : load_strided(x + c * p.a.inner, p.a.inner, n, A(0))) - m - log_sum;
+            const V masked = select((load_partial(q + c, n, A(0)) == A(0)) & (f == A(-INFINITY)), A(0), f * g);
+            store_partial(out + c, load_partial(out + c, n, A(0)) + masked, n);
+          }
+        }
+      }
+    });
+  }
+}
+
+template <class T>
+void backward(const ParametricCrossEntropy& a) {
+  using A = accumulate_t<T>;
+  const Problem<T> p{a};
+  T* grad_logits = static_cast<T*>(a.grad_logits);
+  A* grad_phi = static_cast<A*>(a.grad_phi);
+  A* grad_q = a.labels ? nullptr : grad_phi;
+  if (grad_logits || grad_q)
+    for_each<T>(
+        p,
+        [&](int64_t i) {
+          if (p.valid(i)) return backward_row(p, i, grad_logits, grad_q);
+          clear_row(grad_logits + i * a.classes, a.classes);
+        },
+        [&](const Lanes<T>& lanes) { backward_lanes(lanes, grad_logits, grad_q); });
+  if (grad_phi && a.labels) phi_gradient(p, grad_phi);
+}
+
+}  // namespace
+
+void parametric_cross_entropy_forward(const ParametricCrossEntropy& a) {
+  visit_dtype(a.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(a); });
+}
+
+void parametric_cross_entropy_backward(const ParametricCrossEntropy& a) {
+  visit_dtype(a.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(a); });
+}
+
+}  // namespace lossmeta::LOSSMETA_ISA

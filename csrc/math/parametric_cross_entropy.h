@@ -1,0 +1,64 @@
+// Parametric cross-entropy (ALA, Eq. 6): z = q . log softmax(x), loss = -a act(z), with q the row of Phi that belongs to
+// the target, a the weight of its class and act the sigmoid or the identity.
+#pragma once
+
+#include "kernel.h"
+
+namespace lossmeta {
+
+enum class Reduction : int8_t { none, mean, sum };
+
+struct ParametricCrossEntropy {
+  DType dtype;               // of logits; everything else is in its accumulation type
+  bool sigmoid;
+  Reduction reduction;
+  int64_t models;            // B
+  int64_t samples;           // S = N * inner, per model
+  int64_t classes;           // C
+  int64_t inner;             // product of the dimensions after the classes
+  int64_t ignore_index;
+  const void* logits;        // [B, N, C, inner]
+  const int64_t* labels;     // [B, S], or null: phi holds one row per sample
+  const void* phi;           // [B, C, C]; without labels [B, N, C, inner]
+  const void* weight;        // [C] or null
+  // Per sample: maximum m, log sum exp(x - m), z and the sum of q; then per model the denominator of the mean.
+  void* statistics;          // [4, B, S] followed by [B]
+  void* loss;                // forward: [B, S] where it is not reduced (or scratch), else unused
+  void* reduced;             // forward: [B] for mean and sum
+  const void* grad;          // backward: [B, S] or [B]
+  void* grad_logits;         // backward: as logits, or null
+  void* grad_phi;            // backward: as phi, or null
+};
+
+namespace math {
+
+template <class T>
+LOSSMETA_HD T sigmoid(T x) {
+  // Never exponentiates a positive number.
+  const T e = exp(-abs(x));
+  return select(x >= T(0), T(1) / (T(1) + e), e / (T(1) + e));
+}
+
+template <class T>
+LOSSMETA_HD T parametric_activation(T z, bool use_sigmoid) {
+  return use_sigmoid ? sigmoid(z) : z;
+}
+
+template <class T>
+LOSSMETA_HD T parametric_activation_slope(T z, bool use_sigmoid) {
+  if (!use_sigmoid) return T(1) + z * T(0);
+  const T s = sigmoid(z);
+  return s * (T(1) - s);
+}
+
+// q times a (shifted) logit or log-probability. A masked class, logit -infinity, with q = 0 contributes nothing.
+template <class T>
+LOSSMETA_HD T weighted_logit(T q, T x) {
+  return select(q == T(0), T(0), q * x);
+}
+
+}  // namespace math
+}  // namespace lossmeta
+
+LOSSMETA_DECLARE_KERNEL(parametric_cross_entropy_forward, ParametricCrossEntropy)
+LOSSMETA_DECLARE_KERNEL(parametric_cross_entropy_backward, ParametricCrossEntropy)

@@ -1,0 +1,45 @@
+"""Loads the compiled libraries and says what they hold."""
+
+from __future__ import annotations
+
+from importlib import util
+from pathlib import Path
+
+import torch
+
+try:
+    from lossmeta import _core
+except ImportError as error:
+    raise ImportError(
+        "lossmeta is not built here: its compiled core lossmeta._core could not be imported "
+        f"({error}). Install it with `python -m pip install .`, and do not import it from its source folder."
+    ) from error
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA operators where torch has CUDA; otherwise says why not."""
+    spec = util.find_spec("lossmeta")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    library = next((f for folder in folders for f in Path(folder).glob("_cuda.*so")), None)
+    if library is None:
+        return (
+            "lossmeta was built without CUDA. Reinstall it where a CUDA build of torch and nvcc are found, "
+            "or with FORCE_CUDA=1."
+        )
+    if torch.version.cuda is None:
+        return "This torch is built without CUDA."
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"The CUDA library could not be loaded: {error}"
+    return None
+
+
+why_no_cuda = _load_cuda()
+
+
+def why_no_kernel(device_type: str) -> str:
+    """The reason why a device has no compiled kernels, and the fix."""
+    if device_type == "cuda":
+        return why_no_cuda or "The CUDA operators are loaded."
+    return f"lossmeta has kernels for cpu and cuda only: move the tensors there from {device_type}."

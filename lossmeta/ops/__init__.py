@@ -1,0 +1,5 @@
+"""The compiled operators. Each is a function here and ``torch.ops.lossmeta.<name>`` beneath."""
+
+from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
+
+__all__ = ["parametric_cross_entropy"]

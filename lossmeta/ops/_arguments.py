@@ -1,0 +1,20 @@
+"""Options that several operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+ACTIVATIONS = {"sigmoid": True, "identity": False}
+
+
+def choice(operator: str, argument: str, value: str, choices: Mapping[str, T]) -> T:
+    """The native value of an option that is given by name."""
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        names = ", ".join(map(repr, choices))
+        raise ValueError(f"{operator}: {argument} must be one of {names}, got {value!r}") from None

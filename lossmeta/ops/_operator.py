@@ -1,0 +1,297 @@
+"""What every operator shares on its Python floor: fake kernels, autograd, transforms and the fallback."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lossmeta import _build
+
+_functorch = torch._C._functorch
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+class FallbackWarning(UserWarning):
+    """An operator runs its slow reference because its device has no compiled kernel."""
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+class Operator:
+    """A compiled operator ``torch.ops.lossmeta.<name>`` as torch sees it.
+
+    The schema takes its tensor arguments first and its options after them. It returns its results, the first
+    ``num_outputs`` of which are differentiable, then whatever its backward wants saved. The backward operator
+    ``<name>_backward(*grad_outputs, *arguments, *saved, *needs)`` returns a gradient for each argument that
+    ``differentiable`` numbers, and has one ``bool`` in ``needs`` for each of them.
+
+    Args:
+        name: the operator's name.
+        reference: the formula in plain PyTorch: the same arguments, the differentiable outputs (one tensor, or a
+            tuple). It serves devices without a kernel, second derivatives, forward-mode and nested transforms.
+        fake: shapes and dtypes of the operator's results.
+        differentiable: positions of the differentiable arguments; empty for an operator without gradient.
+        num_tensors: how many of the arguments are tensors (or ``None`` in the place of one).
+        num_outputs: how many of the results are differentiable.
+        vmap: batching rule ``(info, in_dims, *args) -> (outputs, out_dims)``; without it the batch is looped over.
+        vmap_backward: the same for the backward operator.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        differentiable: Sequence[int] = (),
+        num_tensors: int = 0,
+        num_outputs: int = 1,
+        vmap: Callable[..., Any] | None = None,
+        vmap_backward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.fake = fake
+        self.differentiable = tuple(differentiable)
+        self.num_tensors = num_tensors
+        self.num_outputs = num_outputs
+        self.op = getattr(torch.ops.lossmeta, name).default
+        OPERATORS[name] = self
+        torch.library.register_fake(f"lossmeta::{name}", fake)
+        torch.library.impl(f"lossmeta::{name}", "CompositeExplicitAutograd", self._fallback)
+        torch.library.register_vmap(f"lossmeta::{name}", vmap or _looped(self.op))
+        if self.differentiable:
+            backward = f"{name}_backward"
+            self.backward_op = getattr(torch.ops.lossmeta, backward).default
+            torch.library.register_fake(f"lossmeta::{backward}", self._fake_backward)
+            torch.library.impl(f"lossmeta::{backward}", "CompositeExplicitAutograd", self._fallback_backward)
+            torch.library.register_vmap(f"lossmeta::{backward}", vmap_backward or _looped(self.backward_op))
+            self._eager, self._transformed, self._transformed_backward = _functions(self)
+            torch.library.register_autograd(
+                f"lossmeta::{name}", self._transformed.backward, setup_context=self._transformed.setup_context
+            )
+            torch.library.register_autograd(
+                f"lossmeta::{backward}",
+                self._transformed_backward.backward,
+                setup_context=self._transformed_backward.setup_context,
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        """The differentiable outputs, by the cheapest path that is right where it is called."""
+        if torch.compiler.is_compiling():
+            return self._outputs(self.op(*args))
+        if _functorch.peek_interpreter_stack() is not None:
+            if self.differentiable and _is_first_order():
+                return self._outputs(self._transformed.apply(*args))
+            return self.reference(*args)
+        if forward_ad._current_level >= 0:
+            return self.reference(*args)
+        if self.differentiable and torch.is_grad_enabled():
+            return self._eager.apply(*args)
+        return self._outputs(self.op(*args))
+
+    def _outputs(self, results: Any) -> Any:
+        if not isinstance(results, (tuple, list)):
+            return results
+        return results[0] if self.num_outputs == 1 else tuple(results[: self.num_outputs])
+
+    # ---- Positions in the argument list of the backward operator: grads, arguments, saved, needs.
+
+    def _split_backward(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[bool]]:
+        grads, rest = args[: self.num_outputs], args[self.num_outputs :]
+        num_arguments = len(self.op._schema.arguments)
+        return grads, rest[:num_arguments], rest[len(rest) - len(self.differentiable) :]
+
+    def _primals(self, arguments: Sequence[Any]) -> list[Tensor]:
+        return [arguments[i] for i in self.differentiable]
+
+    def _reference_at(self, arguments: Sequence[Any], primals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        arguments = list(arguments)
+        for i, primal in zip(self.differentiable, primals, strict=True):
+            arguments[i] = primal
+        outputs = self.reference(*arguments)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    def reference_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        """The backward operator by differentiating the reference: itself differentiable."""
+        grads, arguments, _ = self._split_backward(args)
+        outputs, pullback = torch.func.vjp(
+            lambda *primals: self._reference_at(arguments, primals), *self._primals(arguments)
+        )
+        return pullback(
+            tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads, strict=True))
+        )
+
+    def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        _, arguments, needs = self._split_backward(args)
+        accumulated = accumulation_dtype(arguments[0].dtype)
+        return tuple(
+            p.new_empty(p.shape if need else (0,), dtype=p.dtype if i == 0 else accumulated)
+            for i, (p, need) in enumerate(zip(self._primals(arguments), needs, strict=True))
+        )
+
+    # ---- Devices without a kernel.
+
+    def _fallback(self, *args: Any) -> Any:
+        self._warn(args)
+        if not self.num_tensors:
+            return self.reference(*args)
+        results = self.fake(*args)
+        if isinstance(results, Tensor):
+            return self.reference(*args)
+        outputs = self.reference(*args)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        return (*outputs, *(torch.zeros_like(r) for r in results[len(outputs) :]))
+
+    def _fallback_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        needs = self._split_backward(args)[2]
+        fakes = self._fake_backward(*args)
+        return tuple(
+            g.to(f.dtype) if need else f
+            for g, f, need in zip(self.reference_backward(*args), fakes, needs, strict=True)
+        )
+
+    def _warn(self, args: Sequence[Any]) -> None:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        warnings.warn(
+            f"{self.name}: no compiled kernel for device {device}, running the slow PyTorch reference. "
+            f"{_build.why_no_kernel(device.type)}",
+            FallbackWarning,
+            stacklevel=3,
+        )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _is_first_order() -> bool:
+    """Whether the active transforms are vmap and at most one reverse-mode level."""
+    keys = [interpreter.key() for interpreter in _functorch.get_interpreter_stack()]
+    kinds = _functorch.TransformType
+    return all(k in (kinds.Vmap, kinds.Grad) for k in keys) and keys.count(kinds.Grad) <= 1
+
+
+def _looped(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A batching rule that runs the operator once per element of the batch."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def _functions(operator: Operator) -> tuple[Any, Any, Any]:
+    """The operator's three ``autograd.Function``: eager, under a functorch transform, and the latter's backward."""
+    op, backward_op = operator.op, operator.backward_op
+    num_tensors, num_outputs = operator.num_tensors, operator.num_outputs
+    differentiable = operator.differentiable
+    num_arguments = len(op._schema.arguments)
+
+    def scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * num_arguments
+        for i, g, need in zip(differentiable, grads, needs, strict=True):
+            if need:
+                result[i] = g
+        return tuple(result)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with _BelowAutograd():
+                results = op(*args)
+            ctx.save_for_backward(*args[:num_tensors], *results[num_outputs:])
+            ctx.options = args[num_tensors:]
+            ctx.set_materialize_grads(False)
+            return results[0] if num_outputs == 1 else tuple(results[:num_outputs])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if all(g is None for g in grads):
+                return (None,) * num_arguments
+            saved = ctx.saved_tensors
+            needs = [ctx.needs_input_grad[i] for i in differentiable]
+            args = (*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)
+            if torch.is_grad_enabled():
+                return scatter(backward_op(*args), needs)
+            with _BelowAutograd():
+                return scatter(backward_op(*args), needs)
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return tuple(op(*args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs[:num_tensors], *output[num_outputs:])
+            ctx.options = tuple(inputs[num_tensors:])
+            ctx.mark_non_differentiable(*output[num_outputs:])
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if all(g is None for g in grads):
+                return (None,) * num_arguments
+            saved = ctx.saved_tensors
+            needs = [ctx.needs_input_grad[i] for i in differentiable]
+            args = (*grads[:num_outputs], *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)
+            if _functorch.peek_interpreter_stack() is None:
+                return scatter(backward_op(*args), needs)
+            return scatter(TransformedBackward.apply(*args), needs)
+
+    class TransformedBackward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return tuple(backward_op(*args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+            ctx.others = tuple(None if isinstance(a, Tensor) else (a,) for a in inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_grads: Any) -> Any:
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if other is None else other[0] for other in ctx.others]
+            needs = operator._split_backward(args)[2]
+            # Differentiate the gradient that the reference gives, with respect to grads and differentiable arguments.
+            positions = [i for i in range(num_outputs) if args[i] is not None]
+            positions += [num_outputs + i for i in differentiable]
+
+            def gradient(*variables: Tensor) -> tuple[Tensor, ...]:
+                at = list(args)
+                for i, v in zip(positions, variables, strict=True):
+                    at[i] = v
+                return tuple(
+                    g for g, need in zip(operator.reference_backward(*at), needs, strict=True) if need
+                )
+
+            values, pullback = torch.func.vjp(gradient, *(args[i] for i in positions))
+            wanted = [g for g, need in zip(grad_grads, needs, strict=True) if need]
+            grads = pullback(
+                tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, wanted, strict=True))
+            )
+            result: list[Tensor | None] = [None] * len(args)
+            for i, g in zip(positions, grads, strict=True):
+                result[i] = g
+            return tuple(result)
+
+    return Eager, Transformed, TransformedBackward

@@ -1,0 +1,186 @@
+"""Parametric cross-entropy (ALA, Eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, choice
+from lossmeta.ops._operator import Operator, accumulation_dtype
+
+
+def parametric_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    phi: Tensor,
+    *,
+    activation: str = "sigmoid",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cross-entropy whose class correlations :math:`\Phi` are parameters (ALA, Eq. 6).
+
+    .. math:: z = y^\top \Phi \log \mathrm{softmax}(x), \qquad \ell = -a\,\sigma(z)
+
+    With ``activation="identity"``, :math:`\ell = -a\,z`: for :math:`\Phi = I` that is
+    :func:`torch.nn.functional.cross_entropy`, whose arguments and shapes this function takes. Targets are smoothed and
+    weighted as there, :math:`y_k \to w_k ((1-\epsilon) y_k + \epsilon / C)`; the mean weight :math:`a` of a target is
+    taken out of the activation, so that a class of weight 2 counts twice whatever the activation.
+
+    Args:
+        logits: ``[C]``, ``[N, C]`` or ``[N, C, d...]``; float32, float64, bfloat16 or float16 (accumulated and returned
+            in float32). Or ``[B, N, C]`` with ``phi`` ``[B, C, C]``: B models, reduced one by one.
+        target: class indices (int64, shape of ``logits`` without ``C``) or probabilities (shape of ``logits``).
+        phi: class correlations :math:`\Phi`, ``[C, C]`` or ``[B, C, C]``.
+        activation: ``"sigmoid"`` (the paper's) or ``"identity"``.
+        weight: weight per class, ``[C]``.
+        ignore_index: label that contributes neither loss nor gradient.
+        label_smoothing: :math:`\epsilon` in [0, 1].
+        reduction: ``"none"``, ``"mean"`` (weighted, as in ``cross_entropy``) or ``"sum"``.
+
+    Returns:
+        The loss, ``[]``, or without reduction the shape of the class indices. Differentiable in ``logits`` and ``phi``
+        (and in probabilities); second derivatives run the reference formula. Besides the result, the forward keeps four
+        numbers per sample; probabilities also cost one tensor of the size of ``logits``.
+
+    Raises:
+        ValueError: for an unknown activation or reduction, or a label_smoothing outside [0, 1].
+        RuntimeError: for shapes, dtypes or devices that do not fit, and for labels outside [0, C).
+
+    Example:
+        >>> logits = torch.randn(8, 3, requires_grad=True)
+        >>> loss = parametric_cross_entropy(logits, torch.randint(3, (8,)), torch.eye(3))
+        >>> loss.backward()
+    """
+    sigmoid = choice("parametric_cross_entropy", "activation", activation, ACTIVATIONS)
+    how = choice("parametric_cross_entropy", "reduction", reduction, REDUCTIONS)
+    if label_smoothing == 0.0 and not target.dtype.is_floating_point and logits.dim() > 1:
+        return _operator(logits, target, phi, weight, ignore_index, sigmoid, how)
+    return _general(logits, target, phi, sigmoid, weight, ignore_index, label_smoothing, how)
+
+
+def _general(
+    logits: Tensor,
+    target: Tensor,
+    phi: Tensor,
+    sigmoid: bool,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> Tensor:
+    """Smoothed, soft and unbatched targets, reduced to the operator by C x C (soft: N x C) products in PyTorch."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(
+            f"parametric_cross_entropy: label_smoothing must lie in [0, 1], got {label_smoothing}"
+        )
+    if logits.dim() == 1:
+        loss = _general(
+            logits[None], target[None], phi, sigmoid, weight, ignore_index, label_smoothing, reduction
+        )
+        return loss[0] if reduction == REDUCTIONS["none"] else loss
+    classes = phi.shape[-1]
+    dtype = accumulation_dtype(logits.dtype)
+    phi = phi.to(dtype)
+    weights = torch.ones(classes, dtype=dtype, device=phi.device) if weight is None else weight.to(dtype)
+    if not target.dtype.is_floating_point:
+        if label_smoothing == 0.0:
+            return _operator(logits, target, phi, weight, ignore_index, sigmoid, reduction)
+        # Row k of the effective matrix: the smoothed and weighted mixture of rows for label k, over its mean weight.
+        shared = label_smoothing / classes
+        mean_weight = (1 - label_smoothing) * weights + shared * weights.sum()
+        mixed = (1 - label_smoothing) * weights[:, None] * phi + shared * (weights @ phi).unsqueeze(-2)
+        mixed = mixed / mean_weight.where(mean_weight != 0, 1)[:, None]
+        if weight is None:
+            return _operator(logits, target, mixed, None, ignore_index, sigmoid, reduction)
+        loss = _operator(logits, target, mixed, mean_weight, ignore_index, sigmoid, REDUCTIONS["none"])
+        if reduction == REDUCTIONS["none"]:
+            return loss
+        if reduction == REDUCTIONS["sum"]:
+            return loss.sum()
+        return loss.sum() / torch.where(target == ignore_index, 0, weights[target.clamp(0, classes - 1)]).sum()
+    if target.shape != logits.shape:
+        raise RuntimeError(
+            f"parametric_cross_entropy: probabilities must have the shape of logits, {list(logits.shape)}, "
+            f"got {list(target.shape)}"
+        )
+    soft = (1 - label_smoothing) * target.to(dtype) + label_smoothing / classes
+    soft = soft.movedim(1, -1) * weights
+    rows = (soft @ phi).movedim(-1, 1)
+    if weight is None:
+        return _operator(logits, None, rows, None, ignore_index, sigmoid, reduction)
+    total = (1 - label_smoothing) * target.to(dtype).sum(1) + label_smoothing
+    mean_weight = soft.sum(-1) / total.where(total != 0, 1)
+    rows = rows / mean_weight.where(mean_weight != 0, 1).unsqueeze(1)
+    loss = mean_weight * _operator(logits, None, rows, None, ignore_index, sigmoid, REDUCTIONS["none"])
+    if reduction == REDUCTIONS["none"]:
+        return loss
+    return loss.sum() if reduction == REDUCTIONS["sum"] else loss.sum() / loss.numel()
+
+
+def _reference(
+    logits: Tensor,
+    labels: Tensor | None,
+    phi: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    sigmoid: bool,
+    reduction: int,
+) -> Tensor:
+    dtype = accumulation_dtype(logits.dtype)
+    batch = labels is not None and phi.dim() == 3
+    log_probability = torch.log_softmax(logits.to(dtype), 2 if batch else 1)
+    phi = phi.to(dtype)
+    if labels is None:
+        rows, valid = phi, None
+    else:
+        valid = (labels >= 0) & (labels < phi.shape[-1])
+        safe = labels.where(valid, 0)
+        if batch:
+            rows = phi.gather(1, safe[..., None].expand(-1, -1, phi.shape[-1]))
+        else:
+            rows = phi[safe].movedim(-1, 1)
+    masked = torch.where(rows == 0, 0.0, rows * log_probability.masked_fill((rows == 0) & log_probability.isinf(), 0))
+    z = masked.sum(2 if batch else 1)
+    scale = torch.ones_like(z) if weight is None or labels is None else weight.to(dtype)[safe]
+    loss = -scale * (z.sigmoid() if sigmoid else z)
+    if valid is not None:
+        loss = loss.where(valid, 0)
+        scale = scale.where(valid, 0)
+    dims = [1] if batch else list(range(loss.dim()))
+    if reduction == REDUCTIONS["none"]:
+        return loss
+    return loss.sum(dims) if reduction == REDUCTIONS["sum"] else loss.sum(dims) / scale.sum(dims)
+
+
+def _fake(
+    logits: Tensor,
+    labels: Tensor | None,
+    phi: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    sigmoid: bool,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    batch = labels is not None and phi.dim() == 3
+    shape: Sequence[Any] = logits.shape[:1] if batch else ()
+    models = logits.shape[0] if batch else 1
+    if reduction == REDUCTIONS["none"]:
+        shape = (*logits.shape[:1], *logits.shape[2:]) if labels is None else labels.shape
+    samples = logits.numel() // logits.shape[2 if batch else 1]
+    dtype = accumulation_dtype(logits.dtype)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(4 * samples + models, dtype=dtype)
+
+
+_operator = Operator(
+    "parametric_cross_entropy",
+    reference=_reference,
+    fake=_fake,
+    differentiable=(0, 2),
+    num_tensors=4,
+)
