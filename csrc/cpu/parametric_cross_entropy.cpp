@@ -26,9 +26,9 @@ struct Problem {
   A* q_sum = z + total;
   A* denominator = q_sum + total;
 
-  // The row of q of flat sample i: the same layout as logits without labels, contiguous with them.
   int64_t offset(int64_t i) const { return i / a.inner * a.classes * a.inner + i % a.inner; }
-  const A* phi_row(int64_t i, int64_t label) const { return phi + (i / a.samples * a.classes + label) * a.classes; }
+  // Phi's row for flat sample i.
+  const A* phi_row(int64_t i, int64_t label) const { return phi + i / a.samples * a.phi_stride + label * a.classes; }
   bool valid(int64_t i) const { return !a.labels || (a.labels[i] >= 0 && a.labels[i] < a.classes); }
   A class_weight(int64_t i) const { return weight && a.labels ? weight[a.labels[i]] : A(1); }
 
@@ -178,6 +178,7 @@ template <class T, class Rows, class Groups>
 void for_each(const Problem<T>& p, const Rows& rows, const Groups& groups) {
   constexpr int width = Vec<accumulate_t<T>>::size;
   const int64_t classes = p.a.classes;
+  if (p.total == 0) return;
   if (p.a.inner == 1 && classes > Lanes<T>::max_rows_classes)
     return parallel_for(p.total, grain_elements / classes + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) rows(i);
@@ -249,7 +250,7 @@ void phi_gradient(const Problem<T>& p, accumulate_t<T>* grad_phi) {
     parallel_for(classes, grain_elements / (p.a.samples + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         A* out = grad_phi + (b * classes + k) * classes;
-        const A* q = p.phi + (b * classes + k) * classes;
+        const A* q = p.phi + b * p.a.phi_stride + k * classes;
         clear_row(out, classes);
         for (int64_t o = groups.offsets[k]; o < groups.offsets[k + 1]; ++o) {
           const int64_t i = first + groups.order[o];

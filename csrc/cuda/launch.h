@@ -1,4 +1,4 @@
-// Lets one kernel file be compiled by nvcc for the GPU and, with -DLOSSMETA_SIMT, by a C++ compiler for the CPU.
+// Lets nvcc compile a kernel file for the GPU, and with -DLOSSMETA_SIMT a C++ compiler for tests.
 #pragma once
 
 #ifdef LOSSMETA_SIMT
@@ -6,7 +6,7 @@
 #else
 #include <cuda_runtime.h>
 
-// One symbol of one type for all kernels of a file: `extern __shared__` arrays of different types would clash.
+// One symbol of one type for all kernels of a file: `extern __shared__` arrays of other types would clash.
 extern __shared__ __align__(16) unsigned char lossmeta_dynamic_shared[];
 
 // LOSSMETA_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
@@ -16,6 +16,6 @@ extern __shared__ __align__(16) unsigned char lossmeta_dynamic_shared[];
 #endif
 
 // Inside a kernel: `T* name` is its dynamic shared memory.
-#define LOSSMETA_DYNAMIC_SHARED(T, name)                                     \
+#define LOSSMETA_DYNAMIC_SHARED(T, name)                                       \
   static_assert(alignof(T) <= 16, "dynamic shared memory is 16-byte aligned"); \
   T* const name = reinterpret_cast<T*>(lossmeta_dynamic_shared)

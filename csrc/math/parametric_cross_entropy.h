@@ -20,6 +20,7 @@ struct ParametricCrossEntropy {
   const void* logits;        // [B, N, C, inner]
   const int64_t* labels;     // [B, S], or null: phi holds one row per sample
   const void* phi;           // [B, C, C]; without labels [B, N, C, inner]
+  int64_t phi_stride;        // from model to model with labels: C * C, or 0 where the models share one phi
   const void* weight;        // [C] or null
   // Per sample: maximum m, log sum exp(x - m), z and the sum of q; then per model the denominator of the mean.
   void* statistics;          // [4, B, S] followed by [B]
@@ -46,7 +47,7 @@ LOSSMETA_HD T parametric_activation(T z, bool use_sigmoid) {
 
 template <class T>
 LOSSMETA_HD T parametric_activation_slope(T z, bool use_sigmoid) {
-  if (!use_sigmoid) return T(1) + z * T(0);
+  if (!use_sigmoid) return T(1);
   const T s = sigmoid(z);
   return s * (T(1) - s);
 }

@@ -2,6 +2,8 @@
 
 #include "ops/common.h"
 
+#include <cmath>
+
 namespace lossmeta {
 namespace {
 
@@ -13,6 +15,8 @@ struct Arguments {
   Tensor logits, phi;
   std::optional<Tensor> labels, weight;
   ScalarType accumulated;
+  std::vector<int64_t> phi_sizes;
+  bool batch;
 
   Arguments(const Tensor& logits_, const std::optional<Tensor>& labels_, const Tensor& phi_,
             const std::optional<Tensor>& weight_, int64_t ignore_index, bool sigmoid, int64_t reduction)
@@ -22,7 +26,7 @@ struct Arguments {
     a.sigmoid = sigmoid;
     a.reduction = Reduction(reduction);
     a.ignore_index = ignore_index;
-    const bool batch = labels && phi.dim() == 3;
+    batch = labels && phi.dim() == 3;
     LOSSMETA_CHECK(logits.dim() >= 2 && (!batch || logits.dim() == 3), op, ": logits must be [N, C] or [N, C, d...]",
                    batch ? ", and [B, N, C] with phi [B, C, C]" : "", ", got ", shape(logits));
     a.models = batch ? logits.size(0) : 1;
@@ -54,7 +58,9 @@ struct Arguments {
         a.weight = weight->const_data_ptr();
       }
       labels = packed(*labels);
-      a.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+      // An empty tensor has no memory, but it is there: null means without labels.
+      static const int64_t no_label = 0;
+      a.labels = labels->numel() ? static_cast<const int64_t*>(labels->const_data_ptr()) : &no_label;
       check_labels(a.labels, a.models * a.samples, a.classes, ignore_index, op);
     } else {
       LOSSMETA_CHECK(shape(phi) == shape(logits), op,
@@ -62,16 +68,38 @@ struct Arguments {
                      shape(phi), " for logits ", shape(logits));
     }
     logits = packed(logits);
+    // Models that share one phi hand it over expanded: it is not copied.
+    const bool shared = batch && a.models > 1 && phi.stride(0) == 0;
+    phi_sizes = {phi.sizes().begin(), phi.sizes().end()};
+    if (shared) phi = torch::stable::select(phi, 0, 0);
+    a.phi_stride = shared ? 0 : a.classes * a.classes;
     phi = packed_as(phi, accumulated);
     a.logits = logits.const_data_ptr();
     a.phi = phi.const_data_ptr();
+  }
+
+  // A row of phi with a NaN or infinity has a sum that is not finite: the kernel computes it anyway.
+  void check_phi() const {
+#ifndef LOSSMETA_BACKEND_CUDA
+    const int64_t total = a.models * a.samples;
+    const auto check = [&](const auto* statistics) {
+      for (int64_t i = 0; i < total; ++i) {
+        if (std::isfinite(statistics[3 * total + i])) continue;
+        LOSSMETA_CHECK(!labels, op, ": phi must be finite, got ", statistics[3 * total + i], " in row ", a.labels[i],
+                       ", the row of label ", a.labels[i]);
+        fail(op, ": phi and probabilities must be finite, got ", statistics[3 * total + i], " for sample ", i);
+      }
+    };
+    if (accumulated == ScalarType::Double) check(static_cast<const double*>(a.statistics));
+    else check(static_cast<const float*>(a.statistics));
+#endif
   }
 
   std::vector<int64_t> sizes(const Tensor& t) const { return {t.sizes().begin(), t.sizes().end()}; }
 
   std::vector<int64_t> loss_sizes() const {
     if (a.reduction != Reduction::none)
-      return a.models > 1 || (labels && phi.dim() == 3) ? std::vector<int64_t>{a.models} : std::vector<int64_t>{};
+      return batch ? std::vector<int64_t>{a.models} : std::vector<int64_t>{};
     if (labels) return sizes(*labels);
     std::vector<int64_t> s = sizes(logits);
     s.erase(s.begin() + 1);
@@ -89,6 +117,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Ten
   a.statistics = statistics.mutable_data_ptr();
   (a.reduction == Reduction::none ? a.loss : a.reduced) = loss.mutable_data_ptr();
   LOSSMETA_RUN(parametric_cross_entropy_forward, a, logits);
+  arguments.check_phi();
   return {loss, statistics};
 }
 
@@ -107,7 +136,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& logits, co
   a.grad = dense_grad.const_data_ptr();
   a.statistics = const_cast<void*>(kept.const_data_ptr());
   Tensor grad_logits = empty(need_logits ? arguments.sizes(logits) : std::vector<int64_t>{0}, logits.scalar_type(), logits);
-  Tensor grad_phi = empty(need_phi ? arguments.sizes(phi) : std::vector<int64_t>{0}, arguments.accumulated, logits);
+  Tensor grad_phi = empty(need_phi ? arguments.phi_sizes : std::vector<int64_t>{0}, arguments.accumulated, logits);
   if (need_logits) a.grad_logits = grad_logits.mutable_data_ptr();
   if (need_phi) a.grad_phi = grad_phi.mutable_data_ptr();
   LOSSMETA_RUN(parametric_cross_entropy_backward, a, logits);

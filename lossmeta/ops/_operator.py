@@ -63,15 +63,15 @@ class Operator:
         self.num_outputs = num_outputs
         self.op = getattr(torch.ops.lossmeta, name).default
         OPERATORS[name] = self
-        torch.library.register_fake(f"lossmeta::{name}", fake)
+        torch.library.register_fake(f"lossmeta::{name}", self._checked_fake)
         torch.library.impl(f"lossmeta::{name}", "CompositeExplicitAutograd", self._fallback)
-        torch.library.register_vmap(f"lossmeta::{name}", vmap or _looped(self.op))
+        torch.library.register_vmap(f"lossmeta::{name}", vmap or looped(self.op))
         if self.differentiable:
             backward = f"{name}_backward"
             self.backward_op = getattr(torch.ops.lossmeta, backward).default
             torch.library.register_fake(f"lossmeta::{backward}", self._fake_backward)
             torch.library.impl(f"lossmeta::{backward}", "CompositeExplicitAutograd", self._fallback_backward)
-            torch.library.register_vmap(f"lossmeta::{backward}", vmap_backward or _looped(self.backward_op))
+            torch.library.register_vmap(f"lossmeta::{backward}", vmap_backward or looped(self.backward_op))
             self._eager, self._transformed, self._transformed_backward = _functions(self)
             torch.library.register_autograd(
                 f"lossmeta::{name}", self._transformed.backward, setup_context=self._transformed.setup_context
@@ -100,6 +100,19 @@ class Operator:
         if not isinstance(results, (tuple, list)):
             return results
         return results[0] if self.num_outputs == 1 else tuple(results[: self.num_outputs])
+
+    def _checked_fake(self, *args: Any) -> Any:
+        tensors = [
+            (a, t) for a, t in zip(self.op._schema.arguments, args, strict=True) if isinstance(t, Tensor)
+        ]
+        first, reference = tensors[0]
+        for argument, tensor in tensors[1:]:
+            if tensor.device != reference.device:
+                raise RuntimeError(
+                    f"{self.name}: {argument.name} and {first.name} must be on the same device, "
+                    f"got {tensor.device} and {reference.device}; move one with .to()"
+                )
+        return self.fake(*args)
 
     # ---- Positions in the argument list of the backward operator: grads, arguments, saved, needs.
 
@@ -179,7 +192,7 @@ def _is_first_order() -> bool:
     return all(k in (kinds.Vmap, kinds.Grad) for k in keys) and keys.count(kinds.Grad) <= 1
 
 
-def _looped(op: Callable[..., Any]) -> Callable[..., Any]:
+def looped(op: Callable[..., Any]) -> Callable[..., Any]:
     """A batching rule that runs the operator once per element of the batch."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

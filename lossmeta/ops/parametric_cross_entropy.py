@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, choice
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta.ops._operator import Operator, accumulation_dtype, looped
 
 
 def parametric_cross_entropy(
@@ -177,10 +177,100 @@ def _fake(
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(4 * samples + models, dtype=dtype)
 
 
+# ---- vmap. A batch of [N, C] problems is one call on B models; the statistics of one problem are [4, N] and [1].
+
+
+def _gather_statistics(per_problem: Tensor, models: int) -> Tensor:
+    batch = per_problem.shape[0]
+    samples = (per_problem.shape[1] - 1) // 4
+    body = per_problem[:, :-1].reshape(batch, 4, samples).transpose(0, 1).reshape(-1)
+    return torch.cat([body, per_problem[:models, -1]])
+
+
+def _scatter_statistics(flat: Tensor, batch: int) -> Tensor:
+    samples = (flat.numel() - 1) // (4 * batch)
+    body = flat[: 4 * batch * samples].view(4, batch, samples).transpose(0, 1).reshape(batch, -1)
+    return torch.cat([body, flat[4 * batch * samples :].expand(batch)[:, None]], 1)
+
+
+def _batched(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Tensor | None]:
+    """The tensors with their batch dimension in front, expanded where they have none."""
+    return [
+        None
+        if a is None
+        else a.expand(info.batch_size, *a.shape)
+        if d is None
+        else a.movedim(d, 0)
+        for a, d in zip(args, in_dims, strict=True)
+    ]
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    logits, labels, phi, weight, ignore_index, sigmoid, reduction = args
+    x, y, p = _batched(info, in_dims[:3], args[:3])
+    assert x is not None and p is not None
+    if x.dim() != 3 or p.dim() != 3 or in_dims[3] is not None:
+        return looped(_operator.op)(info, in_dims, *args)  # type: ignore[no-any-return]
+    batch = info.batch_size
+    if y is not None:
+        loss, statistics = _operator.op(x, y, p, weight, ignore_index, sigmoid, reduction)
+        samples = x.shape[1]
+        body = statistics[:-batch].view(4, batch, samples).transpose(0, 1).reshape(batch, -1)
+        return (loss, torch.cat([body, statistics[-batch:, None]], 1)), (0, 0)
+    loss, statistics = _operator.op(
+        x.flatten(0, 1), None, p.flatten(0, 1), None, ignore_index, sigmoid, REDUCTIONS["none"]
+    )
+    loss = loss.view(batch, -1)
+    if reduction != REDUCTIONS["none"]:
+        loss = loss.mean(1) if reduction == REDUCTIONS["mean"] else loss.sum(1)
+    return (loss, _scatter_statistics(statistics, batch)), (0, 0)
+
+
+def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    weight, ignore_index, sigmoid, reduction = args[4:8]
+    need_logits, need_phi = args[9:]
+    g, x, y, p = _batched(info, in_dims[:4], args[:4])
+    (statistics,) = _batched(info, in_dims[8:9], args[8:9])
+    assert g is not None and x is not None and p is not None and statistics is not None
+    if x.dim() != 3 or p.dim() != 3 or in_dims[4] is not None:
+        return looped(_operator.backward_op)(info, in_dims, *args)  # type: ignore[no-any-return]
+    batch = info.batch_size
+    if y is not None:
+        flat = _gather_statistics(statistics, batch)
+        grads = _operator.backward_op(
+            g, x, y, p, weight, ignore_index, sigmoid, reduction, flat, need_logits, need_phi
+        )
+    else:
+        samples = x.shape[1]
+        if reduction != REDUCTIONS["none"]:
+            g = g[:, None].expand(batch, samples) / (samples if reduction == REDUCTIONS["mean"] else 1)
+        flat = _gather_statistics(statistics, 1)
+        grads = _operator.backward_op(
+            g.reshape(-1),
+            x.flatten(0, 1),
+            None,
+            p.flatten(0, 1),
+            None,
+            ignore_index,
+            sigmoid,
+            REDUCTIONS["none"],
+            flat,
+            need_logits,
+            need_phi,
+        )
+    shaped = tuple(
+        r.view(t.shape) if need else r.expand(batch, 0)
+        for r, t, need in zip(grads, (x, p), (need_logits, need_phi), strict=True)
+    )
+    return (shaped[0], shaped[1]), (0, 0)
+
+
 _operator = Operator(
     "parametric_cross_entropy",
     reference=_reference,
     fake=_fake,
     differentiable=(0, 2),
     num_tensors=4,
+    vmap=_vmap,
+    vmap_backward=_vmap_backward,
 )

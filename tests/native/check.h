@@ -1,6 +1,7 @@
-// A minimal harness for native tests: one test file per executable; the names of tests on the command line select.
+// A minimal harness for native tests, one test file per executable; arguments name the tests to run (all).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -19,54 +20,51 @@ struct Test {
 inline std::vector<Test> tests;
 inline int failures = 0;  // of the test that is running
 
-inline bool add(const char* name, void (*run)()) {
-  tests.push_back({name, run});
-  return true;
-}
+inline bool add(const char* name, void (*run)()) { return tests.push_back({name, run}), true; }
 
 template <class... Message>
-bool verify(bool ok, const char* file, int line, const char* condition, const Message&... message) {
-  if (ok) return true;
+void verify(bool ok, const char* file, int line, const char* condition, const Message&... message) {
+  if (ok) return;
   constexpr int shown = 10;
-  if (++failures > shown) return false;
+  if (++failures > shown) return;
   std::ostringstream text;
   text.precision(17);
-  ((text << file << ':' << line << ": " << condition << "  ") << ... << message);
-  std::cout << "  " << text.str() << (failures == shown ? "\n  (further failures are not shown)" : "") << std::endl;
-  return false;
+  ((text << "  " << file << ':' << line << ": " << condition << "  ") << ... << message);
+  if (failures == shown) text << "\n  (further failures are not shown)";
+  std::cout << text.str() << std::endl;
 }
 
 // |actual − expected| ≤ absolute + relative·|expected|; equal infinities are near, and so are two NaN.
 template <class... Message>
-bool verify_near(double actual, double expected, double absolute, double relative, const char* file, int line,
-                 const char* text, const Message&... message) {
+void verify_near(const char* file, int line, const char* condition, double actual, double expected,
+                 double absolute, double relative, const Message&... message) {
+  double tolerance = std::isfinite(expected) ? absolute + relative * std::abs(expected) : 0;
   bool near = actual == expected || (std::isnan(actual) && std::isnan(expected)) ||
-              (std::isfinite(expected) && std::abs(actual - expected) <= absolute + relative * std::abs(expected));
-  return verify(near, file, line, text, "got ", actual, ", expected ", expected, " ", message...);
+              std::abs(actual - expected) <= tolerance;
+  verify(near, file, line, condition, "got ", actual, ", expected ", expected, " ", message...);
 }
 
 }  // namespace check
 
-#define TEST(name)                                               \
-  static void test_##name();                                     \
+#define TEST(name)                                                 \
+  static void test_##name();                                       \
   static const bool added_##name = check::add(#name, test_##name); \
   static void test_##name()
 
 // CHECK(condition, message...): a test goes on after a failure; the parts of the message are streamed.
 #define CHECK(...) CHECK_WITH(__VA_ARGS__, "")
-#define CHECK_WITH(condition, ...) check::verify(bool(condition), __FILE__, __LINE__, #condition, __VA_ARGS__)
+#define CHECK_WITH(condition, ...) check::verify(!!(condition), __FILE__, __LINE__, #condition, __VA_ARGS__)
 
 // CHECK_NEAR(actual, expected, absolute, relative, message...)
 #define CHECK_NEAR(...) CHECK_NEAR_WITH(__VA_ARGS__, "")
-#define CHECK_NEAR_WITH(actual, expected, absolute, relative, ...) \
-  check::verify_near(actual, expected, absolute, relative, __FILE__, __LINE__, #actual " ~ " #expected, __VA_ARGS__)
+#define CHECK_NEAR_WITH(actual, expected, ...) \
+  check::verify_near(__FILE__, __LINE__, #actual " near " #expected, actual, expected, __VA_ARGS__)
 
 int main(int argc, char** argv) {
   int passed = 0, failed = 0;
   for (const check::Test& test : check::tests) {
-    bool selected = argc == 1;
-    for (int i = 1; i < argc; ++i) selected |= !std::strcmp(argv[i], test.name);
-    if (!selected) continue;
+    auto is_named = [&](const char* name) { return !std::strcmp(name, test.name); };
+    if (argc > 1 && std::none_of(argv + 1, argv + argc, is_named)) continue;
     check::failures = 0;
     try {
       test.run();

@@ -1,14 +1,16 @@
-// Runs CUDA kernel source on the CPU: one fiber per thread of a block, blocks one after another, on one OS thread.
+// CUDA's names for kernel source that runs on the CPU: one fiber per thread of a block, blocks one after
+// another, all on one OS thread.
 //
-// A fiber runs until it synchronises; which fiber runs next, and which block, is drawn from a seed
-// (simt::set_seed), so a missing barrier shows as a result that changes with the seed. Not shown: a plain `x += 1`
-// by many threads (nothing interrupts a fiber between its load and its store), and weak memory ordering.
+// A fiber runs until it synchronises or does an atomic; which fiber runs next, and which block, is drawn from
+// a seed (simt::set_seed), so a missing barrier shows as a result that changes with the seed. Not shown: a
+// plain `x += 1` by many threads (nothing interrupts a fiber between its load and its store), and weak memory
+// ordering. Blocks cannot wait for one another.
 // A block that cannot go on (divergent barrier, absent lanes) is described on stderr, and the process aborts.
 //
-// What the hardware leaves undefined is all ones here (NaN, -1): dynamic shared memory at the start of each block,
-// and what a shuffle reads from a lane that takes no part. `__shared__` variables are `static`: they start as zeros
-// and keep what the block before left. __activemask() names the calling lane alone, the least that CUDA promises.
-// As in CUDA, lanes that returned or do not exist are not waited for even if a mask names them.
+// What the hardware leaves undefined is all ones (NaN, -1): dynamic shared memory at the start of a block,
+// and what a shuffle reads from a lane that takes no part. `__shared__` variables are `static`: they start as
+// zeros and keep what the block before left. __activemask() names the calling lane alone, the least that CUDA
+// promises. As in CUDA, lanes that returned or do not exist are not waited for even if a mask names them.
 #pragma once
 
 #include <math.h>
@@ -19,8 +21,6 @@
 #include <type_traits>
 
 #include "simt_machine.h"
-
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
 
 #define __global__
 #define __device__
@@ -45,7 +45,7 @@ auto shuffle(Operation operation, unsigned mask, T value, unsigned operand, int 
   if (operation == shfl) source = first + operand % unsigned(width);
   if (operation == shfl_up && operand <= lane - first) source = lane - operand;
   if (operation == shfl_down && operand <= last - lane) source = lane + operand;
-  if (operation == shfl_xor && (lane ^ operand) <= last) source = lane ^ operand;  // earlier segments are in reach
+  if (operation == shfl_xor && (lane ^ operand) <= last) source = lane ^ operand;  // or in an earlier segment
   std::conditional_t<sizeof(T) < 4, int, T> word = value;
   std::uint64_t bits = 0;
   std::memcpy(&bits, &word, sizeof word);
@@ -56,12 +56,13 @@ auto shuffle(Operation operation, unsigned mask, T value, unsigned operand, int 
 
 template <class T> using Value = std::common_type_t<T>;  // T, but takes no part in deduction
 
-// The result of CUDA's min(A, B): both floating, or integers of one size.
-template <class A, class B> using Wider =
-    std::enable_if_t<std::is_floating_point_v<A> == std::is_floating_point_v<B> &&
-                         (std::is_floating_point_v<A> || sizeof(A) == sizeof(B)), std::common_type_t<A, B>>;
+// The result of CUDA's min(A, B): both floating, or integers that have one size after promotion.
+template <class A, class B> using MinMax = std::enable_if_t<
+    std::is_floating_point_v<A> == std::is_floating_point_v<B> &&
+        (std::is_floating_point_v<A> || sizeof(+A()) == sizeof(+B())),
+    std::common_type_t<decltype(+A()), decltype(+B())>>;
 
-template <class T, class... Allowed> constexpr bool is_one_of = (std::is_same_v<T, Allowed> || ...);
+template <class T, class... Allowed> inline constexpr bool is_one_of = (std::is_same_v<T, Allowed> || ...);
 
 template <class T> T wrapping_sum(T a, T b) {
   if constexpr (std::is_integral_v<T>) return T(std::make_unsigned_t<T>(a) + std::make_unsigned_t<T>(b));
@@ -87,16 +88,18 @@ template <class To, class From> To bit_cast(From from) {
 // ---- Device functions. ----
 
 inline void __syncthreads() { simt::meet_in_block(simt::syncthreads, 0); }
-inline int __syncthreads_or(int predicate) { return simt::meet_in_block(simt::syncthreads_or, predicate); }
-inline int __syncthreads_and(int predicate) { return simt::meet_in_block(simt::syncthreads_and, predicate); }
-inline int __syncthreads_count(int predicate) { return simt::meet_in_block(simt::syncthreads_count, predicate); }
+inline int __syncthreads_or(int vote) { return simt::meet_in_block(simt::syncthreads_or, vote); }
+inline int __syncthreads_and(int vote) { return simt::meet_in_block(simt::syncthreads_and, vote); }
+inline int __syncthreads_count(int vote) { return simt::meet_in_block(simt::syncthreads_count, vote); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::meet_in_warp(simt::syncwarp, mask, 0); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-inline unsigned __ballot_sync(unsigned mask, int p) { return unsigned(simt::meet_in_warp(simt::ballot, mask, p != 0)); }
-inline int __any_sync(unsigned mask, int predicate) { return simt::meet_in_warp(simt::any, mask, predicate != 0) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return simt::meet_in_warp(simt::all, mask, predicate == 0) == 0; }
+inline unsigned __ballot_sync(unsigned mask, int vote) {
+  return unsigned(simt::meet_in_warp(simt::ballot, mask, vote != 0));
+}
+inline int __any_sync(unsigned mask, int vote) { return simt::meet_in_warp(simt::any, mask, vote != 0) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return simt::meet_in_warp(simt::all, mask, vote == 0) == 0; }
 inline unsigned __activemask() { return 1u << (simt::current ? simt::current->linear % 32 : 0); }
 
 template <class T> auto __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
@@ -144,15 +147,13 @@ template <class T> T atomicCAS(T* address, simt::Value<T> compare, simt::Value<T
   return simt::atomic(address, [=](T old) { return old == compare ? value : old; });
 }
 
-template <class A, class B> auto min(A a, B b) {
-  simt::Wider<A, B> x = a, y = b;
-  if constexpr (std::is_floating_point_v<decltype(x)>) return fmin(x, y);
-  else return y < x ? y : x;
+template <class A, class B, class T = simt::MinMax<A, B>> T min(A a, B b) {
+  if constexpr (std::is_floating_point_v<T>) return fmin(T(a), T(b));
+  else return T(b) < T(a) ? T(b) : T(a);
 }
-template <class A, class B> auto max(A a, B b) {
-  simt::Wider<A, B> x = a, y = b;
-  if constexpr (std::is_floating_point_v<decltype(x)>) return fmax(x, y);
-  else return x < y ? y : x;
+template <class A, class B, class T = simt::MinMax<A, B>> T max(A a, B b) {
+  if constexpr (std::is_floating_point_v<T>) return fmax(T(a), T(b));
+  else return T(a) < T(b) ? T(b) : T(a);
 }
 
 template <class T> T __ldg(const T* address) { return *address; }
@@ -165,16 +166,21 @@ inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 
 // Vector loads read memory of any type, as in device code, and need their alignment.
 using uint = unsigned;
-#define SIMT_VECTORS(T)                                                            \
-  struct __attribute__((may_alias, aligned(2 * sizeof(T)))) T##2 { T x, y; };        \
-  struct __attribute__((may_alias, aligned(16))) T##4 { T x, y, z, w; };             \
-  inline T##2 make_##T##2(T x, T y) { return {x, y}; }                             \
+#define SIMT_VECTOR2(T)                                                       \
+  struct __attribute__((may_alias, aligned(2 * sizeof(T)))) T##2 { T x, y; }; \
+  inline T##2 make_##T##2(T x, T y) { return {x, y}; }
+#define SIMT_VECTOR4(T)                                                             \
+  struct __attribute__((may_alias, aligned(4 * sizeof(T)))) T##4 { T x, y, z, w; }; \
   inline T##4 make_##T##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-SIMT_VECTORS(float)
-SIMT_VECTORS(double)
-SIMT_VECTORS(int)
-SIMT_VECTORS(uint)
-#undef SIMT_VECTORS
+SIMT_VECTOR2(float)
+SIMT_VECTOR2(double)
+SIMT_VECTOR2(int)
+SIMT_VECTOR2(uint)
+SIMT_VECTOR4(float)
+SIMT_VECTOR4(int)
+SIMT_VECTOR4(uint)
+#undef SIMT_VECTOR2
+#undef SIMT_VECTOR4
 
 // ---- The runtime calls that launchers make; every stream is the host's own order. ----
 

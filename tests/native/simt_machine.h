@@ -1,4 +1,4 @@
-// The machine under simt.h: stacks to switch between, the threads, warps and barriers of the running block, launches.
+// The machine under simt.h: stacks to switch between; the threads, warps and barriers of a block; launches.
 #pragma once
 
 #include <cstdarg>
@@ -116,7 +116,7 @@ struct Context {
 
 inline Context* switched_from = nullptr;
 
-// AddressSanitizer must be told of the stack at both ends of a switch; the host's is learnt when it is first left.
+// AddressSanitizer is told of the stack at both ends of a switch; the host's is learnt when it is first left.
 inline void arrive(Context& self) {
 #ifdef SIMT_ASAN
   __sanitizer_finish_switch_fiber(self.fake_stack, &switched_from->stack, &switched_from->stack_bytes);
@@ -140,11 +140,12 @@ inline void switch_context(Context& from, Context& to) {
 // `stagger` keeps the tops of many stacks from falling into the same cache sets.
 inline void make_context(Context& context, void (*entry)(), unsigned stagger) {
   constexpr std::size_t guard = 4096, bytes = 256 << 10;
-  void* memory = mmap(nullptr, guard + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, guard + bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, guard, PROT_NONE)) fail("no memory for the stack of a thread");
-  context.stack = static_cast<char*>(memory) + guard;
-  context.stack_bytes = bytes - stagger % 64 * 64;
   char* bottom = static_cast<char*>(memory) + guard;
+  context.stack = bottom;
+  context.stack_bytes = bytes - stagger % 64 * 64;
 #ifdef SIMT_ASSEMBLY_SWITCH
   void** top = reinterpret_cast<void**>(bottom + context.stack_bytes);
   *--top = nullptr;  // a return address that ends back-traces, and aligns the stack as after a call
@@ -162,11 +163,16 @@ inline void make_context(Context& context, void (*entry)(), unsigned stagger) {
 
 // ---- Threads, warps and the running block. ----
 
-enum Operation { syncwarp, shfl, shfl_up, shfl_down, shfl_xor, ballot, any, all,
-                 syncthreads, syncthreads_or, syncthreads_and, syncthreads_count, operation_count, none = operation_count };
-constexpr const char* operation_names[] = {
-    "__syncwarp", "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync", "__any_sync",
-    "__all_sync", "__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
+enum Operation {  // shuffles, votes, then barriers of the block
+  syncwarp, shfl, shfl_up, shfl_down, shfl_xor,
+  ballot, any, all,
+  syncthreads, syncthreads_or, syncthreads_and, syncthreads_count,
+  none
+};
+constexpr const char* operation_names[none] = {
+    "__syncwarp", "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
+    "__ballot_sync", "__any_sync", "__all_sync",
+    "__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
 
 struct Thread {
   Context context;
@@ -195,8 +201,8 @@ constexpr std::size_t default_shared_bytes = 48 << 10, max_shared_bytes = 227 <<
 
 inline std::vector<Thread> threads(max_threads);
 inline Warp warps[max_threads / 32];
-inline unsigned live = 0;                     // threads of the block that have not returned
-inline unsigned arrived[operation_count] {};  // at each kind of block barrier
+inline unsigned live = 0;           // threads of the block that have not returned
+inline unsigned arrived[none] = {};  // at each kind of block barrier
 inline unsigned ready[max_threads], ready_count = 0;
 inline Thread* current = nullptr;  // null outside kernels
 inline Context host;
@@ -238,7 +244,8 @@ inline std::string describe(const Thread& thread) {
 
 [[noreturn]] inline void report_divergence() {
   std::fprintf(stderr, "simt: divergent barrier: %s, block (%u, %u, %u) of grid (%u, %u, %u), %u threads\n",
-               kernel_name, blockIdx.x, blockIdx.y, blockIdx.z, gridDim.x, gridDim.y, gridDim.z, block_threads());
+               kernel_name, blockIdx.x, blockIdx.y, blockIdx.z, gridDim.x, gridDim.y, gridDim.z,
+               block_threads());
   std::map<std::string, std::vector<unsigned>> groups;
   for (unsigned t = 0; t < block_threads(); ++t) groups[describe(threads[t])].push_back(t);
   for (const auto& [state, members] : groups) {
@@ -277,7 +284,8 @@ inline void complete_warp(Warp& warp, int m) {
   for (unsigned i = 0; i < 32; ++i) {
     if (!(meeting.arrived >> i & 1)) continue;
     if (meeting.operation >= ballot) lanes[i].out = votes;
-    else lanes[i].out = meeting.arrived >> lanes[i].source & 1 ? lanes[lanes[i].source].in : ~std::uint64_t(0);
+    else if (meeting.arrived >> lanes[i].source & 1) lanes[i].out = lanes[lanes[i].source].in;
+    else lanes[i].out = ~std::uint64_t(0);
     release(lanes[i]);
   }
 }
@@ -326,8 +334,9 @@ inline std::uint64_t meet_in_warp(Operation operation, unsigned mask, std::uint6
   Warp& warp = warps[self.linear / 32];
   unsigned lane = 1u << self.linear % 32;
   if (!(mask & lane))
-    fail("%s, block (%u, %u, %u), thread %u: the mask 0x%08x of %s does not name the calling lane %u", kernel_name,
-         blockIdx.x, blockIdx.y, blockIdx.z, self.linear, mask, operation_names[operation], self.linear % 32);
+    fail("%s, block (%u, %u, %u), thread %u: the mask 0x%08x of %s does not name the calling lane %u",
+         kernel_name, blockIdx.x, blockIdx.y, blockIdx.z, self.linear, mask, operation_names[operation],
+         self.linear % 32);
   self.waits_at = operation, self.mask = mask, self.in = in, self.source = source;
   int m = 0;
   while (m < warp.meetings && !(warp.meeting[m].operation == operation && warp.meeting[m].mask == mask)) ++m;
@@ -377,7 +386,7 @@ inline void run_block() {
 
 inline void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body) {
   void* shared = nullptr;
-  if (posix_memalign(&shared, 128, shared_bytes)) fail("launch failure: no memory for the dynamic shared memory");
+  if (posix_memalign(&shared, 128, shared_bytes)) fail("no memory for %zu shared bytes", shared_bytes);
   lossmeta_dynamic_shared = static_cast<unsigned char*>(shared);
   gridDim = grid, blockDim = block, kernel_body = &body;
   // The n-th block to run is (start + n·step) mod blocks, with a step prime to the number of blocks.
@@ -400,17 +409,17 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "kernel parameters are copied as bytes");
   if (current) fail("launch failure: %s is launched inside a kernel", name);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    fail("launch failure: %s: grid must lie in [1, 2147483647] x [1, 65535] x [1, 65535], got (%u, %u, %u)", name, grid.x,
-         grid.y, grid.z);
+    fail("launch failure: %s: grid must lie in [1, 2147483647] x [1, 65535] x [1, 65535], got (%u, %u, %u)",
+         name, grid.x, grid.y, grid.z);
   if (!block.x || !block.y || !block.z || block.x > max_threads || block.y > max_threads || block.z > 64 ||
       block.x * block.y * block.z > max_threads)
-    fail("launch failure: %s: a block must have 1 to 1024 threads (z at most 64), got (%u, %u, %u)", name, block.x, block.y,
-         block.z);
+    fail("launch failure: %s: a block must have 1 to 1024 threads (z at most 64), got (%u, %u, %u)",
+         name, block.x, block.y, block.z);
   auto limit = shared_limits().find(reinterpret_cast<const void*>(kernel));
   std::size_t allowed = limit == shared_limits().end() ? default_shared_bytes : limit->second;
   if (shared_bytes > allowed)
-    fail("launch failure: %s: dynamic shared memory must be at most %zu bytes, got %zu%s", name, allowed, shared_bytes,
-         shared_bytes <= max_shared_bytes ? "; cudaFuncSetAttribute raises the limit" : "");
+    fail("launch failure: %s: dynamic shared memory must be at most %zu bytes, got %zu%s", name, allowed,
+         shared_bytes, shared_bytes <= max_shared_bytes ? "; cudaFuncSetAttribute raises the limit" : "");
   kernel_name = name;
   std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
   run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
