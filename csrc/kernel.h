@@ -11,6 +11,8 @@ namespace lossmeta {
 
 enum class Isa : int8_t { generic, avx2, avx512 };
 
+enum class Reduction : int8_t { none, mean, sum };
+
 // The instruction set that kernels run on: the best that the processor has, or LOSSMETA_CPU_ISA.
 Isa isa();
 

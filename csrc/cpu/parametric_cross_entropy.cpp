@@ -9,6 +9,8 @@ namespace {
 
 constexpr int64_t grain_elements = 1 << 14;  // below this a thread costs more than it saves
 
+constexpr int64_t streamed_bytes = 16 << 20;  // a gradient of this size does not stay in the caches
+
 // The typed view of the arguments. Element (b, s, c) of logits lies at sample(b, s) + c * class_stride.
 template <class T>
 struct Problem {
@@ -27,81 +29,145 @@ struct Problem {
   A* denominator = q_sum + total;
 
   int64_t offset(int64_t i) const { return i / a.inner * a.classes * a.inner + i % a.inner; }
+  int64_t model(int64_t i) const { return a.models == 1 ? 0 : i / a.samples; }
   // Phi's row for flat sample i.
-  const A* phi_row(int64_t i, int64_t label) const { return phi + i / a.samples * a.phi_stride + label * a.classes; }
+  const A* phi_row(int64_t i, int64_t label) const { return phi + model(i) * a.phi_stride + label * a.classes; }
   bool valid(int64_t i) const { return !a.labels || (a.labels[i] >= 0 && a.labels[i] < a.classes); }
   A class_weight(int64_t i) const { return weight && a.labels ? weight[a.labels[i]] : A(1); }
 
-  // dloss/dz of sample i times the incoming gradient.
-  A slope(int64_t i) const {
+  // dloss/dz of n samples from i on, times the incoming gradient; 0 for ignored ones.
+  V slopes(int64_t i, int n) const {
     const A* grad = static_cast<const A*>(a.grad);
-    A g = a.reduction == Reduction::none ? grad[i] : grad[i / a.samples];
-    if (a.reduction == Reduction::mean) g = g / denominator[i / a.samples];
-    return -g * class_weight(i) * math::parametric_activation_slope(z[i], a.sigmoid);
+    A scale[V::size];
+    for (int l = 0; l < V::size; ++l) {
+      if (l >= n || !valid(i + l)) {
+        scale[l] = 0;
+        continue;
+      }
+      scale[l] = -class_weight(i + l) * (a.reduction == Reduction::none ? grad[i + l] : grad[model(i + l)]);
+      if (a.reduction == Reduction::mean) scale[l] /= denominator[model(i + l)];
+    }
+    const V slope = math::parametric_activation_slope(load_partial(z + i, n, A(0)), a.sigmoid);
+    const V factor = load(scale);
+    return select(factor == A(0), A(0), factor * slope);
   }
 };
 
-// ---- Lanes along the classes: one row at a time, contiguous.
+// ---- Lanes along the classes: contiguous rows, V::size of them at a time so that what follows the sums is vectorised.
 
 template <class T>
-void forward_row(const Problem<T>& p, int64_t i) {
+void forward_rows(const Problem<T>& p, int64_t first, int n) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   const int64_t classes = p.a.classes, full = classes / V::size * V::size;
   const int rest = int(classes - full);
-  const T* x = p.logits + i * classes;
-  const A* q = p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * classes;
-
-  V m0(-INFINITY), m1(-INFINITY);
-  int64_t c = 0;
-  for (; c + 2 * V::size <= full; c += 2 * V::size) m0 = max(load(x + c), m0), m1 = max(load(x + c + V::size), m1);
-  for (; c < full; c += V::size) m0 = max(load(x + c), m0);
-  if (rest) m1 = max(load_partial(x + full, rest, A(-INFINITY)), m1);
-  const A m = reduce_max(max(m0, m1));
-
-  V sum(A(0)), dot(A(0)), weight_sum(A(0));
-  for (c = 0; c < full; c += V::size) {
-    const V d = load(x + c) - m, w = load(q + c);
-    sum += exp(d);
-    dot += math::weighted_logit(w, d);
-    weight_sum += w;
+  A maxima[V::size];
+  V sums[V::size], dots[V::size], weight_sums[V::size];
+  for (int r = 0; r < V::size; ++r) {
+    maxima[r] = 0;
+    sums[r] = dots[r] = weight_sums[r] = V(A(0));
+    const int64_t i = first + r;
+    if (r >= n || !p.valid(i)) continue;
+    const T* x = p.logits + i * classes;
+    const A* q = p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * classes;
+    V m0(-INFINITY), m1(-INFINITY);
+    int64_t c = 0;
+    // Rows are too short for the processor to foresee the next one: each pass fetches what the following pass reads.
+    for (; c + 2 * V::size <= full; c += 2 * V::size) {
+      m0 = max(load(x + c), m0), m1 = max(load(x + c + V::size), m1);
+      __builtin_prefetch(q + c), __builtin_prefetch(q + c + V::size);
+    }
+    for (; c < full; c += V::size) m0 = max(load(x + c), m0);
+    if (rest) m1 = max(load_partial(x + full, rest, A(-INFINITY)), m1);
+    const A m = reduce_max(max(m0, m1));
+    V sum(A(0)), dot(A(0)), weight_sum(A(0));
+    for (c = 0; c < full; c += V::size) {
+      const V d = load(x + c) - m, w = load(q + c);
+      __builtin_prefetch(x + classes + c);
+      sum += exp_bounded(d);
+      dot += w * d;
+      weight_sum += w;
+    }
+    if (rest) {
+      const V d = load_partial(x + full, rest, A(-INFINITY)) - m, w = load_partial(q + full, rest, A(0));
+      sum += exp_bounded(d);
+      dot += math::weighted_logit(w, d);
+      weight_sum += w;
+    }
+    // 0 * -infinity: the row has masked classes, and is summed again without them.
+    if (any(dot != dot)) {
+      dot = V(A(0));
+      for (c = 0; c < classes; c += V::size) {
+        const int width = int(classes - c < V::size ? classes - c : V::size);
+        dot += math::weighted_logit(load_partial(q + c, width, A(0)), load_partial(x + c, width, A(0)) - m);
+      }
+    }
+    maxima[r] = m;
+    sums[r] = sum;
+    dots[r] = dot;
+    weight_sums[r] = weight_sum;
   }
-  if (rest) {
-    const V d = load_partial(x + full, rest, A(-INFINITY)) - m, w = load_partial(q + full, rest, A(0));
-    sum += exp(d);
-    dot += math::weighted_logit(w, d);
-    weight_sum += w;
-  }
-  p.maximum[i] = m;
-  p.log_sum[i] = math::log(reduce_add(sum));
-  p.q_sum[i] = reduce_add(weight_sum);
-  p.z[i] = reduce_add(dot) - p.q_sum[i] * p.log_sum[i];
+  const V log_sum = log(reduce_add_rows(sums)), q_sum = reduce_add_rows(weight_sums);
+  store_partial(p.maximum + first, load(maxima), n);
+  store_partial(p.log_sum + first, log_sum, n);
+  store_partial(p.q_sum + first, q_sum, n);
+  store_partial(p.z + first, reduce_add_rows(dots) - select(q_sum == A(0), A(0), q_sum * log_sum), n);
 }
 
 template <class T>
-void backward_row(const Problem<T>& p, int64_t i, T* grad_logits, accumulate_t<T>* grad_q) {
+void clear_row(T* out, int64_t classes) {
+  for (int64_t c = 0; c < classes; ++c) math::store(out + c, accumulate_t<T>(0));
+}
+
+template <class T>
+void backward_rows(const Problem<T>& p, int64_t first, int n, T* grad_logits, accumulate_t<T>* grad_q) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
-  const int64_t classes = p.a.classes, full = classes / V::size * V::size;
-  const int rest = int(classes - full);
-  const T* x = p.logits + i * classes;
-  const A* q = p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * classes;
-  const A g = p.slope(i), m = p.maximum[i], log_sum = p.log_sum[i], gq = g * p.q_sum[i];
-  if (grad_logits) {
-    T* out = grad_logits + i * classes;
-    for (int64_t c = 0; c < full; c += V::size) store(out + c, load(q + c) * g - exp(load(x + c) - m - log_sum) * gq);
-    if (rest)
-      store_partial(out + full,
-                    load_partial(q + full, rest, A(0)) * g -
-                        exp(load_partial(x + full, rest, A(-INFINITY)) - m - log_sum) * gq,
-                    rest);
-  }
-  if (grad_q) {
-    A* out = grad_q + i * classes;
-    for (int64_t c = 0; c < classes; c += V::size) {
-      const int n = int(classes - c < V::size ? classes - c : V::size);
-      const V f = load_partial(x + c, n, A(0)) - m - log_sum, w = load_partial(q + c, n, A(0));
-      store_partial(out + c, select((w == A(0)) & (f == A(-INFINITY)), A(0), f * g), n);
+  const int64_t classes = p.a.classes;
+  const bool streams = p.total * classes * int64_t(sizeof(T)) >= streamed_bytes && classes > 4 * V::size;
+  const V slopes = p.slopes(first, n);
+  for (int r = 0; r < n; ++r) {
+    const int64_t i = first + r;
+    if (!p.valid(i)) {
+      clear_row(grad_logits + i * classes, classes);
+      continue;
+    }
+    const T* x = p.logits + i * classes;
+    const A* q = p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * classes;
+    const A g = slopes[r], m = p.maximum[i], log_sum = p.log_sum[i];
+    if (grad_logits) {
+      // softmax = exp(x - m) / sum exp(x - m)
+      const A scale = g * p.q_sum[i] * math::exp(-log_sum);
+      T* out = grad_logits + i * classes;
+      const int64_t next = i + 1 < p.total && p.valid(i + 1) ? i + 1 : i;
+      const A* next_q = p.a.labels ? p.phi_row(next, p.a.labels[next]) : p.phi + next * classes;
+      const auto value = [&](V logit, V w) { return w * g - exp_bounded(logit - m) * scale; };
+      const auto partial = [&](int64_t c, int width) {
+        store_partial(out + c, value(load_partial(x + c, width, m), load_partial(q + c, width, A(0))), width);
+      };
+      int64_t c = 0;
+      if (streams) {
+        const int head = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(T)) % V::size);
+        if (head) partial(0, head);
+        for (c = head; c + V::size <= classes; c += V::size) {
+          __builtin_prefetch(x + classes + c), __builtin_prefetch(next_q + c);
+          stream(out + c, value(load(x + c), load(q + c)));
+        }
+      } else {
+        for (; c + V::size <= classes; c += V::size) {
+          __builtin_prefetch(x + classes + c), __builtin_prefetch(next_q + c);
+          store(out + c, value(load(x + c), load(q + c)));
+        }
+      }
+      if (c < classes) partial(c, int(classes - c));
+    }
+    if (grad_q) {
+      A* out = grad_q + i * classes;
+      for (int64_t c = 0; c < classes; c += V::size) {
+        const int width = int(classes - c < V::size ? classes - c : V::size);
+        const V f = load_partial(x + c, width, A(0)) - m - log_sum, w = load_partial(q + c, width, A(0));
+        store_partial(out + c, select((w == A(0)) & (f == A(-INFINITY)), A(0), f * g), width);
+      }
     }
   }
 }
@@ -140,7 +206,7 @@ void forward_lanes(const Lanes<T>& lanes) {
   V sum(A(0)), dot(A(0)), weight_sum(A(0));
   for (int64_t c = 0; c < p.a.classes; ++c) {
     const V d = lanes.logit(c) - m, w = lanes.q(c);
-    sum += exp(d);
+    sum += exp_bounded(d);
     dot += math::weighted_logit(w, d);
     weight_sum += w;
   }
@@ -158,31 +224,31 @@ void backward_lanes(const Lanes<T>& lanes, T* grad_logits, accumulate_t<T>* grad
   using V = Vec<A>;
   const Problem<T>& p = lanes.p;
   const int64_t i = lanes.first;
-  A slopes[V::size];
-  for (int l = 0; l < V::size; ++l) slopes[l] = l < lanes.n && p.valid(i + l) ? p.slope(i + l) : A(0);
-  const V g = load(slopes), m = load_partial(p.maximum + i, lanes.n, A(0)),
+  const V g = p.slopes(i, lanes.n), m = load_partial(p.maximum + i, lanes.n, A(0)),
           log_sum = load_partial(p.log_sum + i, lanes.n, A(0)), gq = g * load_partial(p.q_sum + i, lanes.n, A(0));
   for (int64_t c = 0; c < p.a.classes; ++c) {
     const int64_t at = p.offset(i) + c * p.a.inner;
     const V f = lanes.logit(c) - m - log_sum, w = lanes.q(c);
     // An ignored sample has g = 0 whatever its logits are.
     if (grad_logits)
-      store_strided(grad_logits + at, lanes.stride, select(g == A(0), A(0), w * g - exp(f) * gq), lanes.n);
+      store_strided(grad_logits + at, lanes.stride, select(g == A(0), A(0), w * g - exp_bounded(f) * gq), lanes.n);
     if (grad_q)
       store_strided(grad_q + at, lanes.stride, select((w == A(0)) & (f == A(-INFINITY)), A(0), f * g), lanes.n);
   }
 }
 
-// Calls rows(i) for each sample, or lanes(Lanes) for each group of them, whichever suits the layout.
+// Calls rows(first, n) or lanes(Lanes) for each group of samples, whichever suits the layout.
 template <class T, class Rows, class Groups>
 void for_each(const Problem<T>& p, const Rows& rows, const Groups& groups) {
   constexpr int width = Vec<accumulate_t<T>>::size;
   const int64_t classes = p.a.classes;
   if (p.total == 0) return;
   if (p.a.inner == 1 && classes > Lanes<T>::max_rows_classes)
-    return parallel_for(p.total, grain_elements / classes + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) rows(i);
-    });
+    return parallel_for((p.total + width - 1) / width, grain_elements / (classes * width) + 1,
+                        [&](int64_t begin, int64_t end) {
+                          for (int64_t k = begin; k < end; ++k)
+                            rows(k * width, int(p.total - k * width < width ? p.total - k * width : width));
+                        });
   const int64_t outer = p.a.inner == 1 ? 1 : p.total / p.a.inner, length = p.a.inner == 1 ? p.total : p.a.inner;
   const int64_t blocks = (length + width - 1) / width;
   parallel_for(outer * blocks, grain_elements / (classes * width) + 1, [&](int64_t begin, int64_t end) {
@@ -192,11 +258,6 @@ void for_each(const Problem<T>& p, const Rows& rows, const Groups& groups) {
       groups(Lanes<T>{p, k / blocks * length + start, n, p.a.inner == 1 ? classes : 1});
     }
   });
-}
-
-template <class T>
-void clear_row(T* out, int64_t classes) {
-  for (int64_t c = 0; c < classes; ++c) math::store(out + c, accumulate_t<T>(0));
 }
 
 // The loss per sample, and its sum or mean per model: in a fixed order, in float64.
@@ -230,10 +291,7 @@ void forward(const ParametricCrossEntropy& a) {
   const Problem<T> p{a};
   for_each<T>(
       p,
-      [&](int64_t i) {
-        if (p.valid(i)) return forward_row(p, i);
-        p.maximum[i] = p.log_sum[i] = p.z[i] = p.q_sum[i] = 0;
-      },
+      [&](int64_t first, int n) { forward_rows(p, first, n); },
       [&](const Lanes<T>& lanes) { forward_lanes(lanes); });
   finish(p);
 }
@@ -254,7 +312,7 @@ void phi_gradient(const Problem<T>& p, accumulate_t<T>* grad_phi) {
         clear_row(out, classes);
         for (int64_t o = groups.offsets[k]; o < groups.offsets[k + 1]; ++o) {
           const int64_t i = first + groups.order[o];
-          const A g = p.slope(i), m = p.maximum[i], log_sum = p.log_sum[i];
+          const A g = p.slopes(i, 1)[0], m = p.maximum[i], log_sum = p.log_sum[i];
           const T* x = p.logits + p.offset(i);
           for (int64_t c = 0; c < classes; c += V::size) {
             const int n = int(classes - c < V::size ? classes - c : V::size);
@@ -278,11 +336,9 @@ void backward(const ParametricCrossEntropy& a) {
   if (grad_logits || grad_q)
     for_each<T>(
         p,
-        [&](int64_t i) {
-          if (p.valid(i)) return backward_row(p, i, grad_logits, grad_q);
-          clear_row(grad_logits + i * a.classes, a.classes);
-        },
+        [&](int64_t first, int n) { backward_rows(p, first, n, grad_logits, grad_q); },
         [&](const Lanes<T>& lanes) { backward_lanes(lanes, grad_logits, grad_q); });
+  stream_fence();
   if (grad_phi && a.labels) phi_gradient(p, grad_phi);
 }
 

@@ -137,13 +137,23 @@ template <class T>
 LOSSMETA_SIMD Vec<T> select(Mask<T> condition, typename Vec<T>::Element yes, Vec<T> no) {
   return select(condition, Vec<T>(yes), no);
 }
-// The larger of the two; `b` where one of them is NaN.
+// The larger (smaller) of the two; `b` where one of them is NaN.
 template <class T>
 LOSSMETA_SIMD Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm512_max_ps((__m512)a.v, (__m512)b.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm256_max_ps((__m256)a.v, (__m256)b.v));
+#endif
   return select(a > b, a, b);
 }
 template <class T>
 LOSSMETA_SIMD Vec<T> min(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm512_min_ps((__m512)a.v, (__m512)b.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm256_min_ps((__m256)a.v, (__m256)b.v));
+#endif
   return select(a < b, a, b);
 }
 template <class T>
@@ -221,6 +231,23 @@ LOSSMETA_SIMD void store_partial(T* p, Vec<accumulate_t<T>> x, int n) {
   for (int i = 0; i < n; ++i) math::store(p + i, x.v[i]);
 }
 
+// Past the caches, to memory that is aligned to the vector: for results too large to stay in them. What other threads
+// read afterwards needs stream_fence() first.
+template <class T>
+LOSSMETA_SIMD void stream(T* p, Vec<accumulate_t<T>> x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, (__m512)x.v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return _mm256_stream_ps(p, (__m256)x.v);
+#endif
+  store(p, x);
+}
+LOSSMETA_SIMD void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Lane i reads p[i * stride]; lanes from n on are `fill`.
 template <class T>
 LOSSMETA_SIMD Vec<accumulate_t<T>> load_strided(const T* p, int64_t stride, int n, accumulate_t<T> fill) {
@@ -235,6 +262,22 @@ template <class T>
 LOSSMETA_SIMD void store_strided(T* p, int64_t stride, Vec<accumulate_t<T>> x, int n) {
   if (n == x.size && stride == 1) return store(p, x);
   for (int i = 0; i < n; ++i) math::store(p + i * stride, x.v[i]);
+}
+
+// The lower and the upper half of the lanes in float64.
+LOSSMETA_SIMD void widen(Vec<float> x, Vec<double>& low, Vec<double>& high) {
+  using V = Vec<double>::Native;
+#if defined(__AVX512F__)
+  low.v = (V)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x.v));
+  high.v = (V)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x.v, 1));
+#elif defined(__AVX2__)
+  low.v = (V)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.v));
+  high.v = (V)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.v, 1));
+#else
+  V halves[2];
+  for (int i = 0; i < 2 * low.size; ++i) halves[i / low.size][i % low.size] = x.v[i];
+  low.v = halves[0], high.v = halves[1];
+#endif
 }
 
 // ---- Reductions over the lanes, in a fixed (tree) order.
@@ -257,6 +300,68 @@ LOSSMETA_SIMD T reduce_add(Vec<T> x) {
   return x.v[0];
 }
 
+template <class T>
+LOSSMETA_SIMD bool any(Mask<T> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask.m, (__m512i)mask.m) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask.m, (__m256i)mask.m);
+#else
+  typename Vec<T>::Integer bits = 0;
+  for (int i = 0; i < Vec<T>::size; ++i) bits |= mask.m[i];
+  return bits != 0;
+#endif
+}
+
+// Lane r of the result is the sum over the lanes of rows[r]: half the rows are folded into the other half at a time.
+template <class T>
+LOSSMETA_SIMD Vec<T> reduce_add_rows(Vec<T> (&rows)[Vec<T>::size]) {
+  constexpr int size = Vec<T>::size;
+  const auto lanes = std::make_integer_sequence<int, size>();
+  for (int half = size / 2; half > 0; half /= 2) {
+    typename Vec<T>::Bits upper;
+    for (int i = 0; i < size; ++i) upper[i] = i & half ? -1 : 0;
+    for (int r = 0; r < half; ++r) {
+      const Vec<T> kept = select(Mask<T>{upper}, rows[r + half], rows[r]);
+      const Vec<T> other = select(Mask<T>{upper}, rows[r], rows[r + half]);
+      rows[r] = kept + shuffle_xor(other, half, lanes);
+    }
+  }
+  return rows[0];
+}
+
+// Lane c of row r and lane r of row c change places, one bit of r and c after the other.
+template <int bit, class V, int... lane>
+LOSSMETA_SIMD void exchange_bit(V (&rows)[V::size], std::integer_sequence<int, lane...>) {
+  for (int r = 0; r < V::size; ++r) {
+    if (r & bit) continue;
+    const typename V::Native x = rows[r].v, y = rows[r | bit].v;
+#if defined(__clang__)
+    for (int i = 0; i < V::size; ++i) {
+      rows[r].v[i] = i & bit ? y[i ^ bit] : x[i];
+      rows[r | bit].v[i] = i & bit ? y[i] : x[i ^ bit];
+    }
+#else
+    rows[r].v = __builtin_shuffle(x, y, typename V::Bits{(lane & bit ? (lane ^ bit) + V::size : lane)...});
+    rows[r | bit].v = __builtin_shuffle(x, y, typename V::Bits{(lane & bit ? lane + V::size : lane ^ bit)...});
+#endif
+  }
+}
+template <class T, int bit = Vec<T>::size / 2>
+LOSSMETA_SIMD void transpose(Vec<T> (&rows)[Vec<T>::size]) {
+  exchange_bit<bit>(rows, std::make_integer_sequence<int, Vec<T>::size>());
+  if constexpr (bit > 1) transpose<T, bit / 2>(rows);
+}
+
+// Lane r of the result is the largest lane of rows[r], NaN lanes skipped; -infinity where all are NaN.
+template <class T>
+LOSSMETA_SIMD Vec<T> reduce_max_rows(Vec<T> (&rows)[Vec<T>::size]) {
+  transpose(rows);
+  Vec<T> m(-INFINITY);
+  for (const Vec<T>& row : rows) m = max(row, m);
+  return m;
+}
+
 // NaN lanes are skipped; -infinity where all are NaN.
 template <class T>
 LOSSMETA_SIMD T reduce_max(Vec<T> x) {
@@ -264,6 +369,22 @@ LOSSMETA_SIMD T reduce_max(Vec<T> x) {
   for (int offset = x.size / 2; offset > 0; offset /= 2)
     x = max(x, shuffle_xor(x, offset, std::make_integer_sequence<int, Vec<T>::size>()));
   return x.v[0];
+}
+
+// 1/x to 2 ulp where x and 1/x are normal numbers: an estimate and a Newton step, a quarter of a division's time.
+template <class T>
+LOSSMETA_SIMD Vec<T> reciprocal(Vec<T> x) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+#if defined(__AVX512F__)
+    const Vec<T> r((typename Vec<T>::Native)_mm512_rcp14_ps((__m512)x.v));
+#else
+    const Vec<T> r((typename Vec<T>::Native)_mm256_rcp_ps((__m256)x.v));
+#endif
+    return r * (T(2) - x * r);
+  }
+#endif
+  return T(1) / x;
 }
 
 // ---- Elementary functions. float32: polynomials, relative error below 2^-22; float64: the C library per lane.
@@ -276,23 +397,41 @@ LOSSMETA_SIMD V horner(V x, const typename V::Element (&coefficients)[n]) {
   return r;
 }
 
-LOSSMETA_SIMD Vec<float> exp(Vec<float> x) {
+// exp for x below 89 (or NaN), as in a softmax, where x <= 0.
+LOSSMETA_SIMD Vec<float> exp_bounded(Vec<float> x) {
   using V = Vec<float>;
+  // What is below half the smallest subnormal is set to 0, not computed: an underflow costs over 100 cycles.
+  constexpr float lowest = -103.97f;
+  const V bounded = max(V(lowest), x);
   // e^x = 2^n e^r with n = round(x / log 2) and |r| <= log(2)/2; log 2 is split so that n log 2 is exact.
-  x = select(x < -105.f, -105.f, x);
-  x = select(x > 89.f, 89.f, x);
-  const V shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer
+  const V shifted = bounded * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer
   const V n = shifted - 12582912.f;
-  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  const V q = horner(r, {1.3926251e-3f, 8.3632329e-3f, 4.1666554e-2f, 1.6666577e-1f, 0.5f});
-  const V p = q * (r * r) + r + 1.f;
+  const V r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+  const V p = horner(r, {1.3926251e-3f, 8.3632329e-3f, 4.1666554e-2f, 1.6666577e-1f, 0.5f, 1.f, 1.f});
 #if defined(__AVX512F__)
-  return V((V::Native)_mm512_scalef_ps((__m512)p.v, (__m512)n.v));
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x.v, (__m512)V(lowest).v, _CMP_NLT_UQ);
+  return V((V::Native)_mm512_maskz_scalef_ps(kept, (__m512)p.v, (__m512)n.v));
 #else
   // Two factors of 2^(n/2) reach the subnormals and infinity.
   const V::Bits integer = shifted.bits() - V(12582912.f).bits(), half = integer >> 1;
-  return p * V::from_bits((half + 127) << 23) * V::from_bits((integer - half + 127) << 23);
+  const V y = p * V::from_bits((half + 127) << 23) * V::from_bits((integer - half + 127) << 23);
+  return select(x < lowest, 0.f, y);
 #endif
+}
+
+LOSSMETA_SIMD Vec<float> exp(Vec<float> x) { return exp_bounded(min(Vec<float>(89.f), x)); }
+
+// e^x - 1 without cancellation near 0.
+LOSSMETA_SIMD Vec<float> expm1(Vec<float> x) {
+  using V = Vec<float>;
+  // As exp: 2^n e^r - 1 = 2^n (e^r - 1) + (2^n - 1). Beyond 2^24 the 1 no longer counts, and below -17 it is all.
+  const V whole = exp(x), y = select(x < -17.f, -17.f, select(x > 17.f, 17.f, x));
+  const V shifted = y * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+  const V r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+  const V q = horner(r, {1.3926251e-3f, 8.3632329e-3f, 4.1666554e-2f, 1.6666577e-1f, 0.5f});
+  const V power = V::from_bits((shifted.bits() - V(12582912.f).bits() + 127) << 23);
+  const V small = (q * (r * r) + r) * power + (power - 1.f);
+  return select(x > 17.f, whole, select(x == x, small, x));
 }
 
 LOSSMETA_SIMD Vec<float> log(Vec<float> x) {
@@ -321,6 +460,11 @@ LOSSMETA_SIMD Vec<float> log1p_unit(Vec<float> y) {
 
 LOSSMETA_SIMD Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < x.size; ++i) x.v[i] = math::exp(x.v[i]);
+  return x;
+}
+LOSSMETA_SIMD Vec<double> exp_bounded(Vec<double> x) { return exp(x); }
+LOSSMETA_SIMD Vec<double> expm1(Vec<double> x) {
+  for (int i = 0; i < x.size; ++i) x.v[i] = math::expm1(x.v[i]);
   return x;
 }
 LOSSMETA_SIMD Vec<double> log(Vec<double> x) {

@@ -6,8 +6,6 @@
 
 namespace lossmeta {
 
-enum class Reduction : int8_t { none, mean, sum };
-
 struct ParametricCrossEntropy {
   DType dtype;               // of logits; everything else is in its accumulation type
   bool sigmoid;

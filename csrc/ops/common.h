@@ -9,6 +9,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <array>
 #include <optional>
 #include <sstream>
@@ -110,7 +114,15 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
                                device_index, &handle) != 0)
     fail("out of memory: could not allocate ", stride, " elements");
-  return Tensor(handle);
+  Tensor result(handle);
+#if defined(__linux__) && !defined(LOSSMETA_BACKEND_CUDA)
+  // Fresh memory comes page by page, at a microsecond each, which would cost more than the kernel that fills it.
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(result.data_ptr()) + page - 1) / page * page;
+  const int64_t bytes = stride * int64_t(result.element_size());
+  if (bytes >= (4 << 20)) madvise(reinterpret_cast<void*>(begin), size_t(bytes) - page, MADV_HUGEPAGE);
+#endif
+  return result;
 }
 
 // Labels in [0, classes) or equal to ignore_index; the first that is neither is named. On CUDA looking would

@@ -85,7 +85,10 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         """The differentiable outputs, by the cheapest path that is right where it is called."""
         if torch.compiler.is_compiling():
-            return self._outputs(self.op(*args))
+            if self.differentiable:
+                return self._outputs(self.op(*args))
+            with torch.no_grad():
+                return self._outputs(self.op(*args))
         if _functorch.peek_interpreter_stack() is not None:
             if self.differentiable and _is_first_order():
                 return self._outputs(self._transformed.apply(*args))
@@ -94,7 +97,8 @@ class Operator:
             return self.reference(*args)
         if self.differentiable and torch.is_grad_enabled():
             return self._eager.apply(*args)
-        return self._outputs(self.op(*args))
+        with _BelowAutograd():  # the result of an operator without gradient does not require one
+            return self._outputs(self.op(*args))
 
     def _outputs(self, results: Any) -> Any:
         if not isinstance(results, (tuple, list)):

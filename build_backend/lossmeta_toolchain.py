@@ -1,0 +1,279 @@
+"""Decides what is built and with what: torch, CMake, CUDA, jobs. Standard library only, and torch is never imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MINIMUM_TORCH = (2, 10)
+MINIMUM_CMAKE = (3, 22)
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+GIB_PER_JOB = 2
+
+# torch's names for families of architectures.
+_FAMILIES = {
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+
+
+class BuildError(RuntimeError):
+    """The build cannot go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch, as its own version.py describes it."""
+
+    directory: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def is_supported(self) -> bool:
+        return _numbers(self.version) >= MINIMUM_TORCH
+
+
+@dataclass(frozen=True)
+class CudaChoice:
+    """Whether the CUDA operators are built, and why."""
+
+    reason: str
+    compiler: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of one build."""
+
+    torch: Torch
+    cmake: Path
+    ninja: Path
+    cuda: CudaChoice
+    architectures: str
+    jobs: int
+    why_jobs: str
+
+    def describe(self) -> list[str]:
+        lines = [
+            f"torch {self.torch.version} in {self.torch.directory}",
+            f"CUDA operators: {'yes' if self.cuda.compiler else 'no'}: {self.cuda.reason}",
+            f"parallel jobs: {self.jobs} ({self.why_jobs})",
+        ]
+        if self.cuda.compiler:
+            lines.insert(2, f"CUDA architectures: {self.architectures}")
+        return lines
+
+    def cmake_options(self) -> list[str]:
+        import pybind11  # a build requirement of pyproject.toml, not needed to decide
+
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": self.ninja,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TORCH_DIR": self.torch.directory,
+            "LOSSMETA_BUILD_CUDA": "ON" if self.cuda.compiler else "OFF",
+        }
+        if self.cuda.compiler:
+            options["CMAKE_CUDA_COMPILER"] = self.cuda.compiler
+            options["CMAKE_CUDA_ARCHITECTURES"] = self.architectures
+        return [f"-D{name}={value}" for name, value in options.items()]
+
+
+def plan_build(environ: Mapping[str, str] = os.environ) -> Plan:
+    torch = find_torch(environ)
+    if torch is None:
+        raise BuildError("torch 2.10 or later was not found: install it, or name its folder in LOSSMETA_TORCH_DIR")
+    cmake, ninja = find_tool("cmake", MINIMUM_CMAKE), find_tool("ninja", ())
+    if cmake is None or ninja is None:
+        raise BuildError('CMake 3.22 or later and Ninja were not found: pip install "cmake>=3.22" ninja')
+    nvcc = find_nvcc(environ)
+    cuda = choose_cuda(torch, nvcc, nvcc_version(nvcc) if nvcc else None, environ)
+    architectures = cuda_architectures(environ.get("TORCH_CUDA_ARCH_LIST"))
+    return Plan(torch, cmake, ninja, cuda, architectures, *parallel_jobs(environ))
+
+
+def find_torch(environ: Mapping[str, str] = os.environ) -> Torch | None:
+    """The torch to build against: LOSSMETA_TORCH_DIR, else the target environment's, else this process's own."""
+    named = environ.get("LOSSMETA_TORCH_DIR")
+    if named:
+        torch = _read_torch(Path(named))
+        if torch is None:
+            raise BuildError(
+                f"LOSSMETA_TORCH_DIR={named} is not a torch package: expected version.py and include/ in that folder"
+            )
+        if not torch.is_supported:
+            raise BuildError(f"LOSSMETA_TORCH_DIR={named} holds torch {torch.version}; lossmeta needs 2.10 or later")
+        return torch
+    for isolated in (False, True):
+        torch = _probe_torch(environ, isolated)
+        if torch is not None and torch.is_supported:
+            return torch
+    return None
+
+
+def find_tool(name: str, minimum: tuple[int, ...]) -> Path | None:
+    """The program `name` on PATH, if it runs and is new enough.
+
+    It is run rather than looked at: under build isolation a Python wrapper of the target environment is found on PATH
+    but cannot import its own package.
+    """
+    path = shutil.which(name)
+    if path is None:
+        return None
+    answer = _output([path, "--version"])
+    version = re.search(r"\d+\.\d+(\.\d+)?", answer)
+    return Path(path) if version and _numbers(version.group()) >= minimum else None
+
+
+def find_nvcc(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """nvcc of CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, in this order."""
+    if environ.get("CUDACXX"):
+        return Path(environ["CUDACXX"])
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(variable):
+            nvcc = Path(environ[variable]) / "bin" / "nvcc"
+            if not nvcc.exists():
+                raise BuildError(f"{variable}={environ[variable]} has no bin/nvcc; correct it or unset it")
+            return nvcc
+    found = shutil.which("nvcc", path=environ.get("PATH")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return Path(found) if found else None
+
+
+def nvcc_version(nvcc: Path) -> str:
+    release = re.search(r"release (\d+\.\d+)", _output([str(nvcc), "--version"]))
+    if release is None:
+        raise BuildError(f"{nvcc} --version names no CUDA release")
+    return release.group(1)
+
+
+def choose_cuda(
+    torch: Torch, nvcc: Path | None, nvcc_release: str | None, environ: Mapping[str, str] = os.environ
+) -> CudaChoice:
+    """Whether to build the CUDA operators. Never asks whether this machine has a GPU."""
+    if environ.get("LOSSMETA_CUDA") == "0":
+        return CudaChoice("LOSSMETA_CUDA=0")
+    forced = environ.get("FORCE_CUDA") == "1"
+    if torch.cuda is None and not forced:
+        return CudaChoice(f"torch {torch.version} is built without CUDA; FORCE_CUDA=1 builds them all the same")
+    if nvcc is None or nvcc_release is None:
+        if forced:
+            raise BuildError("FORCE_CUDA=1, but nvcc was not found: put it on PATH, or set CUDA_HOME")
+        return CudaChoice(
+            f"torch {torch.version} is built with CUDA {torch.cuda}, but nvcc was not found: "
+            "put it on PATH or set CUDA_HOME, and install again"
+        )
+    if torch.cuda is not None and torch.cuda.split(".")[0] != nvcc_release.split(".")[0]:
+        raise BuildError(
+            f"the CUDA toolkit is {nvcc_release} ({nvcc}) but torch {torch.version} is built with CUDA {torch.cuda}: "
+            f"their major versions must be equal. Point CUDA_HOME to a CUDA {torch.cuda.split('.')[0]} toolkit, "
+            "or build without CUDA operators with LOSSMETA_CUDA=0"
+        )
+    why = "FORCE_CUDA=1" if forced else f"torch {torch.version} is built with CUDA {torch.cuda}"
+    return CudaChoice(f"{why}; nvcc {nvcc_release} at {nvcc}", nvcc)
+
+
+def cuda_architectures(listed: str | None) -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "Hopper") as CMAKE_CUDA_ARCHITECTURES ("80-real;90")."""
+    listed = listed or DEFAULT_ARCHITECTURES
+    for family, members in _FAMILIES.items():
+        listed = re.sub(rf"\b{family}\b", members, listed)
+    chosen = []
+    for item in re.split(r"[;,\s]+", listed.strip("; ")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if match is None:
+            raise BuildError(
+                f'TORCH_CUDA_ARCH_LIST: expected items like "8.0", "9.0a" or "9.0+PTX", or one of '
+                f"{', '.join(_FAMILIES)}, got {item!r}"
+            )
+        major, minor, suffix, ptx = match.groups()
+        chosen.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
+    return ";".join(dict.fromkeys(chosen))
+
+
+def parallel_jobs(environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """How many compilers run at once, and why: one per core, and 2 GiB of memory for each. MAX_JOBS overrides."""
+    if environ.get("MAX_JOBS"):
+        try:
+            jobs = int(environ["MAX_JOBS"])
+        except ValueError:
+            jobs = 0
+        if jobs < 1:
+            raise BuildError(f"MAX_JOBS: expected a positive number, got {environ['MAX_JOBS']!r}")
+        return jobs, "MAX_JOBS"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = _available_memory()
+    if memory is None:
+        return cores, f"{cores} cores"
+    gib = memory / 2**30
+    return max(1, min(cores, int(gib / GIB_PER_JOB))), f"{cores} cores, {gib:.1f} GiB of memory, {GIB_PER_JOB} a job"
+
+
+def _available_memory() -> int | None:
+    """Bytes that are free, or left in this control group."""
+    limits = []
+    try:
+        limits.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1)))
+    except (OSError, AttributeError):
+        pass
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limits.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+        except (OSError, ValueError):
+            pass
+    return min(limits, default=None)
+
+
+_PROBE = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+
+
+def _probe_torch(environ: Mapping[str, str], isolated: bool) -> Torch | None:
+    """Where a child interpreter finds torch. pip isolates a build by PYTHONPATH alone: without it the child sees the
+    environment that pip installs into."""
+    child = dict(environ)
+    if not isolated:
+        for variable in ("PYTHONPATH", "PYTHONNOUSERSITE"):
+            child.pop(variable, None)
+    # Not from the current folder: `-c` would search it for a package named torch.
+    origin = _output([sys.executable, "-c", _PROBE], env=child, cwd=os.path.sep).strip()
+    return _read_torch(Path(origin).parent) if origin else None
+
+
+def _read_torch(directory: Path) -> Torch | None:
+    try:
+        text = (directory / "version.py").read_text()
+    except OSError:
+        return None
+    if not (directory / "include" / "torch" / "csrc").is_dir():
+        return None
+    value = {
+        name: re.search(rf"^{name}\s*(?::[^=]+)?=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+        for name in ("__version__", "cuda")
+    }
+    version, cuda = value["__version__"], value["cuda"]
+    return Torch(directory.resolve(), version.group(1), cuda.group(1) if cuda else None) if version else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+
+
+def _output(command: list[str], **options: object) -> str:
+    """Standard output of a command that succeeds, else nothing."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    except OSError:
+        return ""
+    return str(result.stdout) if result.returncode == 0 else ""
