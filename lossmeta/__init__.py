@@ -1,7 +1,7 @@
 """Losses that adapt while a PyTorch model trains."""
 
-import lossmeta._source_folder  # first: from the bare source folder it leads to the installed package
-from lossmeta import ops
+from lossmeta import losses, metrics, ops
+from lossmeta._info import info
 
-__all__ = ["ops"]
+__all__ = ["info", "losses", "metrics", "ops"]
 __version__ = "0.1.0"

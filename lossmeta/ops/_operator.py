@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,26 @@ class FallbackWarning(UserWarning):
 
 
 OPERATORS: dict[str, Operator] = {}
+_debugging = os.environ.get("LOSSMETA_DEBUG", "") not in ("", "0")
+
+
+@contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Checks on a GPU what would otherwise be left unlooked at, such as labels out of range.
+
+    The arguments are copied to the CPU, which synchronises, and the CPU operator raises what it finds. The environment
+    variable ``LOSSMETA_DEBUG=1`` does the same for a whole program.
+
+    Example:
+        >>> with lossmeta.ops.debug():
+        ...     loss = lossmeta.ops.parametric_cross_entropy(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.eye(3))
+    """
+    global _debugging
+    before, _debugging = _debugging, enabled
+    try:
+        yield
+    finally:
+        _debugging = before
 
 
 class Operator:
@@ -41,6 +63,9 @@ class Operator:
         num_outputs: how many of the results are differentiable.
         vmap: batching rule ``(info, in_dims, *args) -> (outputs, out_dims)``; without it the batch is looped over.
         vmap_backward: the same for the backward operator.
+        shortcut: ``(i, rule)`` where output ``i`` already holds the gradient of the first differentiable argument:
+            ``rule(output, grad_outputs)`` returns it, or ``None`` where it needs the backward operator after all. Its
+            own derivative with respect to the output goes through the operator's first backward: no reference.
     """
 
     def __init__(
@@ -54,6 +79,7 @@ class Operator:
         num_outputs: int = 1,
         vmap: Callable[..., Any] | None = None,
         vmap_backward: Callable[..., Any] | None = None,
+        shortcut: tuple[int, Callable[..., Tensor | None]] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -61,6 +87,7 @@ class Operator:
         self.differentiable = tuple(differentiable)
         self.num_tensors = num_tensors
         self.num_outputs = num_outputs
+        self.shortcut = shortcut
         self.op = getattr(torch.ops.lossmeta, name).default
         OPERATORS[name] = self
         torch.library.register_fake(f"lossmeta::{name}", self._checked_fake)
@@ -99,6 +126,11 @@ class Operator:
             return self._eager.apply(*args)
         with _BelowAutograd():  # the result of an operator without gradient does not require one
             return self._outputs(self.op(*args))
+
+    @torch.no_grad()
+    def _check_on_cpu(self, args: Sequence[Any]) -> None:
+        if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+            self.op(*(a.cpu() if isinstance(a, Tensor) else a for a in args))
 
     def _outputs(self, results: Any) -> Any:
         if not isinstance(results, (tuple, list)):

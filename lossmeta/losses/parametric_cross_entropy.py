@@ -1,0 +1,104 @@
+"""Parametric cross-entropy (ALA, Eq. 6) as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lossmeta.losses._parameters import register
+from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, choice
+from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
+
+
+class ParametricCrossEntropy(nn.Module):
+    r"""Cross-entropy whose class correlations :math:`\Phi` adapt (ALA, Eq. 6), for ``CrossEntropyLoss``.
+
+    .. math:: \ell = -\sigma\bigl(y^\top \Phi \log \mathrm{softmax}(x)\bigr)
+
+    :math:`\Phi` starts as the identity. A positive :math:`\Phi(i, j)` rewards class j where class i is true,
+    a negative one penalises that confusion. ``phi`` is a buffer, which no optimizer finds among the
+    parameters and a controller sets (``loss.phi.copy_(...)``); with ``learnable=True`` it is a parameter.
+    Either way it is in ``state_dict()``.
+
+    Args:
+        num_classes: C.
+        activation: ``"sigmoid"`` (the paper's) or ``"identity"``, with which :math:`\Phi = I` is plain
+            cross-entropy.
+        learnable: whether ``phi`` is a parameter instead of a buffer.
+        weight: weight per class, ``[C]``.
+        ignore_index: label that contributes neither loss nor gradient.
+        label_smoothing: in [0, 1].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        device: where ``phi`` is made.
+        dtype: dtype of ``phi``.
+
+    Shape:
+        Those of :class:`torch.nn.CrossEntropyLoss`: logits ``[C]``, ``[N, C]`` or ``[N, C, d...]`` with class
+        indices or probabilities.
+
+    Raises:
+        ValueError: for an option outside the values above.
+        RuntimeError: when called, for shapes, dtypes, devices or labels that do not fit.
+
+    Example:
+        >>> criterion = ParametricCrossEntropy(num_classes=3)  # was: torch.nn.CrossEntropyLoss()
+        >>> logits = torch.randn(8, 3, requires_grad=True)
+        >>> criterion(logits, torch.randint(3, (8,))).backward()
+    """
+
+    phi: Tensor
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        activation: str = "sigmoid",
+        learnable: bool = False,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        choice("ParametricCrossEntropy", "activation", activation, ACTIVATIONS)
+        choice("ParametricCrossEntropy", "reduction", reduction, REDUCTIONS)
+        if num_classes < 1:
+            raise ValueError(f"ParametricCrossEntropy: num_classes must be at least 1, got {num_classes}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(
+                f"ParametricCrossEntropy: label_smoothing must lie in [0, 1], got {label_smoothing}"
+            )
+        if weight is not None and weight.shape != (num_classes,):
+            raise ValueError(
+                f"ParametricCrossEntropy: weight must be [{num_classes}], got {list(weight.shape)}"
+            )
+        self.num_classes = num_classes
+        self.activation = activation
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        register(self, "phi", torch.eye(num_classes, device=device, dtype=dtype), learnable)
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return parametric_cross_entropy(
+            logits,
+            target,
+            self.phi,
+            activation=self.activation,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, activation={self.activation!r}, "
+            f"learnable={isinstance(self.phi, nn.Parameter)}, weighted={self.weight is not None}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
+            f"reduction={self.reduction!r}"
+        )

@@ -1,0 +1,1 @@
+"""Experiments: the quickstart, and one file per table or figure of the papers."""
