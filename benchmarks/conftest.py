@@ -8,6 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+import lossmeta
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info["lossmeta"] = lossmeta.info()
+
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
 def threads(request: pytest.FixtureRequest) -> Any:

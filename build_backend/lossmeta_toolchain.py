@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,12 +93,13 @@ class Plan:
 def plan_build(environ: Mapping[str, str] = os.environ) -> Plan:
     torch = find_torch(environ)
     if torch is None:
-        raise BuildError("torch 2.10 or later was not found: install it, or name its folder in LOSSMETA_TORCH_DIR")
+        raise BuildError(
+            "torch 2.10 or later was not found: install it, or name its folder in LOSSMETA_TORCH_DIR"
+        )
     cmake, ninja = find_tool("cmake", MINIMUM_CMAKE), find_tool("ninja", ())
     if cmake is None or ninja is None:
         raise BuildError('CMake 3.22 or later and Ninja were not found: pip install "cmake>=3.22" ninja')
-    nvcc = find_nvcc(environ)
-    cuda = choose_cuda(torch, nvcc, nvcc_version(nvcc) if nvcc else None, environ)
+    cuda = choose_cuda(torch, environ)
     architectures = cuda_architectures(environ.get("TORCH_CUDA_ARCH_LIST"))
     return Plan(torch, cmake, ninja, cuda, architectures, *parallel_jobs(environ))
 
@@ -112,7 +114,9 @@ def find_torch(environ: Mapping[str, str] = os.environ) -> Torch | None:
                 f"LOSSMETA_TORCH_DIR={named} is not a torch package: expected version.py and include/ in that folder"
             )
         if not torch.is_supported:
-            raise BuildError(f"LOSSMETA_TORCH_DIR={named} holds torch {torch.version}; lossmeta needs 2.10 or later")
+            raise BuildError(
+                f"LOSSMETA_TORCH_DIR={named} holds torch {torch.version}; lossmeta needs 2.10 or later"
+            )
         return torch
     for isolated in (False, True):
         torch = _probe_torch(environ, isolated)
@@ -156,30 +160,32 @@ def nvcc_version(nvcc: Path) -> str:
     return release.group(1)
 
 
-def choose_cuda(
-    torch: Torch, nvcc: Path | None, nvcc_release: str | None, environ: Mapping[str, str] = os.environ
-) -> CudaChoice:
+def choose_cuda(torch: Torch, environ: Mapping[str, str] = os.environ) -> CudaChoice:
     """Whether to build the CUDA operators. Never asks whether this machine has a GPU."""
     if environ.get("LOSSMETA_CUDA") == "0":
         return CudaChoice("LOSSMETA_CUDA=0")
     forced = environ.get("FORCE_CUDA") == "1"
     if torch.cuda is None and not forced:
-        return CudaChoice(f"torch {torch.version} is built without CUDA; FORCE_CUDA=1 builds them all the same")
-    if nvcc is None or nvcc_release is None:
+        return CudaChoice(
+            f"torch {torch.version} is built without CUDA; FORCE_CUDA=1 builds them all the same"
+        )
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
         if forced:
             raise BuildError("FORCE_CUDA=1, but nvcc was not found: put it on PATH, or set CUDA_HOME")
         return CudaChoice(
             f"torch {torch.version} is built with CUDA {torch.cuda}, but nvcc was not found: "
             "put it on PATH or set CUDA_HOME, and install again"
         )
-    if torch.cuda is not None and torch.cuda.split(".")[0] != nvcc_release.split(".")[0]:
+    toolkit = nvcc_version(nvcc)
+    if torch.cuda is not None and torch.cuda.split(".")[0] != toolkit.split(".")[0]:
         raise BuildError(
-            f"the CUDA toolkit is {nvcc_release} ({nvcc}) but torch {torch.version} is built with CUDA {torch.cuda}: "
+            f"the CUDA toolkit is {toolkit} ({nvcc}) but torch {torch.version} is built with CUDA {torch.cuda}: "
             f"their major versions must be equal. Point CUDA_HOME to a CUDA {torch.cuda.split('.')[0]} toolkit, "
             "or build without CUDA operators with LOSSMETA_CUDA=0"
         )
     why = "FORCE_CUDA=1" if forced else f"torch {torch.version} is built with CUDA {torch.cuda}"
-    return CudaChoice(f"{why}; nvcc {nvcc_release} at {nvcc}", nvcc)
+    return CudaChoice(f"{why}; nvcc {toolkit} at {nvcc}", nvcc)
 
 
 def cuda_architectures(listed: str | None) -> str:
@@ -215,24 +221,23 @@ def parallel_jobs(environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
     if memory is None:
         return cores, f"{cores} cores"
     gib = memory / 2**30
-    return max(1, min(cores, int(gib / GIB_PER_JOB))), f"{cores} cores, {gib:.1f} GiB of memory, {GIB_PER_JOB} a job"
+    jobs = max(1, min(cores, int(gib / GIB_PER_JOB)))
+    return jobs, f"{cores} cores, {gib:.1f} GiB of memory, {GIB_PER_JOB} GiB a job"
 
 
 def _available_memory() -> int | None:
     """Bytes that are free, or left in this control group."""
     limits = []
-    try:
-        limits.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1)))
-    except (OSError, AttributeError):
-        pass
+    with suppress(OSError):
+        limits += [
+            1024 * int(n) for n in re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        ]
     for limit, usage in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
-        try:
+        with suppress(OSError, ValueError):  # "max" where there is no limit
             limits.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
-        except (OSError, ValueError):
-            pass
     return min(limits, default=None)
 
 

@@ -1,5 +1,6 @@
 """Losses that adapt while a PyTorch model trains."""
 
+import lossmeta._source_folder  # noqa: F401 - first: from the bare source folder it leads to the installed one
 from lossmeta import losses, metrics, ops
 from lossmeta._info import info
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 try:
-    from lossmeta import _core
+    from lossmeta import _core  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "lossmeta is not built here: its compiled core lossmeta._core could not be imported "
-        f"({error}). Install it with `python -m pip install .`, and do not import it from its source folder."
+        f"({error}). Install it with `python -m pip install .`."
     ) from error
 
 
@@ -41,5 +41,5 @@ why_no_cuda = _load_cuda()
 def why_no_kernel(device_type: str) -> str:
     """The reason why a device has no compiled kernels, and the fix."""
     if device_type == "cuda":
-        return why_no_cuda or "The CUDA operators are loaded."
+        return why_no_cuda or "The CUDA library is loaded, but this operator has no kernel in it."
     return f"lossmeta has kernels for cpu and cuda only: move the tensors there from {device_type}."

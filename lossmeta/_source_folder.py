@@ -20,7 +20,11 @@ def _use_installed() -> None:
         return
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE.parent]
     spec = PathFinder.find_spec("lossmeta", elsewhere)
-    if spec is None or spec.loader is None or not PathFinder.find_spec("lossmeta._core", spec.submodule_search_locations):
+    if (
+        spec is None
+        or spec.loader is None
+        or not PathFinder.find_spec("lossmeta._core", spec.submodule_search_locations)
+    ):
         return
     source = sys.modules["lossmeta"]
     sys.modules["lossmeta"] = installed = module_from_spec(spec)

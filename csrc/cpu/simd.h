@@ -237,8 +237,10 @@ template <class T>
 LOSSMETA_SIMD void stream(T* p, Vec<accumulate_t<T>> x) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, (__m512)x.v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_stream_pd(p, (__m512d)x.v);
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>) return _mm256_stream_ps(p, (__m256)x.v);
+  if constexpr (std::is_same_v<T, double>) return _mm256_stream_pd(p, (__m256d)x.v);
 #endif
   store(p, x);
 }
@@ -256,6 +258,23 @@ LOSSMETA_SIMD Vec<accumulate_t<T>> load_strided(const T* p, int64_t stride, int 
   accumulate_t<T> buffer[V::size];
   for (int i = 0; i < V::size; ++i) buffer[i] = i < n ? math::load(p + i * stride) : fill;
   return load(buffer);
+}
+
+// Lane i reads p[index[i]].
+template <class T>
+LOSSMETA_SIMD Vec<T> gather(const T* p, typename Vec<T>::Bits index) {
+  using V = Vec<T>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return V((typename V::Native)_mm512_i32gather_ps((__m512i)index, p, 4));
+  else return V((typename V::Native)_mm512_i64gather_pd((__m512i)index, p, 8));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return V((typename V::Native)_mm256_i32gather_ps(p, (__m256i)index, 4));
+  else return V((typename V::Native)_mm256_i64gather_pd(p, (__m256i)index, 8));
+#else
+  V r;
+  for (int i = 0; i < V::size; ++i) r.v[i] = p[index[i]];
+  return r;
+#endif
 }
 
 template <class T>
@@ -277,6 +296,48 @@ LOSSMETA_SIMD void widen(Vec<float> x, Vec<double>& low, Vec<double>& high) {
   V halves[2];
   for (int i = 0; i < 2 * low.size; ++i) halves[i / low.size][i % low.size] = x.v[i];
   low.v = halves[0], high.v = halves[1];
+#endif
+}
+
+// ---- Tables. An index is a vector of integers as wide as T.
+
+// Rounds towards zero.
+template <class T>
+LOSSMETA_SIMD typename Vec<T>::Bits truncate(Vec<T> x) {
+  return __builtin_convertvector(x.v, typename Vec<T>::Bits);
+}
+
+// Bit i is set where lane i of the mask is.
+template <class T>
+LOSSMETA_SIMD uint32_t lane_bits(Mask<T> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)mask.m);
+  else return _mm512_movepi64_mask((__m512i)mask.m);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)mask.m));
+  else return uint32_t(_mm256_movemask_pd((__m256d)mask.m));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Vec<T>::size; ++i) bits |= uint32_t(mask.m[i] & 1) << i;
+  return bits;
+#endif
+}
+template <class T>
+LOSSMETA_SIMD bool all(Mask<T> mask) {
+  return lane_bits(mask) == (1u << Vec<T>::size) - 1;
+}
+
+// gather() for 0 <= index[i] < 2 * size, from two registers.
+template <class T>
+LOSSMETA_SIMD Vec<T> permute(Vec<T> low, Vec<T> high, typename Vec<T>::Bits index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>((typename Vec<T>::Native)_mm512_permutex2var_ps((__m512)low.v, (__m512i)index, (__m512)high.v));
+  else return Vec<T>((typename Vec<T>::Native)_mm512_permutex2var_pd((__m512d)low.v, (__m512i)index, (__m512d)high.v));
+#else
+  Vec<T> r;
+  for (int i = 0; i < r.size; ++i) r.v[i] = index[i] < r.size ? low.v[index[i]] : high.v[index[i] - r.size];
+  return r;
 #endif
 }
 
@@ -454,7 +515,7 @@ LOSSMETA_SIMD Vec<float> log(Vec<float> x) {
 
 // log(1 + y) for y in [0, 1] (as softplus needs it): 2 atanh(y / (2 + y)).
 LOSSMETA_SIMD Vec<float> log1p_unit(Vec<float> y) {
-  const Vec<float> s = y / (y + 2.f);
+  const Vec<float> s = y * reciprocal(y + 2.f);
   return s * horner(s * s, {2.4393908e-1f, 2.1398561e-1f, 2.8620207e-1f, 3.9998711e-1f, 6.6666679e-1f, 2.f});
 }
 

@@ -71,6 +71,7 @@ struct LossNetwork {
 // The stated error of the table's slope, relative to the largest slope on [0, 1].
 constexpr double loss_network_table_bound = 1e-5;
 
+inline int64_t loss_network_nodes(int64_t intervals) { return 2 * (intervals + 3); }
 inline int64_t loss_network_table_size(int64_t intervals) { return 2 * 5 * intervals + 1; }
 
 // Scratch that the CUDA kernels want for a call with these arguments, in elements of A.

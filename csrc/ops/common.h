@@ -130,7 +130,10 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
 inline void check_labels(const int64_t* labels,  // [count]
                          int64_t count, int64_t classes, int64_t ignore_index, const char* op) {
 #ifndef LOSSMETA_BACKEND_CUDA
-  for (int64_t i = 0; i < count; ++i) {
+  // Counted without a branch first: this loop runs over every label of every call.
+  int64_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad += (uint64_t(labels[i]) >= uint64_t(classes)) & (labels[i] != ignore_index);
+  for (int64_t i = 0; bad && i < count; ++i) {
     const int64_t label = labels[i];
     LOSSMETA_CHECK((label >= 0 && label < classes) || label == ignore_index, op, ": labels must lie in [0, ", classes,
                    "), got ", label, " at index ", i);

@@ -1,5 +1,7 @@
 """Losses as modules: each takes the place of one from ``torch.nn`` or of a metric-learning loss."""
 
+from lossmeta.losses.distance_mixture import DistanceMixtureLoss
 from lossmeta.losses.parametric_cross_entropy import ParametricCrossEntropy
+from lossmeta.losses.taylor import TaylorLoss
 
-__all__ = ["ParametricCrossEntropy"]
+__all__ = ["DistanceMixtureLoss", "ParametricCrossEntropy", "TaylorLoss"]

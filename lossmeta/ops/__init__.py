@@ -1,6 +1,20 @@
 """The compiled operators. Each is a function here and ``torch.ops.lossmeta.<name>`` beneath."""
 
 from lossmeta.ops._operator import FallbackWarning, debug
+from lossmeta.ops.class_confusion import class_confusion
+from lossmeta.ops.distance_mixture import distance_mixture
+from lossmeta.ops.gaussian_curvature import gaussian_curvature
+from lossmeta.ops.loss_network import loss_network
 from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
+from lossmeta.ops.perturb import perturb
 
-__all__ = ["FallbackWarning", "debug", "parametric_cross_entropy"]
+__all__ = [
+    "FallbackWarning",
+    "class_confusion",
+    "debug",
+    "distance_mixture",
+    "gaussian_curvature",
+    "loss_network",
+    "parametric_cross_entropy",
+    "perturb",
+]

@@ -145,7 +145,7 @@ class Operator:
         for argument, tensor in tensors[1:]:
             if tensor.device != reference.device:
                 raise RuntimeError(
-                    f"{self.name}: {argument.name} and {first.name} must be on the same device, "
+                    f"{self.name.rstrip('_')}: {argument.name} and {first.name} must be on the same device, "
                     f"got {tensor.device} and {reference.device}; move one with .to()"
                 )
         return self.fake(*args)
@@ -192,7 +192,7 @@ class Operator:
         if not self.num_tensors:
             return self.reference(*args)
         results = self.fake(*args)
-        if isinstance(results, Tensor):
+        if results is None or isinstance(results, Tensor):
             return self.reference(*args)
         outputs = self.reference(*args)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
@@ -250,11 +250,46 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
     differentiable = operator.differentiable
     num_arguments = len(op._schema.arguments)
 
-    def scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    shortcut = operator.shortcut
+
+    def is_wanted(ctx: Any, i: int) -> bool:
+        """Whether this backward pass leads to argument ``i``."""
+        if not ctx.needs_input_grad[i]:
+            return False
+        try:
+            return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+        except RuntimeError:  # what it raises, slowly, for a leaf that is wanted
+            return True
+
+    def wanted(ctx: Any) -> list[bool]:
+        needs = [ctx.needs_input_grad[i] for i in differentiable]
+        # A meta-gradient asks for the first argument alone, or for the others alone; these come out of one kernel.
+        if shortcut and not any(is_wanted(ctx, i) for i in differentiable[1:]):
+            needs[1:] = [False] * (len(needs) - 1)
+        if shortcut:
+            needs[0] = is_wanted(ctx, differentiable[0])
+        return needs
+
+    def saved_results(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (*results[num_outputs:], *([results[shortcut[0]]] if shortcut else ()))
+
+    def gradients(
+        ctx: Any, needs: list[bool], grads: Sequence[Any], run: Callable[..., Any]
+    ) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * num_arguments
-        for i, g, need in zip(differentiable, grads, needs, strict=True):
-            if need:
-                result[i] = g
+        if all(g is None for g in grads):
+            return tuple(result)
+        saved = ctx.saved_tensors
+        if shortcut:
+            *saved, output = saved
+            if needs[0]:
+                result[differentiable[0]] = shortcut[1](output, grads)
+                needs[0] = result[differentiable[0]] is None
+        if any(needs):
+            values = run(*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)
+            for i, g, need in zip(differentiable, values, needs, strict=True):
+                if need:
+                    result[i] = g
         return tuple(result)
 
     class Eager(torch.autograd.Function):
@@ -262,22 +297,18 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
         def forward(ctx: Any, *args: Any) -> Any:
             with _BelowAutograd():
                 results = op(*args)
-            ctx.save_for_backward(*args[:num_tensors], *results[num_outputs:])
+            ctx.save_for_backward(*args[:num_tensors], *saved_results(results))
             ctx.options = args[num_tensors:]
             ctx.set_materialize_grads(False)
             return results[0] if num_outputs == 1 else tuple(results[:num_outputs])
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if all(g is None for g in grads):
-                return (None,) * num_arguments
-            saved = ctx.saved_tensors
-            needs = [ctx.needs_input_grad[i] for i in differentiable]
-            args = (*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)
+            needs = wanted(ctx)
             if torch.is_grad_enabled():
-                return scatter(backward_op(*args), needs)
+                return gradients(ctx, needs, grads, backward_op)
             with _BelowAutograd():
-                return scatter(backward_op(*args), needs)
+                return gradients(ctx, needs, grads, backward_op)
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -288,21 +319,17 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs[:num_tensors], *output[num_outputs:])
+            ctx.save_for_backward(*inputs[:num_tensors], *saved_results(output))
             ctx.options = tuple(inputs[num_tensors:])
             ctx.mark_non_differentiable(*output[num_outputs:])
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if all(g is None for g in grads):
-                return (None,) * num_arguments
-            saved = ctx.saved_tensors
+            transformed = _functorch.peek_interpreter_stack() is not None
             needs = [ctx.needs_input_grad[i] for i in differentiable]
-            args = (*grads[:num_outputs], *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)
-            if _functorch.peek_interpreter_stack() is None:
-                return scatter(backward_op(*args), needs)
-            return scatter(TransformedBackward.apply(*args), needs)
+            run = TransformedBackward.apply if transformed else backward_op
+            return gradients(ctx, needs, grads[:num_outputs], run)
 
     class TransformedBackward(torch.autograd.Function):
         generate_vmap_rule = True

@@ -96,7 +96,7 @@ def penalise_confusions(loss: ParametricCrossEntropy, logits: Tensor, labels: Te
     :math:`e^{-C_{ij}}` is the geometric mean of the probability that images of class i give to class j.
     """
     sums, counts = class_confusion(logits, labels)
-    probability = (-sums / counts).exp().nan_to_num(0)  # 0 for a class that the set lacks
+    probability = (-sums / counts[:, None]).exp().nan_to_num(0)  # 0 for a class that the set lacks
     similarity = ((probability + probability.T) / 2).fill_diagonal_(0)
     loss.phi.copy_(torch.eye(CLASSES, device=similarity.device) - similarity)
 

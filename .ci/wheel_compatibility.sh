@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# A wheel built against an older CPU torch, in an environment with a newer CUDA torch: both libraries load, kernels are
+# registered for the GPU though there is none, and the fast tests pass.
+#   .ci/wheel_compatibility.sh WHEEL NEW_ENVIRONMENT
+set -euo pipefail
+wheel=$1
+environment=$2
+newer=${LOSSMETA_NEWER_TORCH:-2.14.1}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+"${PYTHON:-python3}" -m venv "$environment"
+trap 'rm -rf "$environment"' EXIT
+if ! "$environment/bin/pip" install -q "torch==$newer" > "$environment/torch.log" 2>&1; then
+  echo "SKIPPED: torch $newer could not be installed: $(tail -1 "$environment/torch.log")"
+  exit 0
+fi
+"$environment/bin/pip" install -q "$wheel[test]"
+cd "$environment"
+"$environment/bin/python" - <<'PY'
+import glob
+import os
+
+import torch
+
+import lossmeta
+from lossmeta import _build
+from lossmeta.ops._operator import OPERATORS
+
+registered = torch._C._dispatch_has_kernel_for_dispatch_key
+package = os.path.dirname(lossmeta.__file__)
+print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), lossmeta in {package}")
+if not glob.glob(f"{package}/_cuda*.so"):
+    print("the wheel has no CUDA library: nothing to load")
+elif torch.version.cuda is None:
+    raise SystemExit("this torch is built without CUDA: it cannot show that the CUDA library loads")
+else:
+    assert _build.why_no_cuda is None, _build.why_no_cuda
+    for name in sorted(OPERATORS):
+        keys = [key for key in ("CPU", "CUDA") if registered(f"lossmeta::{name}", key)]
+        print(f"{name}: {', '.join(keys)}")
+        assert keys == ["CPU", "CUDA"], name
+PY
+cd - > /dev/null
+HYPOTHESIS_PROFILE=default "$environment/bin/python" -m pytest

@@ -1,0 +1,104 @@
+"""Distance mixture (ALA, Eq. 9) as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lossmeta.losses._parameters import register
+from lossmeta.ops._arguments import REDUCTIONS, choice
+from lossmeta.ops.distance_mixture import distance_mixture
+
+
+class DistanceMixtureLoss(nn.Module):
+    r"""Triplet loss as an adaptive mixture of ten functions of the distance (ALA, Eq. 9).
+
+    .. math:: \ell = \sum_{i=1}^5 \Phi_i F^+_i(d^+) + \sum_{i=1}^5 \Phi_{i+5} F^-_i(d^-)
+
+    The functions are listed at :func:`lossmeta.ops.distance_mixture`. :math:`\Phi \in [0, 1]^{10}` starts by
+    selecting :math:`d^2` and :math:`0.5 / d`. ``phi`` is a buffer, which no optimizer finds among the
+    parameters and a controller sets; with ``learnable=True`` it is a parameter.
+
+    Args:
+        learnable: whether ``phi`` is a parameter instead of a buffer.
+        min_distance: smallest distance that the decreasing functions see.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``, over triplets.
+        device: where ``phi`` is made.
+        dtype: dtype of ``phi``.
+
+    Shape:
+        Called as a loss of pytorch-metric-learning: embeddings ``[M, D]``, labels ``[M]`` and, if wanted, the
+        ``indices_tuple`` of a miner (or triplets ``[T, 3]``). Without it, all valid triplets count, and
+        ``reduction="none"`` gives ``[M]``, the sum per anchor. Triplets (anchor, positive, negative) are taken
+        as they are, pairs (anchor, positive, anchor, negative) as all triplets that they form; labels are not
+        read then.
+
+    Raises:
+        ValueError: for an unknown reduction, and when called for an ``indices_tuple`` of another length.
+        RuntimeError: when called, for shapes, dtypes, devices or indices that do not fit.
+
+    Example:
+        >>> criterion = DistanceMixtureLoss()  # was: pytorch_metric_learning.losses.TripletMarginLoss()
+        >>> embeddings = torch.nn.functional.normalize(torch.randn(8, 4)).requires_grad_()
+        >>> criterion(embeddings, torch.arange(8) // 2).backward()
+    """
+
+    phi: Tensor
+
+    def __init__(
+        self,
+        *,
+        learnable: bool = False,
+        min_distance: float = 1e-3,
+        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        choice("DistanceMixtureLoss", "reduction", reduction, REDUCTIONS)
+        if not min_distance > 0:
+            raise ValueError(f"DistanceMixtureLoss: min_distance must be positive, got {min_distance}")
+        self.min_distance = min_distance
+        self.reduction = reduction
+        phi = torch.zeros(10, device=device, dtype=dtype)
+        phi[0] = phi[5] = 1
+        register(self, "phi", phi, learnable)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        triplets = None if indices_tuple is None else mined_triplets("DistanceMixtureLoss", indices_tuple)
+        loss, _ = distance_mixture(
+            embeddings,
+            triplets,
+            self.phi,
+            labels=labels if triplets is None else None,
+            min_distance=self.min_distance,
+            reduction=self.reduction,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"learnable={isinstance(self.phi, nn.Parameter)}, min_distance={self.min_distance}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+def mined_triplets(loss: str, indices: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    """A miner's triplets as they are, or all that its pairs (anchor, positive, anchor, negative) form."""
+    if isinstance(indices, Tensor) or len(indices) == 3:
+        return indices
+    if len(indices) != 4:
+        raise ValueError(
+            f"{loss}: indices_tuple must hold 3 tensors (anchor, positive, negative) or 4 "
+            f"(anchor, positive, anchor, negative), got {len(indices)}"
+        )
+    anchor, positive, other_anchor, negative = indices
+    i, j = torch.where(anchor[:, None] == other_anchor)
+    return anchor[i], positive[i], negative[j]

@@ -1,0 +1,117 @@
+"""The learned loss network of AdaLFL as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
+from lossmeta.ops._arguments import choice
+from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network
+
+
+class LossNetwork(OutputwiseLoss):
+    r"""A loss that is itself a small network, averaged over the C outputs (AdaLFL, Eq. 3 and 4).
+
+    .. math:: \mathcal M_\phi(y, f) = \frac1C \sum_{i=1}^C \ell_\phi(y_i, f_i)
+
+    :math:`\ell_\phi` has the inputs target and prediction, two hidden layers and no biases. Its weights
+    ``input_weight`` [H, 2], ``hidden_weight`` [H, H] and ``output_weight`` [1, H] are parameters that start
+    Kaiming-normal; until they have been learned, minimising this loss serves nothing. Give them an optimizer of their
+    own, not the model's.
+
+    Args:
+        hidden: H, the width of the hidden layers.
+        leak: slope of the smooth leaky ReLU for very negative inputs, the paper's :math:`\gamma`.
+        smoothness: how closely it follows its kink, the paper's :math:`\beta`.
+        activation: ``"smooth_leaky_relu"`` (AdaLFL), or ``"relu"``, with ``output="softplus"`` the network of ML³.
+        output: ``"linear"`` (AdaLFL) or ``"softplus"``.
+        link: ``"softmax"`` for classification: takes logits and compares probabilities with one-hot targets.
+            ``"identity"`` for regression.
+        exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
+        weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
+        ignore_index: label that contributes neither loss nor gradient.
+        label_smoothing: in [0, 1]; with it the network is always evaluated at every output.
+        reduction: ``"none"``, ``"mean"`` (weighted) or ``"sum"``, over the samples.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape:
+        ``softmax``: those of :class:`torch.nn.CrossEntropyLoss`. ``identity``: both ``[N]`` or ``[N, d...]``.
+
+    Raises:
+        ValueError: for an option outside the values above, and when called for shapes that do not fit.
+        RuntimeError: when called, for dtypes, devices or labels that do not fit.
+
+    Example:
+        >>> criterion = LossNetwork()
+        >>> logits = torch.randn(8, 3, requires_grad=True)
+        >>> criterion(logits, torch.randint(3, (8,))).backward()
+    """
+
+    def __init__(
+        self,
+        hidden: int = 40,
+        leak: float = 0.01,
+        smoothness: float = 10.0,
+        *,
+        activation: str = "smooth_leaky_relu",
+        output: str = "linear",
+        link: str = "softmax",
+        exact: bool = False,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORED,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            link=link,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+        choice("LossNetwork", "activation", activation, HIDDEN)
+        choice("LossNetwork", "output", output, OUTPUTS)
+        if hidden < 1:
+            raise ValueError(f"LossNetwork: hidden must be at least 1, got {hidden}")
+        self.hidden = hidden
+        self.leak = leak
+        self.smoothness = smoothness
+        self.activation = activation
+        self.output = output
+        self.exact = exact
+        self.input_weight = nn.Parameter(torch.empty(hidden, 2, device=device, dtype=dtype))
+        self.hidden_weight = nn.Parameter(torch.empty(hidden, hidden, device=device, dtype=dtype))
+        self.output_weight = nn.Parameter(torch.empty(1, hidden, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        for weight in (self.input_weight, self.hidden_weight, self.output_weight):
+            nn.init.kaiming_normal_(weight)
+
+    def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
+        loss, _ = loss_network(
+            pred,
+            target,
+            self.input_weight,
+            self.hidden_weight,
+            self.output_weight,
+            link=self.link,
+            leak=self.leak,
+            smoothness=self.smoothness,
+            hidden=self.activation,
+            output=self.output,
+            ignore_index=IGNORED,
+            exact=self.exact,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden={self.hidden}, leak={self.leak}, smoothness={self.smoothness}, activation={self.activation!r}, "
+            f"output={self.output!r}, exact={self.exact}, {super().extra_repr()}"
+        )

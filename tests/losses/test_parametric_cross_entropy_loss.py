@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lossmeta.losses import ParametricCrossEntropy
+from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.0])
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight": WEIGHT}, {"ignore_index": 2}, {"label_smoothing": 0.1}],
+    ids=lambda o: next(iter(o), ""),
+)
+def test_identity_takes_the_place_of_cross_entropy(options: dict, reduction: str) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 4, 3, requires_grad=True), torch.randint(4, (6, 3))
+    ours = ParametricCrossEntropy(4, activation="identity", reduction=reduction, **options)
+    theirs = nn.CrossEntropyLoss(reduction=reduction, **options)
+    torch.testing.assert_close(ours(logits, labels), theirs(logits, labels))
+    soft = torch.rand(6, 4, 3).softmax(1)
+    options.pop("ignore_index", None)
+    torch.testing.assert_close(
+        ParametricCrossEntropy(4, activation="identity", reduction=reduction, **options)(logits, soft),
+        F.cross_entropy(logits, soft, reduction=reduction, **options),
+    )
+
+
+def test_passes_every_option_on() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(8, 4), torch.randint(4, (8,))
+    options = {"weight": WEIGHT, "ignore_index": 3, "label_smoothing": 0.2, "reduction": "sum"}
+    loss = ParametricCrossEntropy(4, **options)
+    loss.phi.copy_(torch.randn(4, 4))
+    torch.testing.assert_close(
+        loss(logits, labels),
+        parametric_cross_entropy(logits, labels, loss.phi, activation="sigmoid", **options),
+    )
+
+
+def test_phi_is_a_buffer_unless_learnable() -> None:
+    fixed, learnable = ParametricCrossEntropy(3), ParametricCrossEntropy(3, learnable=True)
+    assert list(fixed.parameters()) == []
+    assert [name for name, _ in learnable.named_parameters()] == ["phi"]
+    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi"]
+    learnable(torch.randn(5, 3), torch.randint(3, (5,))).backward()
+    assert learnable.phi.grad.abs().sum() > 0
+
+
+def test_state_moves_between_losses() -> None:
+    first, second = (
+        ParametricCrossEntropy(3, weight=torch.ones(3)),
+        ParametricCrossEntropy(3, weight=torch.zeros(3)),
+    )
+    first.phi.copy_(torch.randn(3, 3))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.phi, second.phi)
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_dtype_and_device() -> None:
+    assert ParametricCrossEntropy(3, dtype=torch.float64).phi.dtype == torch.float64
+    assert ParametricCrossEntropy(3, device="meta").phi.is_meta
+
+
+def test_representation() -> None:
+    assert repr(ParametricCrossEntropy(3)) == (
+        "ParametricCrossEntropy(num_classes=3, activation='sigmoid', learnable=False, weighted=False, "
+        "ignore_index=-100, label_smoothing=0.0, reduction='mean')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "ParametricCrossEntropy: num_classes must be at least 1, got 0"),
+        (
+            {"activation": "tanh"},
+            "ParametricCrossEntropy: activation must be one of 'sigmoid', 'identity', got 'tanh'",
+        ),
+        (
+            {"reduction": "max"},
+            "ParametricCrossEntropy: reduction must be one of 'none', 'mean', 'sum', got 'max'",
+        ),
+        ({"label_smoothing": 1.5}, "ParametricCrossEntropy: label_smoothing must lie in [0, 1], got 1.5"),
+        ({"weight": torch.ones(4)}, "ParametricCrossEntropy: weight must be [3], got [4]"),
+    ],
+)
+def test_refuses_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        ParametricCrossEntropy(**{"num_classes": 3, **options})

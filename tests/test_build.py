@@ -1,0 +1,325 @@
+"""Decisions of the build, symbols of the libraries that it made, and what importing them brings in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lossmeta
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(lossmeta.__file__).resolve().parent
+LIBRARIES = sorted(PACKAGE.glob("_c*.so"))
+
+
+def run_python(code: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# ---- Decisions of the build.
+
+
+@pytest.fixture
+def toolchain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "build_backend"))
+    import lossmeta_toolchain
+
+    return lossmeta_toolchain
+
+
+def make_torch(directory: Path, version: str, cuda: str | None) -> Path:
+    (directory / "include/torch/csrc").mkdir(parents=True)
+    (directory / "__init__.py").touch()
+    (directory / "version.py").write_text(
+        f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\nhip = None\n"
+    )
+    return directory
+
+
+def make_nvcc(home: Path, release: str) -> dict[str, str]:
+    nvcc = home / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.48'\n")
+    nvcc.chmod(0o755)
+    return {"CUDA_HOME": str(home), "PATH": "/nowhere"}
+
+
+def test_named_torch_is_described_without_import(toolchain: Any, tmp_path: Path) -> None:
+    directory = make_torch(tmp_path / "torch", "2.12.1+cu130", "13.0")
+    torch = toolchain.find_torch({"LOSSMETA_TORCH_DIR": str(directory)})
+    assert (torch.directory, torch.version, torch.cuda) == (directory, "2.12.1+cu130", "13.0")
+
+
+def test_named_torch_must_be_one_and_new_enough(toolchain: Any, tmp_path: Path) -> None:
+    with pytest.raises(toolchain.BuildError, match="is not a torch package"):
+        toolchain.find_torch({"LOSSMETA_TORCH_DIR": str(tmp_path)})
+    old = make_torch(tmp_path / "torch", "2.9.1", None)
+    with pytest.raises(toolchain.BuildError, match=r"holds torch 2\.9\.1; lossmeta needs 2\.10"):
+        toolchain.find_torch({"LOSSMETA_TORCH_DIR": str(old)})
+
+
+def test_target_torch_is_found_from_an_isolated_build(toolchain: Any, tmp_path: Path) -> None:
+    import torch
+
+    isolation = "import sys; sys.path[:] = [p for p in sys.path if not p.endswith('-packages')]"
+    (tmp_path / "sitecustomize.py").write_text(isolation)
+    child = os.environ | {"PYTHONPATH": str(tmp_path)}
+    assert toolchain._probe_torch(child, isolated=True) is None
+    assert toolchain.find_torch(child).directory == Path(torch.__file__).resolve().parent
+
+
+def test_an_older_torch_in_the_target_is_not_used(toolchain: Any, tmp_path: Path) -> None:
+    make_torch(tmp_path / "torch", "2.9.0", None)
+    old = toolchain._probe_torch(os.environ | {"PYTHONPATH": str(tmp_path)}, isolated=True)
+    assert old.version == "2.9.0"
+    assert not old.is_supported
+
+
+@pytest.mark.parametrize("torch_found", [True, False])
+def test_torch_is_required_only_where_there_is_none(
+    toolchain: Any, torch_found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("setuptools")
+    import lossmeta_backend
+
+    monkeypatch.setattr(toolchain, "find_torch", lambda: object() if torch_found else None)
+    monkeypatch.setattr(toolchain, "find_tool", lambda name, minimum: None if name == "cmake" else Path(name))
+    assert lossmeta_backend._missing() == ([] if torch_found else ["torch>=2.10"]) + ["cmake>=3.22"]
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "toolkit", "environ", "builds", "reason"),
+    [
+        (None, "13.0", {}, False, "built without CUDA; FORCE_CUDA=1"),
+        (None, "13.0", {"FORCE_CUDA": "1"}, True, "FORCE_CUDA=1; nvcc 13.0"),
+        ("13.0", "13.2", {}, True, "built with CUDA 13.0; nvcc 13.2"),
+        ("13.0", None, {}, False, "nvcc was not found"),
+        ("13.0", "13.0", {"LOSSMETA_CUDA": "0"}, False, "LOSSMETA_CUDA=0"),
+        ("12.8", "13.0", {"LOSSMETA_CUDA": "0", "FORCE_CUDA": "1"}, False, "LOSSMETA_CUDA=0"),
+    ],
+)
+def test_cuda_is_chosen_by_torch_and_toolkit(
+    toolchain: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    torch_cuda: str | None,
+    toolkit: str | None,
+    environ: dict[str, str],
+    builds: bool,
+    reason: str,
+) -> None:
+    if toolkit is None:
+        monkeypatch.setattr(toolchain, "find_nvcc", lambda environ: None)
+    else:
+        environ = environ | make_nvcc(tmp_path, toolkit)
+    choice = toolchain.choose_cuda(toolchain.Torch(tmp_path, "2.14.0", torch_cuda), environ)
+    assert (choice.compiler is not None) == builds
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize("forced", [{}, {"FORCE_CUDA": "1"}])
+def test_a_toolkit_of_another_major_version_is_refused(
+    toolchain: Any, tmp_path: Path, forced: dict[str, str]
+) -> None:
+    torch = toolchain.Torch(tmp_path, "2.10.0", "12.8")
+    with pytest.raises(
+        toolchain.BuildError, match=r"toolkit is 13\.0 .* torch 2\.10\.0 is built with CUDA 12\.8"
+    ):
+        toolchain.choose_cuda(torch, forced | make_nvcc(tmp_path, "13.0"))
+
+
+def test_forced_cuda_needs_nvcc(toolchain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda environ: None)
+    with pytest.raises(toolchain.BuildError, match="FORCE_CUDA=1, but nvcc was not found"):
+        toolchain.choose_cuda(toolchain.Torch(tmp_path, "2.13.0", None), {"FORCE_CUDA": "1"})
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        (None, "80-real;90-real;100"),
+        ("8.0;9.0+PTX", "80-real;90"),
+        ("8.0 9.0a", "80-real;90a-real"),
+        ("Hopper", "90"),
+        ("8.0, 8.0;Ampere", "80-real;86"),
+    ],
+)
+def test_architectures_are_read_in_torch_syntax(toolchain: Any, listed: str | None, expected: str) -> None:
+    assert toolchain.cuda_architectures(listed) == expected
+
+
+def test_unknown_architecture_is_refused(toolchain: Any) -> None:
+    with pytest.raises(toolchain.BuildError, match=r"TORCH_CUDA_ARCH_LIST: .* got 'sm_80'"):
+        toolchain.cuda_architectures("sm_80")
+
+
+def test_jobs_are_capped_by_memory(toolchain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    for gib, jobs in ((1, 1), (9, 4), (1000, 64)):
+        monkeypatch.setattr(toolchain, "_available_memory", lambda gib=gib: gib * 2**30)
+        assert toolchain.parallel_jobs({})[0] == jobs
+    assert toolchain.parallel_jobs({"MAX_JOBS": "7"})[0] == 7
+    with pytest.raises(toolchain.BuildError, match="MAX_JOBS: expected a positive number, got '0'"):
+        toolchain.parallel_jobs({"MAX_JOBS": "0"})
+
+
+# ---- The libraries.
+
+
+def nm(library: Path, *options: str) -> list[tuple[str, str]]:
+    """Types and names of the symbols of an object file."""
+    program = shutil.which("nm")
+    if program is None:
+        pytest.skip("nm of binutils is not installed")
+    output = subprocess.run(
+        [program, "-P", *options, str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    lines = (line.split() for line in output.splitlines())
+    return [(line[1], line[0].split("@")[0]) for line in lines if len(line) > 1]
+
+
+def test_the_core_library_is_installed() -> None:
+    assert any(library.name.startswith("_core") for library in LIBRARIES)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name.split(".")[0])
+def test_libraries_need_nothing_that_torch_2_10_lacks(library: Path) -> None:
+    listed = (ROOT / "tests/torch_2.10_symbols.txt").read_text().split("\n")
+    exported = {name for name in listed if name and not name.startswith("#")}
+    undefined = {name for _, name in nm(library, "-D", "--undefined-only")}
+    used = {name for name in undefined if name.startswith(("aoti_torch_", "torch_"))}
+    assert used, "the library uses no torch at all?"
+    assert used <= exported, f"not in torch 2.10: {sorted(used - exported)}"
+    # C++ symbols of torch belong to no stable interface at all.
+    unstable = {name for name in undefined if re.match(r"_Z\w*?(3c10|2at|5torch)", name)}
+    assert not unstable, f"C++ symbols of torch: {sorted(unstable)}"
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name.split(".")[0])
+def test_libraries_remember_no_folder_of_the_build(library: Path) -> None:
+    program = shutil.which("readelf")
+    if program is None:
+        pytest.skip("readelf of binutils is not installed")
+    dynamic = subprocess.run([program, "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "NEEDED" in dynamic
+    assert not re.search("RPATH|RUNPATH", dynamic)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_instruction_sets_share_no_symbol(isa: str) -> None:
+    """The linker keeps one of several weak symbols of a name: it must not be the one that an older processor lacks."""
+    trees = [*ROOT.glob("build/temp*")]
+    objects = [
+        object_file
+        for tree in trees
+        for source in (ROOT / "csrc/cpu").glob("*.cpp")
+        if (object_file := tree / f"CMakeFiles/cpu_{isa}.dir/csrc/cpu/{source.name}.o").exists()
+    ]
+    if not objects:
+        assert os.environ.get("CI") != "true", "no build tree"
+        pytest.skip("no build tree in build/: install from this folder first")
+    namespace = re.compile(f"(8lossmeta|NS_){len(isa)}{isa}")
+    for object_file in objects:
+        defined = {name for _, name in nm(object_file, "--defined-only", "--extern-only")}
+        defined.discard("DW.ref.__gxx_personality_v0")  # the same pointer in all of them
+        assert defined, f"{object_file.name} defines nothing"
+        shared = sorted(name for name in defined if not namespace.search(name))
+        assert not shared, f"{object_file.name}, {isa}: {shared}"
+
+
+# ---- The import.
+
+HEAVY = ["cvxpy", "osqp", "sklearn", "matplotlib", "scipy", "typer", "rich"]
+
+
+def test_import_brings_in_no_heavy_dependency(tmp_path: Path) -> None:
+    code = "import json, sys, torch; before = set(sys.modules); import lossmeta; "
+    code += "print(json.dumps(sorted(set(sys.modules) - before)))"
+    result = run_python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    new = {name.split(".")[0] for name in json.loads(result.stdout)}
+    assert "lossmeta" in new
+    assert not new & set(HEAVY)
+
+
+def test_operators_work_where_heavy_dependencies_are_missing(tmp_path: Path) -> None:
+    code = f"""
+import sys
+for name in {HEAVY}:
+    sys.modules[name] = None  # importing it raises
+import torch, lossmeta
+loss = lossmeta.ops.parametric_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 2]), torch.eye(3))
+assert loss.isfinite()
+assert lossmeta.info()["operators"]["parametric_cross_entropy"]["cpu"] == "compiled"
+"""
+    result = run_python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_works_from_the_root_of_the_repository() -> None:
+    result = run_python("import lossmeta; print(lossmeta.__file__)", ROOT)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).resolve().parent == PACKAGE
+
+
+@pytest.fixture
+def bare_source(tmp_path: Path) -> Path:
+    """A folder with a copy of the Python source, as a checkout has it."""
+    if PACKAGE == ROOT / "lossmeta":
+        pytest.skip("lossmeta is installed editable: there is no second copy to lead to")
+    shutil.copytree(
+        ROOT / "lossmeta", tmp_path / "lossmeta", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    return tmp_path
+
+
+def test_bare_source_folder_leads_to_the_installed_package(bare_source: Path) -> None:
+    code = "import lossmeta, lossmeta.cli; from lossmeta import losses; print(lossmeta.__file__, losses.__file__)"
+    result = run_python(code, bare_source)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for file in result.stdout.split():
+        assert Path(file).resolve().is_relative_to(PACKAGE)
+
+
+def test_bare_source_folder_of_another_version_warns(bare_source: Path) -> None:
+    init = bare_source / "lossmeta/__init__.py"
+    init.write_text(re.sub('__version__ = ".*"', '__version__ = "0.0.1"', init.read_text()))
+    result = run_python("import lossmeta", bare_source)
+    assert result.returncode == 0, result.stderr
+    assert "holds another version: run `python -m pip install .` again" in result.stderr
+
+
+def test_bare_source_folder_without_an_installed_package_says_what_to_do(bare_source: Path) -> None:
+    code = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: (
+    None if name == "lossmeta" and path is not None else find(name, path, target))
+import lossmeta
+"""
+    result = run_python(code, bare_source)
+    assert result.returncode != 0
+    assert "lossmeta is not built here" in result.stderr
+    assert "Install it with `python -m pip install .`" in result.stderr
+
+
+def test_versions_agree() -> None:
+    assert importlib.metadata.version("lossmeta") == lossmeta.__version__

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lossmeta
+from lossmeta import _build
+from lossmeta.cli import app
+from lossmeta.ops._operator import OPERATORS
+
+
+def lossmeta_command(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_version() -> None:
+    assert lossmeta_command("--version") == f"lossmeta {lossmeta.__version__}\n"
+
+
+def test_help_lists_the_commands() -> None:
+    text = lossmeta_command("--help")
+    assert "quickstart" in text
+    assert "info" in text
+
+
+def test_info_is_json_and_names_every_operator() -> None:
+    facts = lossmeta.info()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["lossmeta"] == lossmeta.__version__
+    assert facts["torch"] == torch.__version__
+    assert set(facts["operators"]) == set(OPERATORS)
+    assert "parametric_cross_entropy" in facts["operators"]
+    assert all(backends["cpu"] == "compiled" for backends in facts["operators"].values())
+
+
+def test_info_says_why_an_operator_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "why_no_cuda", "Because.")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: key == "CPU")
+    facts = lossmeta.info()
+    assert facts["cuda"]["why_not"] == "Because."
+    assert not facts["cuda"]["compiled"]
+    assert facts["operators"]["parametric_cross_entropy"] == {
+        "cpu": "compiled",
+        "cuda": "reference: Because.",
+    }
+    table = lossmeta_command("info")
+    assert "CUDA: Because." in table
+    row = next(line for line in table.splitlines() if line.startswith("parametric_cross_entropy"))
+    assert row.split()[1:] == ["compiled", "reference"]
+    assert table.count("reference: Because.") == 1
+
+
+def test_info_of_a_build_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "why_no_cuda", None)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    table = lossmeta_command("info")
+    assert "CUDA: compiled operators loaded; no GPU is visible" in table
+    assert "reference" not in table
+
+
+@pytest.mark.parametrize("isa", ["generic", None])
+def test_info_names_the_instruction_set_in_use(isa: str | None) -> None:
+    """In a process of its own: the kernels are chosen once, when lossmeta is imported."""
+    environment = {k: v for k, v in os.environ.items() if k != "LOSSMETA_CPU_ISA"}
+    if isa:
+        environment["LOSSMETA_CPU_ISA"] = isa
+    result = subprocess.run(
+        [sys.executable, "-m", "lossmeta.cli", "info"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    best = lossmeta.info()["cpu"]["best_isa"]
+    assert f"CPU:  instruction set {isa or best} (best here: {best})" in result.stdout
+
+
+def test_quickstart_trains_and_shows_its_table(tmp_path: Path) -> None:
+    text = lossmeta_command("quickstart", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path))
+    for words in ("cross-entropy", "parametric, identity", "parametric, confusion", "average precision"):
+        assert words in text
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["seeds"] == 1
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "-1"], ["--device", "nonsense"]])
+def test_quickstart_refuses_bad_options(arguments: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["quickstart", "--output", str(tmp_path), *arguments])
+    assert result.exit_code == 2
+    assert arguments[0] in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_is_light() -> None:
+    """Heavy packages that only some recipes and controllers need stay out of ``import lossmeta``."""
+    heavy = ("cvxpy", "osqp", "matplotlib", "sklearn", "typer", "rich")
+    code = f"import sys, lossmeta; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
