@@ -10,11 +10,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 "${PYTHON:-python3}" -m venv "$environment"
 trap 'rm -rf "$environment"' EXIT
-if ! "$environment/bin/pip" install -q "torch==$newer" > "$environment/torch.log" 2>&1; then
+if ! "$environment/bin/pip" install -qq "torch==$newer" > "$environment/torch.log" 2>&1; then
   echo "SKIPPED: torch $newer could not be installed: $(tail -1 "$environment/torch.log")"
   exit 0
 fi
-"$environment/bin/pip" install -q "$wheel[test]"
+"$environment/bin/pip" install -qq "$wheel[test]"
 cd "$environment"
 "$environment/bin/python" - <<'PY'
 import glob

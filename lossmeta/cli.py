@@ -43,7 +43,7 @@ def info() -> None:
         cells = [f"{backends[device].partition(':')[0]:9}" for device in ("cpu", "cuda")]
         typer.echo(f"{name:{width}}  {'  '.join(cells)}".rstrip())
     reasons = {backend for backends in operators.values() for backend in backends.values() if ":" in backend}
-    for reason in sorted(reasons):
+    for reason in sorted(reasons - {f"reference: {cuda['why_not']}"}):
         typer.echo(f"\n{reason}")
 
 

@@ -56,7 +56,17 @@ def test_info_says_why_an_operator_has_no_kernel(monkeypatch: pytest.MonkeyPatch
     assert "CUDA: Because." in table
     row = next(line for line in table.splitlines() if line.startswith("parametric_cross_entropy"))
     assert row.split()[1:] == ["compiled", "reference"]
-    assert table.count("reference: Because.") == 1
+    assert table.count("Because.") == 1
+
+
+def test_info_says_which_operator_a_cuda_build_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "why_no_cuda", None)
+    lacking = "lossmeta::parametric_cross_entropy"
+    has_kernel = lambda name, key: (name, key) != (lacking, "CUDA")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has_kernel)
+    rows = [line for line in lossmeta_command("info").splitlines() if "reference" in line]
+    assert rows[0].split() == ["parametric_cross_entropy", "compiled", "reference"]
+    assert rows[1:] == [f"reference: {_build.why_no_kernel('cuda')}"]
 
 
 def test_info_of_a_build_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

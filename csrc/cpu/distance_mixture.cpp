@@ -1,12 +1,12 @@
 #include "math/distance_mixture.h"
 
-#include "cpu/group.h"
 #include "cpu/pairs.h"
 
 namespace lossmeta::LOSSMETA_ISA {
 namespace {
 
-constexpr int64_t chunk = 1024;  // triplets whose partial sums are formed together, whatever the number of threads
+constexpr int64_t chunk =
+    1024;  // triplets whose partial sums are formed together, whatever the number of threads
 
 template <class A>
 LOSSMETA_SIMD Mask<A> first_lanes(int n) {
@@ -39,7 +39,9 @@ struct Problem {
     if (!grad_loss || a.reduction == Reduction::none || triplets == A(0)) return A(0);
     return a.reduction == Reduction::mean ? grad_loss[0] / triplets : grad_loss[0];
   }
-  A term_gradient(int i, A triplets) const { return grad_terms && triplets != A(0) ? grad_terms[i] / triplets : A(0); }
+  A term_gradient(int i, A triplets) const {
+    return grad_terms && triplets != A(0) ? grad_terms[i] / triplets : A(0);
+  }
 
   // The means of F, and the reduced loss: both from the sums of F over the triplets.
   void finish(const double* sums,  // [10]
@@ -154,7 +156,8 @@ void backward_triplets(const Problem<T>& p) {
         V near_pull(A(0)), far_pull(A(0));
         for (int i = 0; i < 5; ++i) {
           near_pull += math::weighted_distance(g * p.phi[i] + p.term_gradient(i, A(triplets)), near.pull[i]);
-          far_pull += math::weighted_distance(g * p.phi[5 + i] + p.term_gradient(5 + i, A(triplets)), far.pull[i]);
+          far_pull +=
+              math::weighted_distance(g * p.phi[5 + i] + p.term_gradient(5 + i, A(triplets)), far.pull[i]);
         }
         store_partial(pull_positive + t, near_pull, n);
         store_partial(pull_negative + t, far_pull, n);
@@ -187,85 +190,47 @@ void backward_triplets(const Problem<T>& p) {
         pull[triplet[0] * a.count + triplet[2]] += pull_negative[t];
       }
     });
-    return pair_gradient(x, grad, [&](int64_t first, int rows, A* weights) {
-      for (int r = 0; r < rows; ++r)
-        for (int64_t b = 0; b < a.count; ++b) weights[r * a.count + b] = pull[(first + r) * a.count + b];
-      for (int64_t b = 0; b < a.count; ++b)
-        for (int r = 0; r < rows; ++r) weights[r * a.count + b] += pull[b * a.count + first + r];
-    });
+    return pull_gradient(x, pull.data(), grad);
   }
   // Entry 3 t + role of the flattened triplets, grouped by embedding: each collects its own.
   const Groups groups(a.triplets, 3 * triplets, a.count);
-  Buffer<A> sum_of(a.count * x.stride);
-  parallel_for(a.count, pair_grain / (4 * triplets * (a.dims + 1) / (a.count + 1) + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      A* sum = sum_of.data() + row * x.stride;
-      for (int64_t k = 0; k < x.stride; ++k) sum[k] = A(0);
-      const auto add = [&](int64_t other, A pull) {
-        if (pull == A(0)) return;
-        for (int64_t k = 0; k < x.stride; k += V::size)
-          store(sum + k, load(sum + k) + pull * (load(x.row(row) + k) - load(x.row(other) + k)));
-      };
-      for (int64_t o = groups.offsets[row]; o < groups.offsets[row + 1]; ++o) {
-        const int64_t t = groups.order[o] / 3, role = groups.order[o] % 3;
-        const int64_t* triplet = a.triplets + 3 * t;
-        if (role == 0) add(triplet[1], pull_positive[t]), add(triplet[2], pull_negative[t]);
-        else add(triplet[0], role == 1 ? pull_positive[t] : pull_negative[t]);
-      }
-      for (int64_t k = 0; k < a.dims; k += V::size) {
-        const int n = int(a.dims - k < V::size ? a.dims - k : V::size);
-        store_partial(grad + row * a.dims + k, load(sum + k), n);
-      }
-    }
-  });
+  constexpr int vectors = 4;  // sums held in registers
+  parallel_for(a.count, pair_grain / (4 * triplets * (a.dims + 1) / (a.count + 1) + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row)
+                   for (int64_t k = 0; k < x.stride; k += vectors * V::size) {
+                     const int used =
+                         int(x.stride - k < vectors * V::size ? (x.stride - k) / V::size : vectors);
+                     V sum[vectors];
+                     for (V& s : sum) s = V(A(0));
+                     const auto add = [&](int64_t other, A pull) {
+                       const A *own = x.row(row) + k, *its = x.row(other) + k;
+                       if (pull == A(0)) return;  // 0 times an infinite difference would be NaN
+                       if (used == vectors)
+                         for (int v = 0; v < vectors; ++v)
+                           sum[v] += pull * (load(own + v * V::size) - load(its + v * V::size));
+                       else
+                         for (int v = 0; v < used; ++v)
+                           sum[v] += pull * (load(own + v * V::size) - load(its + v * V::size));
+                     };
+                     for (int64_t o = groups.offsets[row]; o < groups.offsets[row + 1]; ++o) {
+                       const int64_t t = groups.order[o] / 3, role = groups.order[o] % 3;
+                       const int64_t* triplet = a.triplets + 3 * t;
+                       if (role == 0)
+                         add(triplet[1], pull_positive[t]), add(triplet[2], pull_negative[t]);
+                       else
+                         add(triplet[0], role == 1 ? pull_positive[t] : pull_negative[t]);
+                     }
+                     for (int v = 0; v < used; ++v) {
+                       const int64_t at = k + v * V::size;
+                       store_partial(grad + row * a.dims + at, sum[v],
+                                     int(a.dims - at < V::size ? a.dims - at : V::size));
+                     }
+                   }
+               });
 }
 
 // ---- Labels: all valid triplets.
-
-// Embeddings of one class, and the class of each as a floating-point number that lanes can compare.
-template <class A>
-struct Classes {
-  Buffer<int64_t> first;  // the first embedding of the same label stands for it
-  Buffer<A> id;
-  Groups members;
-
-  Classes(const int64_t* labels,  // [count]
-          int64_t count)
-      : first(count), id(count), members(find_first(labels, count, first.data()), count, count) {
-    for (int64_t i = 0; i < count; ++i) id[i] = A(first[i]);
-  }
-  int64_t size(int64_t i) const { return members.offsets[first[i] + 1] - members.offsets[first[i]]; }
-
-  static const int64_t* find_first(const int64_t* labels, int64_t count, int64_t* first) {
-    parallel_for(count, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t j = 0;
-        while (labels[j] != labels[i]) ++j;
-        first[i] = j;
-      }
-    });
-    return first;
-  }
-
-  // f(others, n) for the other members of row's class, up to a vector of them at a time.
-  template <class F>
-  void for_each_positive(int64_t row, const F& f) const {
-    int64_t others[Vec<A>::size];
-    int n = 0;
-    for (int64_t o = members.offsets[first[row]]; o < members.offsets[first[row] + 1]; ++o) {
-      if (members.order[o] != row) others[n++] = members.order[o];
-      if (n == Vec<A>::size) f(others, n), n = 0;
-    }
-    if (n) f(others, n);
-  }
-};
-
-template <class A>
-LOSSMETA_SIMD Vec<A> gather(const A* values, const int64_t* indices, int n, A fill) {
-  A buffer[Vec<A>::size];
-  for (int i = 0; i < Vec<A>::size; ++i) buffer[i] = i < n ? values[indices[i]] : fill;
-  return load(buffer);
-}
 
 template <class T>
 void forward_labels(const Problem<T>& p) {
@@ -291,7 +256,7 @@ void forward_labels(const Problem<T>& p) {
       V sum[10];
       for (V& s : sum) s = V(A(0));
       classes.for_each_positive(row, [&](const int64_t* others, int n) {
-        const auto near = math::increasing_distances(gather(d, others, n, A(0)));
+        const auto near = math::increasing_distances(load_indexed(d, others, n, A(0)));
         for (int i = 0; i < 5; ++i) sum[i] += near.value[i];
       });
       const A own = classes.id[row];
@@ -342,7 +307,7 @@ void backward_labels(const Problem<T>& p) {
         V sum[10];
         for (V& s : sum) s = V(A(0));
         classes.for_each_positive(row, [&](const int64_t* others, int n) {
-          const auto near = math::increasing_distances(gather(d, others, n, A(0)));
+          const auto near = math::increasing_distances(load_indexed(d, others, n, A(0)));
           add_coefficient_gradients(p.phi, V(near_gradient[row]), near.value, sum);
         });
         const A own = classes.id[row];
@@ -376,12 +341,13 @@ void backward_labels(const Problem<T>& p) {
       const V g = load_partial(far_gradient.data() + b, n, A(0)) + far_gradient[row];
       const V times = load_partial(p.positives + b, n, A(0)) + own_positives;
       V pull(A(0));
-      for (int i = 0; i < 5; ++i) pull += math::weighted_distance(g * p.phi[5 + i] + times * term[5 + i], far.pull[i]);
+      for (int i = 0; i < 5; ++i)
+        pull += math::weighted_distance(g * p.phi[5 + i] + times * term[5 + i], far.pull[i]);
       store_partial(weights + b, select(same, A(0), pull), n);
     }
     classes.for_each_positive(row, [&](const int64_t* others, int n) {
-      const auto near = math::increasing_distances(gather(d, others, n, A(0)));
-      const V g = gather(near_gradient.data(), others, n, A(0)) + near_gradient[row];
+      const auto near = math::increasing_distances(load_indexed(d, others, n, A(0)));
+      const V g = load_indexed(near_gradient.data(), others, n, A(0)) + near_gradient[row];
       V pull(A(0));
       for (int i = 0; i < 5; ++i)
         pull += math::weighted_distance(g * p.phi[i] + A(2) * p.negatives[row] * term[i], near.pull[i]);

@@ -10,7 +10,7 @@ constexpr int64_t grain_elements = 1 << 15;  // below this a thread costs more t
 
 // `rows` rows of curvature at once: they share samples and differences.
 template <int rows, class T>
-void curvature_rows(const T* surface,           // [rows+2, H]
+void curvature_rows(const T* surface,            // [rows+2, H]
                     accumulate_t<T>* curvature,  // [rows, H-2]
                     int64_t columns, const math::GridScale<accumulate_t<T>>& scale) {
   using A = accumulate_t<T>;
@@ -24,12 +24,14 @@ void curvature_rows(const T* surface,           // [rows+2, H]
     for (int r = 0; r < rows; ++r) write(curvature + r * width + j, k[r]);
   };
   if (width < V::size)
-    return evaluate(0, [=](const T* p) { return load_partial(p, int(width), A(0)); },
-                    [=](A* p, V k) { store_partial(p, k, int(width)); });
+    return evaluate(
+        0, [=](const T* p) { return load_partial(p, int(width), A(0)); },
+        [=](A* p, V k) { store_partial(p, k, int(width)); });
   // The last vector of a row overlaps the one before.
   for (int64_t j = 0; j < width; j += V::size)
-    evaluate(j <= width - V::size ? j : width - V::size, [](const T* p) { return load(p); },
-             [](A* p, V k) { store(p, k); });
+    evaluate(
+        j <= width - V::size ? j : width - V::size, [](const T* p) { return load(p); },
+        [](A* p, V k) { store(p, k); });
 }
 
 template <class T>

@@ -20,13 +20,19 @@ struct NetworkWeights {
   int64_t width, padded;
   math::HiddenActivation<A> activation;
   bool softplus;
-  Buffer<A> y_in, f_in, out;   // [padded]
-  Buffer<A> by_input;          // [width, padded]: W2[o][k] at (k, o)
-  Buffer<A> by_output;         // [width, padded]: W2[o][k] at (o, k)
+  Buffer<A> y_in, f_in, out;  // [padded]
+  Buffer<A> by_input;         // [width, padded]: W2[o][k] at (k, o)
+  Buffer<A> by_output;        // [width, padded]: W2[o][k] at (o, k)
 
   explicit NetworkWeights(const LossNetwork& a)
-      : width(a.width), padded((width + unit_block - 1) / unit_block * unit_block), activation(a),
-        softplus(a.softplus), y_in(padded), f_in(padded), out(padded), by_input(width * padded),
+      : width(a.width),
+        padded((width + unit_block - 1) / unit_block * unit_block),
+        activation(a),
+        softplus(a.softplus),
+        y_in(padded),
+        f_in(padded),
+        out(padded),
+        by_input(width * padded),
         by_output(width * padded) {
     const A *w1 = static_cast<const A*>(a.input_weight), *w2 = static_cast<const A*>(a.hidden_weight),
             *w3 = static_cast<const A*>(a.output_weight);
@@ -45,8 +51,8 @@ struct NetworkWeights {
   int64_t gradient_size() const { return width * (width + 3); }
 };
 
-// a[j] = sum_k x[k] w[k][j], and b likewise from y. Only `width` units are read: an infinite activation must not meet
-// the zeros of the padding.
+// a[j] = sum_k x[k] w[k][j], and b likewise from y. Only `width` units are read: an infinite activation must
+// not meet the zeros of the padding.
 template <bool both, class A>
 LOSSMETA_SIMD void products(const Vec<A>* x,   // [width]
                             const Vec<A>* y,   // [width], or unused
@@ -65,7 +71,8 @@ LOSSMETA_SIMD void products(const Vec<A>* x,   // [width]
   }
 }
 
-// f(j) for the n <= unit_block units of a block; unrolled where it is whole, so that the accumulators stay in registers.
+// f(j) for the n <= unit_block units of a block; unrolled where it is whole, so that the accumulators stay in
+// registers.
 template <class F>
 LOSSMETA_SIMD void for_units(int64_t n, const F& f) {
   if (n >= unit_block) {
@@ -117,26 +124,37 @@ class NetworkForward {
   }
 };
 
-// Derivatives of J = sum u l + v l' over the elements that it is given; those of the weights add up.
-// tangent: v, r = dJ/df and l' are in use; without it v = 0. weights: the gradients of the weights are wanted.
+// Derivatives of J = sum u l + v l' over the elements that it is given; those of the weights add up. tangent:
+// v, r = dJ/df and l' are in use; without it v = 0. weights: the gradients of the weights are wanted.
 template <class A, bool tangent, bool weights>
 class NetworkBackward {
   using V = Vec<A>;
-  static constexpr int vectors = 8;                           // of elements, handled together
-  static constexpr int rows = unit_block / 2, columns = 4;    // register block of dJ/dW2
+  static constexpr int vectors = 8;                         // of elements, handled together
+  static constexpr int rows = unit_block / 2, columns = 4;  // register block of dJ/dW2
 
   const NetworkWeights<A>& w_;
   const int64_t width_, padded_;
-  Buffer<V> h1_, gate1_, a2_, b2_;         // [vectors, padded]; a2 and b2 are the cotangents A2 and B2
-  Buffer<V> t1_, h2_, gate2_, tangent2_;   // [padded], of one vector; tangent2 is b2 of the formula
-  Buffer<V> sum_y_, sum_f_, sum_out_;      // [padded], lanes still apart
-  Buffer<V> sum_hidden_;                   // [padded, padded]
+  Buffer<V> h1_, gate1_, a2_, b2_;        // [vectors, padded]; a2 and b2 are the cotangents A2 and B2
+  Buffer<V> t1_, h2_, gate2_, tangent2_;  // [padded], of one vector; tangent2 is b2 of the formula
+  Buffer<V> sum_y_, sum_f_, sum_out_;     // [padded], lanes still apart
+  Buffer<V> sum_hidden_;                  // [padded, padded]
 
  public:
   explicit NetworkBackward(const NetworkWeights<A>& w)
-      : w_(w), width_(w.width), padded_(w.padded), h1_(padded_ * vectors), gate1_(padded_ * vectors),
-        a2_(padded_ * vectors), b2_(padded_ * vectors), t1_(padded_), h2_(padded_), gate2_(padded_),
-        tangent2_(padded_), sum_y_(padded_), sum_f_(padded_), sum_out_(padded_),
+      : w_(w),
+        width_(w.width),
+        padded_(w.padded),
+        h1_(padded_ * vectors),
+        gate1_(padded_ * vectors),
+        a2_(padded_ * vectors),
+        b2_(padded_ * vectors),
+        t1_(padded_),
+        h2_(padded_),
+        gate2_(padded_),
+        tangent2_(padded_),
+        sum_y_(padded_),
+        sum_f_(padded_),
+        sum_out_(padded_),
         sum_hidden_(weights ? padded_ * padded_ : 0) {
     for (int64_t i = 0; i < padded_ * vectors; ++i) h1_[i] = gate1_[i] = a2_[i] = b2_[i] = V(A(0));
     clear();
@@ -197,7 +215,8 @@ class NetworkBackward {
     V z(A(0)), s(A(0));
     for (int64_t first = 0; first < width_; first += unit_block) {
       V a[unit_block], b[unit_block];
-      products<tangent>(h1_.data() + e * padded_, t1_.data(), w_.by_input.data() + first, width_, padded_, a, b);
+      products<tangent>(h1_.data() + e * padded_, t1_.data(), w_.by_input.data() + first, width_, padded_, a,
+                        b);
       for_units(width_ - first, [&](int j) {
         const auto unit = act(a[j]);
         h2_[first + j] = unit.value;
@@ -231,8 +250,8 @@ class NetworkBackward {
     V gradient(A(0));
     for (int64_t first = 0; first < width_; first += unit_block) {
       V a[unit_block], b[unit_block];
-      products<tangent>(a2_.data() + e * padded_, b2_.data() + e * padded_, w_.by_output.data() + first, width_, padded_,
-                        a, b);
+      products<tangent>(a2_.data() + e * padded_, b2_.data() + e * padded_, w_.by_output.data() + first,
+                        width_, padded_, a, b);
       for_units(width_ - first, [&](int j) {
         const int64_t k = first + j;
         const V gate = gate1_[e * padded_ + k], slope = act.slope(gate);
@@ -281,5 +300,20 @@ class NetworkBackward {
       }
   }
 };
+
+// Sums the chunks' gradients, in their order, into the three results.
+template <class A>
+void store_weight_gradients(const LossNetwork& a, const A* partials,  // [count, size]
+                            int64_t count, int64_t size) {
+  A* const out[] = {static_cast<A*>(a.grad_input_weight), static_cast<A*>(a.grad_hidden_weight),
+                    static_cast<A*>(a.grad_output_weight)};
+  const int64_t sizes[] = {2 * a.width, a.width * a.width, a.width};
+  for (int64_t k = 0, at = 0; k < 3; at += sizes[k], ++k)
+    for (int64_t i = 0; i < sizes[k]; ++i) {
+      double sum = 0;
+      for (int64_t c = 0; c < count; ++c) sum += double(partials[c * size + at + i]);
+      out[k][i] = A(sum);
+    }
+}
 
 }  // namespace lossmeta::LOSSMETA_ISA

@@ -7,12 +7,12 @@ namespace {
 
 constexpr int threads = 256;
 
-// One thread per point; neighbouring threads read neighbouring samples, and the nine reads of each meet in the cache.
+// One thread per point; neighbouring threads read neighbouring samples, and the nine reads of each meet in
+// the cache.
 template <class T>
-__global__ void curvature_kernel(const T* surface,           // [G, H]
+__global__ void curvature_kernel(const T* surface,            // [G, H]
                                  accumulate_t<T>* curvature,  // [G-2, H-2]
-                                 int64_t points, int64_t columns,
-                                 math::GridScale<accumulate_t<T>> scale) {
+                                 int64_t points, int64_t columns, math::GridScale<accumulate_t<T>> scale) {
   const int64_t width = columns - 2, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < points; k += step) {
     const T* corner = surface + k / width * columns + k % width;

@@ -13,8 +13,8 @@ struct alignas(width * sizeof(T)) Pack {
   T lane[width];
 };
 
-// A thread computes `width` neighbouring parameters of all points, `rows` points at a time: for up to that many, base
-// and directions are read once.
+// A thread computes `width` neighbouring parameters of all points, `rows` points at a time: for up to that
+// many, base and directions are read once.
 template <class T, int width, int rows>
 __global__ void __launch_bounds__(threads)
     perturb_kernel(const T* base,                        // [P]
@@ -88,8 +88,10 @@ bool aligned(const Perturb& a, int64_t element_bytes) {
 void perturb(const Perturb& a, cudaStream_t stream) {
   visit_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (aligned(a, sizeof(T))) launch<T, 16 / sizeof(T)>(a, stream);
-    else launch<T, 1>(a, stream);
+    if (aligned(a, sizeof(T)))
+      launch<T, 16 / sizeof(T)>(a, stream);
+    else
+      launch<T, 1>(a, stream);
   });
 }
 

@@ -16,7 +16,20 @@ struct ClassConfusion {
   const int64_t* labels;  // [N]
   double* sums;           // [C, C]
   int64_t* counts;        // [C]
+  void* scratch;          // on the GPU, of class_confusion_scratch(N, C) bytes
 };
+
+// On the GPU few classes are summed in several parts, lest most of the device be idle.
+inline int64_t class_confusion_parts(int64_t samples, int64_t classes) {
+  const int64_t wanted = (512 + classes - 1) / classes, chunks = (samples + 255) / 256;
+  return wanted < chunks ? wanted : chunks > 0 ? chunks : 1;
+}
+
+// Per part sums [C, C] and counts [C]; per class a counter; per sample a key and its place.
+inline int64_t class_confusion_scratch(int64_t samples, int64_t classes) {
+  const int64_t parts = class_confusion_parts(samples, classes);
+  return (parts > 1 ? parts * classes * (classes + 1) * 8 : 0) + classes * 4 + samples * 6;
+}
 
 namespace math {
 

@@ -1,5 +1,5 @@
-// Gaussian curvature of a loss surface z = f(x, y) that is sampled on a grid (ALA, analysis of the loss landscape):
-// K = (f_xx f_yy - f_xy^2) / (1 + f_x^2 + f_y^2)^2, with central differences.
+// Gaussian curvature of a loss surface z = f(x, y) that is sampled on a grid (ALA, analysis of the loss
+// landscape): K = (f_xx f_yy - f_xy^2) / (1 + f_x^2 + f_y^2)^2, with central differences.
 #pragma once
 
 #include "kernel.h"
@@ -31,7 +31,8 @@ struct GridScale {
 // A second difference is the difference of two first differences, which are exact where samples are close:
 // f0 - 2 f1 + f2 = 2 (f2 - f1) - (f2 - f0).
 template <class V, class T>
-LOSSMETA_HD V gaussian_curvature(const V (&a)[3], const V (&b)[3], const V (&c)[3], const GridScale<T>& scale) {
+LOSSMETA_HD V gaussian_curvature(const V (&a)[3], const V (&b)[3], const V (&c)[3],
+                                 const GridScale<T>& scale) {
   const V across_x = c[1] - a[1], across_y = b[2] - b[0];
   const V fx = across_x * scale.x, fy = across_y * scale.y;
   const V fxx = ((c[1] - b[1]) * T(2) - across_x) * scale.xx;

@@ -1,33 +1,35 @@
-// The learned loss of AdaLFL (Eq. 3, 4) with its slope, and their derivatives. One element with target y and prediction
-// f goes through the network
+// The learned loss of AdaLFL (Eq. 3, 4) with its slope, and their derivatives. One element with target y and
+// prediction f goes through the network
 //   a1 = W1 (y, f),  h1 = act(a1),  a2 = W2 h1,  h2 = act(a2),  z = w3 . h2,  l(y, f) = out(z)
 // and its slope l' = dl/df through the forward tangent
 //   t1 = act'(a1) W1f,  b2 = W2 t1,  t2 = act'(a2) b2,  s = w3 . t2,  l' = out'(z) s.
 //
 // The derivatives of  J = u l + v l'  (u, v: cotangents of value and slope, one each per element) are
-//   dz = u out'(z) + v out''(z) s,   ds = v out'(z),            dJ/dw3 = dz h2 + ds t2,
-//   A2 = w3 (dz act'(a2) + ds b2 act''(a2)),   B2 = w3 ds act'(a2),   dJ/dW2[o][k] = A2[o] h1[k] + B2[o] t1[k],
-//   A1 = act'(a1) W2^T A2 + act''(a1) W1f W2^T B2,              dJ/dW1y = A1 y,
-//   dJ/dW1f = A1 f + act'(a1) W2^T B2,                          dJ/df = W1f . A1  ( = u l' + v l'' ).
-// In the sums over elements W1f may be taken out of t1: dJ/dW2[o][k] = sum A2 h1 + W1f[k] sum B2 act'(a1[k]).
+//   dz = u out'(z) + v out''(z) s,   ds = v out'(z),   dJ/dw3 = dz h2 + ds t2,
+//   A2 = w3 (dz act'(a2) + ds b2 act''(a2)),   B2 = w3 ds act'(a2),
+//   dJ/dW2[o][k] = A2[o] h1[k] + B2[o] t1[k],
+//   A1 = act'(a1) W2^T A2 + act''(a1) W1f W2^T B2,
+//   dJ/dW1y = A1 y,   dJ/dW1f = A1 f + act'(a1) W2^T B2,   dJ/df = W1f . A1  ( = u l' + v l'' ).
+// In the sums over elements W1f may be taken out of t1:
+//   dJ/dW2[o][k] = sum A2[o] h1[k] + W1f[k] sum B2[o] act'(a1[k]).
 //
-// A row n is  loss = (1/C) sum_j l(y_j, f_j).  With the identity link, slope_j = l'_j / C, and J has u = G / C,
-// v_j = U_j / C, where G and U are the incoming gradients of loss and slope. With the softmax link f = softmax(x) and,
-// g_j = l'_j / C,
+// A row n is  loss = (1/C) sum_j l(y_j, f_j).  With the identity link, slope_j = l'_j / C, and J has u = G /
+// C, v_j = U_j / C, where G and U are the incoming gradients of loss and slope. With the softmax link f =
+// softmax(x) and, g_j = l'_j / C,
 //   slope_j = f_j (g_j - sum f g),
 //   u = G / C,   v_j = f_j (U_j - sum f U) / C,   and with r_j = dJ/df_j from the network
 //   D_j = r_j + g_j (U_j - sum f U) - U_j sum f g,      grad_x_j = f_j (D_j - sum f D).
 //
-// The table. With class indices and the softmax link the network is two functions of f in [0, 1], y = 0 and y = 1. It is
-// evaluated with its slope at the nodes f_k = (k - 1) / M, k = 0 .. M + 2; in the interval i = [i/M, (i+1)/M], with
-// t = M f - i and h = 1/M,
+// The table. With class indices and the softmax link the network is two functions of f in [0, 1], y = 0 and
+// y = 1. It is evaluated with its slope at the nodes f_k = (k - 1) / M, k = 0 .. M + 2; in the interval
+// [i/M, (i+1)/M], with t = M f - i and h = 1/M,
 //   l'(f) = c0 + c1 t + c2 t^2 + c3 t^3 through the slopes of the nodes i .. i + 3 (t = -1, 0, 1, 2),
 //   l(f)  = v + h (c0 t + c1 t^2/2 + c2 t^3/3 + c3 t^4/4)  with v the value of the node i + 1,
-// so that slope and curvature are the derivatives of the value that is returned. (Cubic Hermite from differences of
-// values would cost float32 log2(M) of its bits in the slope.) The error of l' is 3/128 |fourth difference| of the
-// slopes: where its maximum exceeds table_bound times the largest |slope|, or is not a number, the table is refused and
-// the exact kernels run instead. Gradients are summed per interval on (v, c0 .. c3), carried from there to the nodes,
-// and go through the network once.
+// so that slope and curvature are the derivatives of the value that is returned. (Cubic Hermite from
+// differences of values would cost float32 log2(M) of its bits in the slope.) The error of l' is 3/128
+// |fourth difference| of the slopes: where its maximum exceeds loss_network_table_bound times the largest
+// |slope|, or is not a number, the table is refused and the exact kernels run instead. Gradients are summed
+// per interval on (v, c0 .. c3), carried from there to the nodes, and go through the network once.
 #pragma once
 
 #include "kernel.h"
@@ -55,17 +57,18 @@ struct LossNetwork {
   const void* output_weight;  // [H]: w3
   void* loss;                 // forward: [N]
   void* slope;                // forward: [N, C]
-  // [2 * 5 * M + 1] or null: for y = 0 and y = 1 the M values of v, then of c0, c1, c2, c3; last 1 where the table may
-  // be used and 0 where it is refused. Exact kernels return at once where table is given and accepted, table kernels
-  // where it is refused: the caller calls both, and nothing is read back from the device in between.
+  // [2 * 5 * M + 1] or null: for y = 0 and y = 1 the M values of v, then of c0, c1, c2, c3; last 1 where the
+  // table may be used and 0 where it is refused. Exact kernels return at once where table is given and
+  // accepted, table kernels where it is refused: the caller calls both, and nothing is read back from the
+  // device in between.
   void* table;
-  const void* grad_loss;      // backward: G [N], or null for 0
-  const void* grad_slope;     // backward: U [N, C], or null for 0
-  void* grad_pred;            // backward: [N, C], or null
-  void* grad_input_weight;    // backward: [H, 2]; the three weights' gradients are all given or all null
-  void* grad_hidden_weight;   // backward: [H, H]
-  void* grad_output_weight;   // backward: [H]
-  void* workspace;            // CUDA: loss_network_workspace(...) elements of A; the CPU allocates its own
+  const void* grad_loss;     // backward: G [N], or null for 0
+  const void* grad_slope;    // backward: U [N, C], or null for 0
+  void* grad_pred;           // backward: [N, C], or null
+  void* grad_input_weight;   // backward: [H, 2]; the three weights' gradients are all given or all null
+  void* grad_hidden_weight;  // backward: [H, H]
+  void* grad_output_weight;  // backward: [H]
+  void* workspace;           // CUDA: loss_network_workspace(...) elements of A; the CPU allocates its own
 };
 
 // The stated error of the table's slope, relative to the largest slope on [0, 1].
@@ -74,8 +77,23 @@ constexpr double loss_network_table_bound = 1e-5;
 inline int64_t loss_network_nodes(int64_t intervals) { return 2 * (intervals + 3); }
 inline int64_t loss_network_table_size(int64_t intervals) { return 2 * 5 * intervals + 1; }
 
-// Scratch that the CUDA kernels want for a call with these arguments, in elements of A.
-inline int64_t loss_network_workspace(const LossNetwork&) { return 0; }
+// What the CUDA kernels can take: H, and M of the table.
+inline int64_t loss_network_cuda_width(DType dtype) { return dtype == DType::float64 ? 256 : 512; }
+constexpr int64_t loss_network_cuda_intervals = 1024;
+
+namespace cuda {
+int64_t loss_network_workspace(const LossNetwork&);
+}
+
+// Scratch that the kernels want for a call with these arguments, results included, in elements of A: a forward call
+// where loss is given, else a backward one.
+inline int64_t loss_network_workspace([[maybe_unused]] const LossNetwork& a) {
+#ifdef LOSSMETA_BACKEND_CUDA
+  return cuda::loss_network_workspace(a);
+#else
+  return 0;
+#endif
+}
 
 namespace math {
 
@@ -89,7 +107,8 @@ struct Activated {
 template <class A>
 struct HiddenActivation {
   bool smooth;
-  A leak, smoothness, rise, scale, bend;  // rise = 1 - leak, scale = rise / smoothness, bend = rise * smoothness
+  A leak, smoothness, rise, scale,
+      bend;  // rise = 1 - leak, scale = rise / smoothness, bend = rise * smoothness
 
   LOSSMETA_HD explicit HiddenActivation(const LossNetwork& a)
       : smooth(a.smooth),
@@ -156,7 +175,7 @@ LOSSMETA_HD void table_coefficients(const T* slopes,  // [4]
 
 // Its adjoint: from gradients on c0 .. c3 to gradients on the four slopes.
 template <class T>
-LOSSMETA_HD void table_coefficients_adjoint(const T* c,  // [4]
+LOSSMETA_HD void table_coefficients_adjoint(const T* c,   // [4]
                                             T* slopes) {  // [4]
   const T third = T(1) / T(3), sixth = T(1) / T(6), half = T(0.5);
   slopes[0] = half * c[2] - third * c[1] - sixth * c[3];
@@ -185,8 +204,8 @@ LOSSMETA_HD T table_curvature(T c1, T c2, T c3, T t, A intervals) {
   return ((c3 * A(3) * t + c2 * A(2)) * t + c1) * intervals;
 }
 
-// What an element with cotangents u of its value and w of its slope adds to the gradients on v (index 0) and c0 .. c3
-// (1 .. 4) of its interval.
+// What an element with cotangents u of its value and w of its slope adds to the gradients on v (index 0) and
+// c0 .. c3 (1 .. 4) of its interval.
 template <class T, class A>
 LOSSMETA_HD void table_adjoint(T u, T w, T t, A h, T* sums) {  // [5]
   const T t2 = t * t, uh = u * h * t;
@@ -203,8 +222,8 @@ LOSSMETA_HD void table_adjoint(T u, T w, T t, A h, T* sums) {  // [5]
 // Exact: loss and slope. Then, from grad_loss and grad_slope, grad_pred and the gradients of the weights.
 LOSSMETA_DECLARE_KERNEL(loss_network_forward, LossNetwork)
 LOSSMETA_DECLARE_KERNEL(loss_network_backward, LossNetwork)
-// Fills in `table` from the weights. The row passes of the table; the backward one ends with the network's gradients
-// at the nodes.
+// Fills in `table` from the weights. The row passes of the table; the backward one ends with the network's
+// gradients at the nodes.
 LOSSMETA_DECLARE_KERNEL(loss_network_tabulate, LossNetwork)
 LOSSMETA_DECLARE_KERNEL(loss_network_table_forward, LossNetwork)
 LOSSMETA_DECLARE_KERNEL(loss_network_table_backward, LossNetwork)

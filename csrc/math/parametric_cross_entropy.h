@@ -27,7 +27,26 @@ struct ParametricCrossEntropy {
   const void* grad;          // backward: [B, S] or [B]
   void* grad_logits;         // backward: as logits, or null
   void* grad_phi;            // backward: as phi, or null
+  void* scratch;             // on the GPU, of parametric_cross_entropy_scratch(...) bytes
 };
+
+// On the GPU the sum of many losses and the gradient of a small Phi are computed in several parts.
+inline int64_t parametric_cross_entropy_loss_parts(int64_t samples) {
+  const int64_t wanted = (samples + 8191) / 8192;
+  return wanted < 1 ? 1 : wanted < 512 ? wanted : 512;
+}
+inline int64_t parametric_cross_entropy_phi_parts(int64_t models, int64_t samples, int64_t classes) {
+  const int64_t wanted = (512 + models * classes - 1) / (models * classes), chunks = (samples + 255) / 256;
+  return chunks < 1 ? 1 : wanted < chunks ? wanted : chunks;
+}
+
+// Forward, per model and part two sums, and per model a counter. Backward, with labels, per part the gradient of Phi; per
+// class a counter; per sample a key and its place.
+inline int64_t parametric_cross_entropy_scratch(const ParametricCrossEntropy& a, bool backward) {
+  if (!backward) return a.models * (parametric_cross_entropy_loss_parts(a.samples) * 2 * 8 + 4);
+  const int64_t parts = parametric_cross_entropy_phi_parts(a.models, a.samples, a.classes);
+  return a.models * (parts * a.classes * a.classes * 8 + a.classes * 4 + a.samples * 6);
+}
 
 namespace math {
 

@@ -36,6 +36,10 @@ struct Arguments {
     a.accumulate = accumulate;
     a.sums = static_cast<double*>(sums.mutable_data_ptr());
     a.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
+#ifdef LOSSMETA_BACKEND_CUDA
+    const Tensor scratch = empty({class_confusion_scratch(a.samples, a.classes)}, ScalarType::Byte, logits);
+    a.scratch = scratch.mutable_data_ptr();
+#endif
     LOSSMETA_RUN(class_confusion, a, logits);
   }
 };

@@ -24,8 +24,8 @@ struct Arguments {
     accumulated = accumulation_type(a.dtype);
     a.reduction = Reduction(reduction);
     a.min_distance = min_distance;
-    LOSSMETA_CHECK(min_distance > 0 && std::isfinite(min_distance), op, ": min_distance must be positive, got ",
-                   min_distance);
+    LOSSMETA_CHECK(min_distance > 0 && std::isfinite(min_distance), op,
+                   ": min_distance must be positive, got ", min_distance);
     LOSSMETA_CHECK(embeddings.dim() == 2, op, ": embeddings must be [M, D], got ", shape(embeddings));
     a.count = embeddings.size(0);
     a.dims = embeddings.size(1);
@@ -73,8 +73,8 @@ struct Arguments {
     bool good = true;  // without a branch: this loop is vectorised
     for (int64_t i = 0; i < 3 * a.triplet_count; ++i) good &= uint64_t(a.triplets[i]) < uint64_t(a.count);
     for (int64_t i = 0; !good && i < 3 * a.triplet_count; ++i)
-      LOSSMETA_CHECK(a.triplets[i] >= 0 && a.triplets[i] < a.count, op, ": triplets must lie in [0, ", a.count,
-                     "), got ", a.triplets[i], " at [", i / 3, ", ", i % 3, "]");
+      LOSSMETA_CHECK(a.triplets[i] >= 0 && a.triplets[i] < a.count, op, ": triplets must lie in [0, ",
+                     a.count, "), got ", a.triplets[i], " at [", i / 3, ", ", i % 3, "]");
 #endif
   }
 
@@ -89,6 +89,18 @@ struct Arguments {
   }
 };
 
+// Scratch memory of the CUDA kernels; the CPU kernels have their own.
+std::optional<Tensor> workspace([[maybe_unused]] Arguments& arguments) {
+#ifdef LOSSMETA_BACKEND_CUDA
+  Tensor scratch =
+      empty({distance_mixture_workspace(arguments.a)}, arguments.accumulated, arguments.embeddings);
+  arguments.a.workspace = scratch.mutable_data_ptr();
+  return scratch;
+#else
+  return std::nullopt;
+#endif
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const std::optional<Tensor>& triplets,
                                            const Tensor& phi, const std::optional<Tensor>& labels,
                                            double min_distance, int64_t reduction) {
@@ -100,14 +112,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const std::
   a.loss = loss.mutable_data_ptr();
   a.terms = terms.mutable_data_ptr();
   a.statistics = statistics.mutable_data_ptr();
+  const auto scratch = workspace(arguments);
   LOSSMETA_RUN(distance_mixture_forward, a, embeddings);
   return {loss, terms, statistics};
 }
 
-std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_terms,
-                                    const Tensor& embeddings, const std::optional<Tensor>& triplets,
-                                    const Tensor& phi, const std::optional<Tensor>& labels, double min_distance,
-                                    int64_t reduction, const Tensor& statistics, bool need_embeddings, bool need_phi) {
+std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_loss,
+                                    const std::optional<Tensor>& grad_terms, const Tensor& embeddings,
+                                    const std::optional<Tensor>& triplets, const Tensor& phi,
+                                    const std::optional<Tensor>& labels, double min_distance,
+                                    int64_t reduction, const Tensor& statistics, bool need_embeddings,
+                                    bool need_phi) {
   Arguments arguments(embeddings, triplets, phi, labels, min_distance, reduction);
   DistanceMixture& a = arguments.a;
   std::optional<Tensor> dense_loss, dense_terms;
@@ -138,6 +153,7 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_loss, cons
   Tensor grad_phi = empty(need_phi ? std::vector<int64_t>{10} : none, arguments.accumulated, embeddings);
   if (need_embeddings) a.grad_embeddings = grad_embeddings.mutable_data_ptr();
   if (need_phi) a.grad_phi = grad_phi.mutable_data_ptr();
+  const auto scratch = workspace(arguments);
   LOSSMETA_RUN(distance_mixture_backward, a, embeddings);
   return {grad_embeddings, grad_phi};
 }
@@ -150,7 +166,8 @@ LOSSMETA_DEFINE(m) {
       "int reduction) -> (Tensor loss, Tensor terms, Tensor statistics)");
   m.def(
       "distance_mixture_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor embeddings, Tensor? triplets, "
-      "Tensor phi, Tensor? labels, float min_distance, int reduction, Tensor statistics, bool need_embeddings, "
+      "Tensor phi, Tensor? labels, float min_distance, int reduction, Tensor statistics, bool "
+      "need_embeddings, "
       "bool need_phi) -> (Tensor grad_embeddings, Tensor grad_phi)");
 }
 

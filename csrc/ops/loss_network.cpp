@@ -6,6 +6,8 @@ namespace lossmeta {
 namespace {
 
 constexpr const char* op = "loss_network";
+constexpr int64_t min_intervals = 16, max_intervals = 1024;
+static_assert(max_intervals <= loss_network_cuda_intervals, "a table must fit the CUDA kernels");
 constexpr int64_t elements_per_node = 4;  // below this the table costs more than it saves
 
 // Checks the arguments that forward and backward share and fills in the problem.
@@ -14,9 +16,9 @@ struct Arguments {
   Tensor pred, target, weights[3];
   ScalarType accumulated;
 
-  Arguments(const Tensor& pred_, const Tensor& target_, const Tensor& input_weight, const Tensor& hidden_weight,
-            const Tensor& output_weight, bool softmax, bool smooth, double leak, double smoothness, bool softplus,
-            int64_t ignore_index, int64_t table_size)
+  Arguments(const Tensor& pred_, const Tensor& target_, const Tensor& input_weight,
+            const Tensor& hidden_weight, const Tensor& output_weight, bool softmax, bool smooth, double leak,
+            double smoothness, bool softplus, int64_t ignore_index, int64_t table_size)
       : pred(pred_), target(target_), weights{input_weight, hidden_weight, output_weight} {
     a.dtype = float_dtype(pred, op, "pred");
     accumulated = accumulation_type(a.dtype);
@@ -26,20 +28,20 @@ struct Arguments {
     a.leak = leak;
     a.smoothness = smoothness;
     a.ignore_index = ignore_index;
-    LOSSMETA_CHECK(pred.dim() == 2 && pred.size(1) > 0, op, ": pred must be [N, C] with at least one column, got ",
-                   shape(pred));
+    LOSSMETA_CHECK(pred.dim() == 2 && pred.size(1) > 0, op,
+                   ": pred must be [N, C] with at least one column, got ", shape(pred));
     a.samples = pred.size(0);
     a.classes = pred.size(1);
     check_same_device(target, pred, op, "target", "pred");
     const bool indices = target.scalar_type() == ScalarType::Long;
     if (indices) {
-      LOSSMETA_CHECK(target.dim() == 1 && target.size(0) == a.samples, op, ": class indices must be [", a.samples,
-                     "], got ", shape(target));
+      LOSSMETA_CHECK(target.dim() == 1 && target.size(0) == a.samples, op, ": class indices must be [",
+                     a.samples, "], got ", shape(target));
     } else {
       LOSSMETA_CHECK(is_float(target), op, ": target must be class indices (int64) or floating-point, got ",
                      dtype_name(target));
-      LOSSMETA_CHECK(shape(target) == shape(pred), op, ": a dense target must have the shape of pred, ", shape(pred),
-                     ", got ", shape(target));
+      LOSSMETA_CHECK(shape(target) == shape(pred), op, ": a dense target must have the shape of pred, ",
+                     shape(pred), ", got ", shape(target));
     }
     static const char* const names[] = {"input_weight", "hidden_weight", "output_weight"};
     for (int k = 0; k < 3; ++k) {
@@ -49,10 +51,11 @@ struct Arguments {
     LOSSMETA_CHECK(input_weight.dim() == 2 && input_weight.size(1) == 2 && input_weight.size(0) > 0, op,
                    ": input_weight must be [H, 2], got ", shape(input_weight));
     a.width = input_weight.size(0);
-    LOSSMETA_CHECK(hidden_weight.dim() == 2 && hidden_weight.size(0) == a.width && hidden_weight.size(1) == a.width, op,
-                   ": hidden_weight must be [H, H] with H = ", a.width, ", got ", shape(hidden_weight));
-    LOSSMETA_CHECK(output_weight.dim() == 2 && output_weight.size(0) == 1 && output_weight.size(1) == a.width, op,
-                   ": output_weight must be [1, H] with H = ", a.width, ", got ", shape(output_weight));
+    LOSSMETA_CHECK(
+        hidden_weight.dim() == 2 && hidden_weight.size(0) == a.width && hidden_weight.size(1) == a.width, op,
+        ": hidden_weight must be [H, H] with H = ", a.width, ", got ", shape(hidden_weight));
+    LOSSMETA_CHECK(output_weight.dim() == 2 && output_weight.size(0) == 1 && output_weight.size(1) == a.width,
+                   op, ": output_weight must be [1, H] with H = ", a.width, ", got ", shape(output_weight));
     pred = packed(pred);
     a.pred = pred.const_data_ptr();
     if (indices) {
@@ -67,16 +70,25 @@ struct Arguments {
     a.input_weight = weights[0].const_data_ptr();
     a.hidden_weight = weights[1].const_data_ptr();
     a.output_weight = weights[2].const_data_ptr();
+#ifdef LOSSMETA_BACKEND_CUDA
+    LOSSMETA_CHECK(a.width <= loss_network_cuda_width(a.dtype), op, ": on CUDA the width H must be at most ",
+                   loss_network_cuda_width(a.dtype), ", got ", a.width);
+#endif
+    LOSSMETA_CHECK(table_size == 0 || (table_size >= min_intervals && table_size <= max_intervals), op,
+                   ": table_size must lie in [", min_intervals, ", ", max_intervals, "], got ", table_size);
     const bool tabulates = table_size > 0 && indices && softmax && smooth &&
                            a.samples * a.classes >= elements_per_node * loss_network_nodes(table_size);
     a.intervals = tabulates ? table_size : 0;
   }
 
-  std::vector<int64_t> table_sizes() const { return {a.intervals ? loss_network_table_size(a.intervals) : 0}; }
+  std::vector<int64_t> table_sizes() const {
+    return {a.intervals ? loss_network_table_size(a.intervals) : 0};
+  }
 
   static bool is_float(const Tensor& t) {
     const ScalarType s = t.scalar_type();
-    return s == ScalarType::Float || s == ScalarType::Double || s == ScalarType::BFloat16 || s == ScalarType::Half;
+    return s == ScalarType::Float || s == ScalarType::Double || s == ScalarType::BFloat16 ||
+           s == ScalarType::Half;
   }
 };
 
@@ -89,12 +101,13 @@ std::optional<Tensor> workspace(LossNetwork& a, ScalarType accumulated, const Te
   return scratch;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& target, const Tensor& input_weight,
-                                           const Tensor& hidden_weight, const Tensor& output_weight, bool softmax,
-                                           bool smooth, double leak, double smoothness, bool softplus,
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& target,
+                                           const Tensor& input_weight, const Tensor& hidden_weight,
+                                           const Tensor& output_weight, bool softmax, bool smooth,
+                                           double leak, double smoothness, bool softplus,
                                            int64_t ignore_index, int64_t table_size) {
-  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, softmax, smooth, leak, smoothness,
-                      softplus, ignore_index, table_size);
+  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, softmax, smooth, leak,
+                      smoothness, softplus, ignore_index, table_size);
   LossNetwork& a = arguments.a;
   Tensor loss = empty({a.samples}, arguments.accumulated, pred);
   Tensor slope = empty({a.samples, a.classes}, arguments.accumulated, pred);
@@ -113,23 +126,24 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& tar
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_slope, const Tensor& pred,
-    const Tensor& target, const Tensor& input_weight, const Tensor& hidden_weight, const Tensor& output_weight,
-    bool softmax, bool smooth, double leak, double smoothness, bool softplus, int64_t ignore_index, int64_t table_size,
-    const Tensor& table, bool need_pred, bool need_input_weight, bool need_hidden_weight, bool need_output_weight) {
-  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, softmax, smooth, leak, smoothness,
-                      softplus, ignore_index, table_size);
+    const Tensor& target, const Tensor& input_weight, const Tensor& hidden_weight,
+    const Tensor& output_weight, bool softmax, bool smooth, double leak, double smoothness, bool softplus,
+    int64_t ignore_index, int64_t table_size, const Tensor& table, bool need_pred, bool need_input_weight,
+    bool need_hidden_weight, bool need_output_weight) {
+  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, softmax, smooth, leak,
+                      smoothness, softplus, ignore_index, table_size);
   LossNetwork& a = arguments.a;
   const ScalarType accumulated = arguments.accumulated;
   std::optional<Tensor> dense_loss, dense_slope;
   if (grad_loss) {
-    LOSSMETA_CHECK(grad_loss->dim() == 1 && grad_loss->size(0) == a.samples, op, ": grad_loss must be [", a.samples,
-                   "], got ", shape(*grad_loss));
+    LOSSMETA_CHECK(grad_loss->dim() == 1 && grad_loss->size(0) == a.samples, op, ": grad_loss must be [",
+                   a.samples, "], got ", shape(*grad_loss));
     dense_loss = packed_as(*grad_loss, accumulated);
     a.grad_loss = dense_loss->const_data_ptr();
   }
   if (grad_slope) {
-    LOSSMETA_CHECK(shape(*grad_slope) == shape(pred), op, ": grad_slope must have the shape of pred, ", shape(pred),
-                   ", got ", shape(*grad_slope));
+    LOSSMETA_CHECK(shape(*grad_slope) == shape(pred), op, ": grad_slope must have the shape of pred, ",
+                   shape(pred), ", got ", shape(*grad_slope));
     dense_slope = packed_as(*grad_slope, accumulated);
     a.grad_slope = dense_slope->const_data_ptr();
   }
@@ -140,7 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
   const bool need_weights = need_input_weight || need_hidden_weight || need_output_weight;
   const auto none = std::vector<int64_t>{0};
-  Tensor grad_pred = empty(need_pred ? std::vector<int64_t>{a.samples, a.classes} : none, pred.scalar_type(), pred);
+  Tensor grad_pred =
+      empty(need_pred ? std::vector<int64_t>{a.samples, a.classes} : none, pred.scalar_type(), pred);
   Tensor grads[] = {empty(need_weights ? std::vector<int64_t>{a.width, 2} : none, accumulated, pred),
                     empty(need_weights ? std::vector<int64_t>{a.width, a.width} : none, accumulated, pred),
                     empty(need_weights ? std::vector<int64_t>{1, a.width} : none, accumulated, pred)};
@@ -166,15 +181,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
 LOSSMETA_DEFINE(m) {
   m.def(
-      "loss_network(Tensor pred, Tensor target, Tensor input_weight, Tensor hidden_weight, Tensor output_weight, "
-      "bool softmax, bool smooth, float leak, float smoothness, bool softplus, int ignore_index, int table_size) "
+      "loss_network(Tensor pred, Tensor target, Tensor input_weight, Tensor hidden_weight, Tensor "
+      "output_weight, "
+      "bool softmax, bool smooth, float leak, float smoothness, bool softplus, int ignore_index, int "
+      "table_size) "
       "-> (Tensor loss, Tensor slope, Tensor table)");
   m.def(
-      "loss_network_backward(Tensor? grad_loss, Tensor? grad_slope, Tensor pred, Tensor target, Tensor input_weight, "
+      "loss_network_backward(Tensor? grad_loss, Tensor? grad_slope, Tensor pred, Tensor target, Tensor "
+      "input_weight, "
       "Tensor hidden_weight, Tensor output_weight, bool softmax, bool smooth, float leak, float smoothness, "
-      "bool softplus, int ignore_index, int table_size, Tensor table, bool need_pred, bool need_input_weight, "
+      "bool softplus, int ignore_index, int table_size, Tensor table, bool need_pred, bool "
+      "need_input_weight, "
       "bool need_hidden_weight, bool need_output_weight) "
-      "-> (Tensor grad_pred, Tensor grad_input_weight, Tensor grad_hidden_weight, Tensor grad_output_weight)");
+      "-> (Tensor grad_pred, Tensor grad_input_weight, Tensor grad_hidden_weight, Tensor "
+      "grad_output_weight)");
 }
 
 LOSSMETA_IMPLEMENT(m) {

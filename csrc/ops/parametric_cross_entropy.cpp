@@ -116,6 +116,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Ten
   Tensor statistics = empty({4 * a.models * a.samples + a.models}, arguments.accumulated, logits);
   a.statistics = statistics.mutable_data_ptr();
   (a.reduction == Reduction::none ? a.loss : a.reduced) = loss.mutable_data_ptr();
+#ifdef LOSSMETA_BACKEND_CUDA
+  const Tensor scratch = empty({parametric_cross_entropy_scratch(a, false)}, ScalarType::Byte, logits);
+  a.scratch = scratch.mutable_data_ptr();
+#endif
   LOSSMETA_RUN(parametric_cross_entropy_forward, a, logits);
   arguments.check_phi();
   return {loss, statistics};
@@ -139,6 +143,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& logits, co
   Tensor grad_phi = empty(need_phi ? arguments.phi_sizes : std::vector<int64_t>{0}, arguments.accumulated, logits);
   if (need_logits) a.grad_logits = grad_logits.mutable_data_ptr();
   if (need_phi) a.grad_phi = grad_phi.mutable_data_ptr();
+#ifdef LOSSMETA_BACKEND_CUDA
+  const bool sorts = need_phi && labels;
+  const Tensor scratch = empty({sorts ? parametric_cross_entropy_scratch(a, true) : 0}, ScalarType::Byte, logits);
+  a.scratch = scratch.mutable_data_ptr();
+#endif
   LOSSMETA_RUN(parametric_cross_entropy_backward, a, logits);
   return {grad_logits, grad_phi};
 }

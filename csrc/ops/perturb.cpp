@@ -16,14 +16,15 @@ struct Arguments {
       : base(base_), directions(directions_), coefficients(coefficients_) {
     a.dtype = float_dtype(base, op, "base");
     LOSSMETA_CHECK(base.dim() == 1, op, ": base must be [P], got ", shape(base));
-    LOSSMETA_CHECK(directions.scalar_type() == base.scalar_type(), op, ": directions must have the dtype of base, ",
-                   dtype_name(base), ", got ", dtype_name(directions));
+    LOSSMETA_CHECK(directions.scalar_type() == base.scalar_type(), op,
+                   ": directions must have the dtype of base, ", dtype_name(base), ", got ",
+                   dtype_name(directions));
     float_dtype(coefficients, op, "coefficients");
     check_same_device(directions, base, op, "directions", "base");
     check_same_device(coefficients, base, op, "coefficients", "base");
     a.parameters = base.size(0);
-    LOSSMETA_CHECK(directions.dim() == 2 && directions.size(1) == a.parameters, op, ": directions must be [K, ",
-                   a.parameters, "], got ", shape(directions));
+    LOSSMETA_CHECK(directions.dim() == 2 && directions.size(1) == a.parameters, op,
+                   ": directions must be [K, ", a.parameters, "], got ", shape(directions));
     a.directions_count = directions.size(0);
     LOSSMETA_CHECK(coefficients.dim() == 2 && coefficients.size(1) == a.directions_count, op,
                    ": coefficients must be [B, ", a.directions_count, "], got ", shape(coefficients));
@@ -65,18 +66,20 @@ bool overlaps(const Tensor& out, const Tensor& input) {
 void perturb_out(const Tensor& base, const Tensor& directions, const Tensor& coefficients, Tensor out) {
   Arguments arguments(base, directions, coefficients);
   Perturb& a = arguments.a;
-  LOSSMETA_CHECK(out.scalar_type() == base.scalar_type(), op, ": out must have the dtype of base, ", dtype_name(base),
-                 ", got ", dtype_name(out));
+  LOSSMETA_CHECK(out.scalar_type() == base.scalar_type(), op, ": out must have the dtype of base, ",
+                 dtype_name(base), ", got ", dtype_name(out));
   check_same_device(out, base, op, "out", "base");
-  LOSSMETA_CHECK(out.dim() == 2 && out.size(0) == a.points && out.size(1) == a.parameters, op, ": out must be [",
-                 a.points, ", ", a.parameters, "], got ", shape(out));
-  LOSSMETA_CHECK((a.parameters <= 1 || out.stride(1) == 1) && (a.points <= 1 || out.stride(0) >= a.parameters), op,
-                 ": the rows of out must be contiguous and apart, got strides [", out.stride(0), ", ", out.stride(1),
-                 "]");
+  LOSSMETA_CHECK(out.dim() == 2 && out.size(0) == a.points && out.size(1) == a.parameters, op,
+                 ": out must be [", a.points, ", ", a.parameters, "], got ", shape(out));
+  LOSSMETA_CHECK(
+      (a.parameters <= 1 || out.stride(1) == 1) && (a.points <= 1 || out.stride(0) >= a.parameters), op,
+      ": the rows of out must be contiguous and apart, got strides [", out.stride(0), ", ", out.stride(1),
+      "]");
   const std::pair<const char*, const Tensor*> inputs[] = {
       {"base", &base}, {"directions", &directions}, {"coefficients", &coefficients}};
   for (const auto& [name, input] : inputs)
-    LOSSMETA_CHECK(!overlaps(out, *input), op, ": out must not share memory with ", name, "; pass a tensor of its own");
+    LOSSMETA_CHECK(!overlaps(out, *input), op, ": out must not share memory with ", name,
+                   "; pass a tensor of its own");
   a.out = out.mutable_data_ptr();
   a.out_stride = a.points <= 1 ? a.parameters : out.stride(0);
   LOSSMETA_RUN(perturb, a, base);

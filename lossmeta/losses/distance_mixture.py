@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lossmeta.losses._mining import mined_triplets
 from lossmeta.losses._parameters import register
 from lossmeta.ops._arguments import REDUCTIONS, choice
 from lossmeta.ops.distance_mixture import distance_mixture
@@ -88,17 +89,3 @@ class DistanceMixtureLoss(nn.Module):
             f"learnable={isinstance(self.phi, nn.Parameter)}, min_distance={self.min_distance}, "
             f"reduction={self.reduction!r}"
         )
-
-
-def mined_triplets(loss: str, indices: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
-    """A miner's triplets as they are, or all that its pairs (anchor, positive, anchor, negative) form."""
-    if isinstance(indices, Tensor) or len(indices) == 3:
-        return indices
-    if len(indices) != 4:
-        raise ValueError(
-            f"{loss}: indices_tuple must hold 3 tensors (anchor, positive, negative) or 4 "
-            f"(anchor, positive, anchor, negative), got {len(indices)}"
-        )
-    anchor, positive, other_anchor, negative = indices
-    i, j = torch.where(anchor[:, None] == other_anchor)
-    return anchor[i], positive[i], negative[j]

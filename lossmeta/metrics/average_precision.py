@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,9 +85,17 @@ def _average_precision(
     scores: Tensor,  # [N]
     positive: Tensor,  # [N]
 ) -> Tensor:
-    order = scores.sort().values
-    hits = scores[positive].sort().values
+    order, hits = _sorted(scores), _sorted(scores[positive])
+    thresholds, counts = hits.unique_consecutive(return_counts=True)
+    hits_above = counts.flip(0).cumsum(0).flip(0)
     # Of n sorted values, n - searchsorted(v) are at least v.
-    above = len(order) - torch.searchsorted(order, hits)
-    hits_above = len(hits) - torch.searchsorted(hits, hits)
-    return (hits_above.double() / above.double()).mean()
+    above = len(order) - torch.searchsorted(order, thresholds)
+    return (counts * hits_above.double() / above).sum() / len(hits)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    if values.device.type != "cpu":
+        return values.sort().values
+    # numpy's sort of values is vectorised: ten times as fast as torch's, which also returns indices.
+    values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    return torch.from_numpy(np.sort(values.numpy()))

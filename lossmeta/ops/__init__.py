@@ -3,18 +3,22 @@
 from lossmeta.ops._operator import FallbackWarning, debug
 from lossmeta.ops.class_confusion import class_confusion
 from lossmeta.ops.distance_mixture import distance_mixture
+from lossmeta.ops.focal_weighting import focal_weighting
 from lossmeta.ops.gaussian_curvature import gaussian_curvature
 from lossmeta.ops.loss_network import loss_network
 from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
 from lossmeta.ops.perturb import perturb
+from lossmeta.ops.pwl_statistics import pwl_statistics
 
 __all__ = [
     "FallbackWarning",
     "class_confusion",
     "debug",
     "distance_mixture",
+    "focal_weighting",
     "gaussian_curvature",
     "loss_network",
     "parametric_cross_entropy",
     "perturb",
+    "pwl_statistics",
 ]

@@ -16,22 +16,23 @@ def perturb(base: Tensor, directions: Tensor, coefficients: Tensor, out: Tensor 
     Those are the points of a loss surface or of a line search, each to be loaded into a model.
 
     Args:
-        base: :math:`\theta`, ``[P]``; float32, float64, bfloat16 or float16 (summed in float32, rounded once).
+        base: :math:`\theta`, ``[P]``; float32, float64, bfloat16 or float16 (summed in float32, rounded
+            once).
         directions: :math:`\delta`, ``[K, P]``, of the dtype of ``base``.
         coefficients: :math:`c`, ``[B, K]``, of any floating-point dtype.
-        out: ``[B, P]``, of the dtype and device of ``base``, with contiguous rows: written in place and returned. It must
-            not share memory with the inputs.
+        out: ``[B, P]``, of the dtype and device of ``base``, with contiguous rows: written in place and
+            returned. It must not share memory with the inputs.
 
     Returns:
-        The points, ``[B, P]``, of the dtype of ``base``. They are computed without gradient: the result does not require
-        grad, whatever the inputs do.
+        The points, ``[B, P]``, of the dtype of ``base``. They are computed without gradient: the result does
+        not require grad, whatever the inputs do.
 
     Raises:
-        RuntimeError: for shapes, dtypes, devices or strides that do not fit, and for an ``out`` that requires grad
-            while gradients are recorded, or overlaps an input.
+        RuntimeError: for shapes, dtypes, devices or strides that do not fit, and for an ``out`` that requires
+            grad while gradients are recorded, or overlaps an input.
 
     Source:
-        Li et al., *Visualizing the Loss Landscape of Neural Nets*, 2018, section 3, which ALA's analysis follows.
+        Li et al., *Visualizing the Loss Landscape of Neural Nets*, 2018, whose surfaces ALA analyses.
 
     Example:
         >>> base, directions = torch.zeros(1000), torch.randn(2, 1000)
@@ -40,9 +41,12 @@ def perturb(base: Tensor, directions: Tensor, coefficients: Tensor, out: Tensor 
         torch.Size([2, 1000])
     """
     if out is None:
-        return _operator(base, directions, coefficients)
+        points: Tensor = _operator(base, directions, coefficients)
+        return points
     if out.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("perturb: out must not require grad while gradients are recorded, got one that does")
+        raise RuntimeError(
+            "perturb: out must not require grad while gradients are recorded, got one that does"
+        )
     _operator_out(base, directions, coefficients, out)
     torch.autograd.graph.increment_version(out)
     return out

@@ -244,6 +244,7 @@ def _plot(summary: dict[str, dict[str, float]], path: Path) -> bool:
     axes.errorbar(means, range(len(summary)), xerr=deviations, fmt="o", capsize=4)
     axes.set_yticks(range(len(summary)), list(summary))
     axes.margins(y=0.3)
+    axes.invert_yaxis()
     axes.set_xlabel("test error (%), mean ± sd")
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
     return True

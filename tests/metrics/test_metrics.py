@@ -52,23 +52,24 @@ def test_no_samples_give_nan() -> None:
     classes=st.integers(2, 5),
     levels=st.sampled_from([2, 4, 1000]),
     samples=st.integers(1, 60),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 1000),
 )
 def test_average_precision_is_that_of_scikit_learn(
-    classes: int, levels: int, samples: int, seed: int
+    classes: int, levels: int, samples: int, dtype: torch.dtype, seed: int
 ) -> None:
     """Few levels make many ties."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (samples, classes), generator=generator) / levels
+    scores = torch.randint(levels, (samples, classes), generator=generator).to(dtype) / levels
     labels = torch.randint(classes, (samples,), generator=generator)
     expected = [
-        average_precision_score((labels == c).numpy(), scores[:, c].numpy())
+        average_precision_score((labels == c).numpy(), scores[:, c].double().numpy())
         for c in range(classes)
         if (labels == c).any()
     ]
     assert of(AveragePrecision(), (scores, labels)) == pytest.approx(sum(expected) / len(expected), abs=1e-12)
     if (labels == 1).any():
-        binary = average_precision_score((labels == 1).numpy(), scores[:, 1].numpy())
+        binary = average_precision_score((labels == 1).numpy(), scores[:, 1].double().numpy())
         actual = of(AveragePrecision(), (scores[:, 1], (labels == 1).long()))
         assert actual == pytest.approx(binary, abs=1e-12)
 

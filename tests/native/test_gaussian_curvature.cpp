@@ -35,7 +35,8 @@ struct Case {
         const double fx = (f(i + 1, j) - f(i - 1, j)) / (2 * dx), fy = (f(i, j + 1) - f(i, j - 1)) / (2 * dy);
         const double fxx = (f(i + 1, j) - 2 * f(i, j) + f(i - 1, j)) / (dx * dx);
         const double fyy = (f(i, j + 1) - 2 * f(i, j) + f(i, j - 1)) / (dy * dy);
-        const double fxy = (f(i + 1, j + 1) - f(i + 1, j - 1) - f(i - 1, j + 1) + f(i - 1, j - 1)) / (4 * dx * dy);
+        const double fxy =
+            (f(i + 1, j + 1) - f(i + 1, j - 1) - f(i - 1, j + 1) + f(i - 1, j - 1)) / (4 * dx * dy);
         expected[(i - 1) * (columns - 2) + j - 1] =
             (fxx * fyy - fxy * fxy) / ((1 + fx * fx + fy * fy) * (1 + fx * fx + fy * fy));
       }
@@ -47,7 +48,8 @@ struct Case {
     run(GaussianCurvature{dtype_of<T>, rows, columns, dx, dy, surface.data(), result.data()});
     const double tolerance = sizeof(A) == 8 ? 1e-13 : 3e-5;
     for (size_t i = 0; i < expected.size(); ++i)
-      CHECK_NEAR(result[i], expected[i], tolerance, tolerance, backend, variant, " ", rows, "x", columns, " point ", i);
+      CHECK_NEAR(result[i], expected[i], tolerance, tolerance, backend, variant, " ", rows, "x", columns,
+                 " point ", i);
     CHECK(result.back() == A(-77), backend, variant, " ", rows, "x", columns, ": written beyond the end");
   }
 };

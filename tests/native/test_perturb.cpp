@@ -31,8 +31,13 @@ struct Case {
   std::vector<A> coefficients;
 
   Case(int64_t points_, int64_t count_, int64_t parameters_, int64_t gap)
-      : points(points_), count(count_), parameters(parameters_), stride(parameters_ + gap), base(parameters),
-        directions(count * parameters), coefficients(points * count) {
+      : points(points_),
+        count(count_),
+        parameters(parameters_),
+        stride(parameters_ + gap),
+        base(parameters),
+        directions(count * parameters),
+        coefficients(points * count) {
     std::mt19937 random(11);
     std::normal_distribution<float> normal;
     for (T& value : base) math::store(&value, A(normal(random)));
@@ -55,8 +60,8 @@ struct Case {
           for (int64_t k = 0; k < count; ++k)
             expected += double(coefficients[b * count + k]) * math::load(&directions[k * parameters + p]);
         }
-        CHECK_NEAR(math::load(&out[b * stride + p]), expected, tolerance<T>, tolerance<T>, backend, variant, " ", points,
-                   "x", count, "x", parameters, " point ", b, " parameter ", p);
+        CHECK_NEAR(math::load(&out[b * stride + p]), expected, tolerance<T>, tolerance<T>, backend, variant,
+                   " ", points, "x", count, "x", parameters, " point ", b, " parameter ", p);
       }
     CHECK(math::load(&out.back()) == A(-77), backend, variant, ": written beyond the end");
   }
@@ -64,9 +69,10 @@ struct Case {
 
 template <class Check>
 void for_every_case(const Check& check) {
-  struct { int64_t points, count, parameters, gap; } sizes[] = {
-      {1, 1, 1, 0}, {3, 2, 5, 2}, {2, 1, 67, 0}, {16, 2, 1024, 0}, {17, 2, 1024, 16}, {4, 130, 257, 1},
-      {33, 3, 2056, 8}, {3, 0, 40, 0}, {0, 2, 40, 0}, {3, 2, 0, 0}};
+  struct {
+    int64_t points, count, parameters, gap;
+  } sizes[] = {{1, 1, 1, 0},     {3, 2, 5, 2},     {2, 1, 67, 0}, {16, 2, 1024, 0}, {17, 2, 1024, 16},
+               {4, 130, 257, 1}, {33, 3, 2056, 8}, {3, 0, 40, 0}, {0, 2, 40, 0},    {3, 2, 0, 0}};
   for (const auto& s : sizes) {
     check(Case<float>(s.points, s.count, s.parameters, s.gap));
     check(Case<double>(s.points, s.count, s.parameters, s.gap));

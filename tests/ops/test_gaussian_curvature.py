@@ -12,7 +12,7 @@ from torch import Tensor
 from lossmeta.ops import gaussian_curvature
 from lossmeta.ops.gaussian_curvature import _operator, _reference
 
-# One point, one row, one column; partial, full and overlapping vectors; a remainder of the row blocks; odd sizes.
+# One point, one row, one column; partial, full and overlapping vectors; a remainder of the row blocks.
 SHAPES = [(3, 3), (3, 40), (40, 3), (4, 10), (5, 17), (6, 18), (7, 19), (11, 34), (23, 67)]
 
 
@@ -38,7 +38,9 @@ def test_formula(shape: tuple[int, int]) -> None:
         assert_close(gaussian_curvature(surface, dx, dy), formula(surface, dx, dy))
         assert_close(_reference(surface, dx, dy), formula(surface, dx, dy))
         single = surface.float()
-        assert_close(gaussian_curvature(single, dx, dy).double(), formula(single, dx, dy), rtol=1e-4, atol=1e-4)
+        assert_close(
+            gaussian_curvature(single, dx, dy).double(), formula(single, dx, dy), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_known_surfaces() -> None:
@@ -77,13 +79,17 @@ def test_half(dtype: torch.dtype) -> None:
         fxy = (f[2:, 2:] - f[2:, :-2] - f[:-2, 2:] + f[:-2, :-2]) / 4
         return (fxx * fyy - fxy**2) / (1 + fx**2 + fy**2) ** 2
 
-    check_half(lambda f: gaussian_curvature(f, 1.0, 1.0), eager, dtype, torch.randn(8, 40, dtype=torch.float64))
+    check_half(
+        lambda f: gaussian_curvature(f, 1.0, 1.0), eager, dtype, torch.randn(8, 40, dtype=torch.float64)
+    )
 
 
 def test_offset_loses_nothing() -> None:
     """A large mean loss does not drown its curvature: neighbouring samples are subtracted first."""
     surface = torch.randn(6, 21).mul(1024).round() / 1024
-    assert_close(gaussian_curvature(surface + 1024, 1.0, 1.0), gaussian_curvature(surface, 1.0, 1.0), rtol=0, atol=0)
+    assert_close(
+        gaussian_curvature(surface + 1024, 1.0, 1.0), gaussian_curvature(surface, 1.0, 1.0), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -126,7 +132,9 @@ def test_transforms() -> None:
 def test_autocast() -> None:
     surface = torch.randn(5, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(gaussian_curvature(surface, 1.0, 1.0), gaussian_curvature(surface, 1.0, 1.0), rtol=0, atol=0)
+        assert_close(
+            gaussian_curvature(surface, 1.0, 1.0), gaussian_curvature(surface, 1.0, 1.0), rtol=0, atol=0
+        )
         assert gaussian_curvature(surface, 1.0, 1.0).dtype == torch.float32
 
 
@@ -134,7 +142,9 @@ def test_autocast() -> None:
 def test_bad_spacing(spacing: float) -> None:
     surface = torch.zeros(3, 3)
     for name, arguments in (("dx", (spacing, 1.0)), ("dy", (1.0, spacing))):
-        with pytest.raises(ValueError, match=f"^gaussian_curvature: {name} must be positive and finite, got {spacing}$"):
+        with pytest.raises(
+            ValueError, match=f"^gaussian_curvature: {name} must be positive and finite, got {spacing}$"
+        ):
             gaussian_curvature(surface, *arguments)
         with pytest.raises(RuntimeError, match=f"gaussian_curvature: {name} must be positive and finite"):
             torch.ops.lossmeta.gaussian_curvature(surface, *arguments)
@@ -150,7 +160,9 @@ def test_bad_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_bad_dtype() -> None:
-    with pytest.raises(RuntimeError, match="surface must be float32, float64, bfloat16 or float16, got int64"):
+    with pytest.raises(
+        RuntimeError, match="surface must be float32, float64, bfloat16 or float16, got int64"
+    ):
         gaussian_curvature(torch.zeros(3, 3, dtype=torch.int64), 1.0, 1.0)
 
 
@@ -174,7 +186,9 @@ def test_cuda() -> None:
     expected = _reference(surface.double(), 0.5, 2.0)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         on_device = surface.to("cuda", dtype)
-        assert_close(gaussian_curvature(on_device, 0.5, 2.0).cpu().double(), expected, rtol=tolerance, atol=tolerance)
+        assert_close(
+            gaussian_curvature(on_device, 0.5, 2.0).cpu().double(), expected, rtol=tolerance, atol=tolerance
+        )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gaussian_curvature(on_device, 0.5, 2.0)

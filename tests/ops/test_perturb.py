@@ -12,7 +12,7 @@ from torch import Tensor
 from lossmeta.ops import perturb
 from lossmeta.ops.perturb import _operator, _operator_out, _reference
 
-# (B, K, P): single elements; partial vectors; several vectors and a remainder; several tiles; many directions; empty.
+# (B, K, P): single elements; partial and several vectors; several tiles; many directions; empty.
 SIZES = [
     (1, 1, 1),
     (3, 2, 5),
@@ -28,7 +28,9 @@ SIZES = [
 ]
 
 
-def inputs(points: int, count: int, parameters: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def inputs(
+    points: int, count: int, parameters: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
     return (
         torch.randn(parameters, dtype=dtype),
         torch.randn(count, parameters, dtype=dtype),
@@ -94,7 +96,7 @@ def test_out(size: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("offset", [0, 1, 15])
 def test_large_out_is_streamed(dtype: torch.dtype, offset: int) -> None:
-    """Above 16 MiB rows are written past the caches, from the first aligned element on: odd lengths, odd starts."""
+    """Above 16 MiB rows are written past the caches, from their first aligned element on."""
     parameters = (16 << 20) // dtype.itemsize // 3 + 5
     base, directions, coefficients = inputs(3, 2, parameters, dtype)
     buffer = torch.full((offset + 3 * (parameters + 2) + 1,), 7.0, dtype=dtype)
@@ -130,7 +132,9 @@ def test_no_gradient() -> None:
     with torch.no_grad():
         parameter = torch.nn.Parameter(out.clone())
         assert torch.equal(perturb(base, directions, coefficients, out=parameter.zero_()), out)
-    with pytest.raises(RuntimeError, match="^perturb: out must not require grad while gradients are recorded"):
+    with pytest.raises(
+        RuntimeError, match=r"^perturb: out must not require grad while gradients are recorded"
+    ):
         perturb(base, directions, coefficients, out=parameter)
     # What autograd saved is known to be overwritten.
     leaf = torch.ones(3, 37, dtype=torch.float64, requires_grad=True)
@@ -173,7 +177,10 @@ def bad(**changes: Any) -> dict[str, Any]:
     ("arguments", "message"),
     [
         (bad(base=torch.zeros(1, 4)), "base must be [P], got [1, 4]"),
-        (bad(base=torch.zeros(4, dtype=torch.int64)), "base must be float32, float64, bfloat16 or float16, got int64"),
+        (
+            bad(base=torch.zeros(4, dtype=torch.int64)),
+            "base must be float32, float64, bfloat16 or float16, got int64",
+        ),
         (bad(directions=torch.zeros(4)), "directions must be [K, 4], got [4]"),
         (bad(directions=torch.zeros(2, 5)), "directions must be [K, 4], got [2, 5]"),
         (
@@ -190,7 +197,10 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(out=torch.zeros(3, 5)), "out must be [3, 4], got [3, 5]"),
         (bad(out=torch.zeros(12)), "out must be [3, 4], got [12]"),
         (bad(out=torch.zeros(4, 3).T), "the rows of out must be contiguous and apart, got strides [1, 3]"),
-        (bad(out=torch.zeros(4).expand(3, 4)), "the rows of out must be contiguous and apart, got strides [0, 1]"),
+        (
+            bad(out=torch.zeros(4).expand(3, 4)),
+            "the rows of out must be contiguous and apart, got strides [0, 1]",
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -75,6 +75,7 @@ def test_methods_share_weights_and_batches() -> None:
     data = quickstart.split(*quickstart.load_digits(), 0)
     weights = [quickstart.network(0).state_dict() for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+    assert not torch.equal(weights[0]["0.weight"], quickstart.network(1).state_dict()["0.weight"])
     runs = [quickstart.Run(quickstart.network(0), data, 0, 1, lambda: None) for _ in range(2)]
     epochs = [
         [labels for _, labels in run.batches(epoch)]

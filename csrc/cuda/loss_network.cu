@@ -1,0 +1,358 @@
+#include "cuda/loss_network_rows.cuh"
+
+namespace lossmeta::cuda {
+namespace {
+
+constexpr int long_row = 1024, row_threads = 256, block_lanes = 512;
+
+// Gradients of the weights are summed by at most this many blocks, on every device: the result does not depend on it.
+constexpr int64_t gradient_blocks = 512, forward_blocks = 2048;
+
+// Where a call keeps what in the workspace, in elements of A.
+struct ExactPlan {
+  int64_t tiles, segments;
+  int tile, blocks;
+  int64_t softmaxes, parts, cotangents, partials, size;
+};
+
+template <class A>
+ExactPlan exact_plan(const LossNetwork& a) {
+  const Network<A> net(a);
+  const int64_t count = a.samples * a.classes;
+  ExactPlan plan{};
+  plan.tile = net.tile;
+  plan.tiles = (count + net.tile - 1) / net.tile;
+  plan.segments = (net.tile + a.classes - 2) / a.classes + 1;
+  plan.blocks = int(plan.tiles < gradient_blocks ? plan.tiles : gradient_blocks);
+  const auto take = [&](int64_t elements) { return (plan.size += elements) - elements; };
+  plan.softmaxes = take(a.softmax ? 3 * a.samples : 0);
+  plan.parts = take(2 * plan.tiles * plan.segments);
+  const bool half = a.dtype == DType::bfloat16 || a.dtype == DType::float16;
+  plan.cotangents = take(a.softmax && half && a.grad_pred ? count : 0);
+  plan.partials = take(a.grad_input_weight ? plan.blocks * net.gradient_size() : 0);
+  return plan;
+}
+
+// The arguments with their types, and what the passes leave for one another. A row's sums come in parts, one for each
+// tile that the row touches.
+template <class T>
+struct Problem {
+  using A = accumulate_t<T>;
+  RowLabels rows;
+  bool softmax;
+  int64_t segments;  // rows that a tile may touch
+  int tile;
+  A inverse_classes;
+  const T* pred;
+  const A* target;
+  const A* grad_loss;
+  const A* grad_slope;
+  A* loss;
+  A* slope;  // with the softmax link first g, then the slope
+  T* grad_pred;
+  Softmax<A>* softmaxes;  // [N]
+  Sums<A>* parts;         // [tiles, segments]
+  A* cotangents;          // [N, C]: r + g (U - sum f U) before the pullback; may be grad_pred
+
+  Problem(const LossNetwork& a, const ExactPlan& plan)
+      : rows{a.labels, a.samples, a.classes, a.ignore_index},
+        softmax(a.softmax),
+        segments(plan.segments),
+        tile(plan.tile),
+        inverse_classes(A(1) / A(a.classes)),
+        pred(static_cast<const T*>(a.pred)),
+        target(static_cast<const A*>(a.target)),
+        grad_loss(static_cast<const A*>(a.grad_loss)),
+        grad_slope(static_cast<const A*>(a.grad_slope)),
+        loss(static_cast<A*>(a.loss)),
+        slope(static_cast<A*>(a.slope)),
+        grad_pred(static_cast<T*>(a.grad_pred)) {
+    A* const base = static_cast<A*>(a.workspace);
+    softmaxes = reinterpret_cast<Softmax<A>*>(base + plan.softmaxes);
+    parts = reinterpret_cast<Sums<A>*>(base + plan.parts);
+    if constexpr (std::is_same_v<T, A>) {
+      cotangents = grad_pred;
+    } else {
+      cotangents = base + plan.cotangents;
+    }
+  }
+
+  // Sum over the parts of row n.
+  template <int lanes>
+  __device__ Sums<A> row_sums(int64_t n, int lane) const {
+    const int64_t first = n * rows.classes / tile, last = ((n + 1) * rows.classes - 1) / tile;
+    Sums<A> sum{};
+    for (int64_t k = first + lane; k <= last; k += lanes) {
+      const Sums<A> part = parts[k * segments + n - k * tile / rows.classes];
+      sum.first += part.first, sum.second += part.second;
+    }
+    return {reduce_sum<lanes>(sum.first), reduce_sum<lanes>(sum.second)};
+  }
+};
+
+// ---- The elements of pred, in the order of memory.
+
+template <class T>
+struct PredElements {
+  using A = accumulate_t<T>;
+  Problem<T> p;
+  int64_t count;
+
+  __device__ Input<A> input(int64_t e) const {
+    const int64_t n = e / p.rows.classes;
+    if (p.rows.state(n) != RowState::live) return {};
+    const A x = math::load(p.pred + e);
+    return {p.softmax ? p.softmaxes[n](x) : x,
+            p.target ? p.target[e] : A(p.rows.labels[n] == e - n * p.rows.classes)};
+  }
+
+  // Sums of the elements of each row, a warp for each.
+  __device__ void segments(const Sums<A>* sums,  // [size]
+                           int64_t tile, int size) const {
+    const int64_t start = tile * size, classes = p.rows.classes, row = start / classes;
+    const int64_t end = start + size < count ? start + size : count;
+    const int used = int((end - 1) / classes - row) + 1, lane = threadIdx.x % 32;
+    for (int s = threadIdx.x / 32; s < used; s += blockDim.x / 32) {
+      const int64_t from = (row + s) * classes, to = from + classes;
+      const int last = int((to < end ? to : end) - start);
+      Sums<A> sum{};
+      for (int e = (from > start ? int(from - start) : 0) + lane; e < last; e += 32)
+        sum.first += sums[e].first, sum.second += sums[e].second;
+      sum = {reduce_sum<32>(sum.first), reduce_sum<32>(sum.second)};
+      if (lane == 0) p.parts[tile * p.segments + s] = sum;
+    }
+  }
+};
+
+template <class T>
+struct ForwardElements : PredElements<T> {
+  using A = accumulate_t<T>;
+  using PredElements<T>::p;
+
+  // Parts of sum l and sum f g.
+  __device__ Sums<A> finish(int64_t e, A f, A value, A slope) const {
+    const RowState state = p.rows.state(e / p.rows.classes);
+    if (state != RowState::live) {
+      const A dead = state == RowState::ignored ? A(0) : A(NAN);
+      p.slope[e] = dead;
+      return {dead, dead};
+    }
+    const A g = slope * p.inverse_classes;
+    p.slope[e] = g;
+    return {value, f * g};
+  }
+};
+
+template <class T>
+struct BackwardElements : PredElements<T> {
+  using A = accumulate_t<T>;
+  using PredElements<T>::p;
+  static constexpr bool has_input_gradient = true;
+
+  // U - sum f U
+  __device__ A centred(int64_t e, int64_t n) const {
+    if (!p.grad_slope) return 0;
+    return p.softmax ? p.grad_slope[e] - p.softmaxes[n].dot : p.grad_slope[e];
+  }
+
+  __device__ Cotangents<A> cotangents(int64_t e, A f) const {
+    const int64_t n = e / p.rows.classes;
+    if (p.rows.state(n) != RowState::live) return {};
+    const A u = p.grad_loss ? p.grad_loss[n] * p.inverse_classes : A(0);
+    return {u, (p.softmax ? f : A(1)) * centred(e, n) * p.inverse_classes};
+  }
+
+  // Parts of sum f g and sum f D, D without its term in sum f g.
+  __device__ Sums<A> finish(int64_t e, A f, A r, A slope) const {
+    if (!p.grad_pred) return {};
+    const int64_t n = e / p.rows.classes;
+    const bool live = p.rows.state(n) == RowState::live;
+    if (!p.softmax) {
+      math::store(p.grad_pred + e, live ? r : A(0));
+      return {};
+    }
+    const A g = slope * p.inverse_classes, d = r + g * centred(e, n);
+    p.cotangents[e] = d;
+    return {f * g, f * d};
+  }
+
+  __device__ void segments(const Sums<A>* sums, int64_t tile, int size) const {
+    if (p.softmax && p.grad_pred) PredElements<T>::segments(sums, tile, size);
+  }
+};
+
+template <class A, bool resident, class Elements>
+__global__ void __launch_bounds__(max_network_threads, network_blocks<A>)
+    network_backward_kernel(Gate<A> gate, Network<A> net, Elements elements, A* partials) {
+  LOSSMETA_DYNAMIC_SHARED(A, shared);
+  if (!gate.closed()) network_backward<A, resident>(net, elements, shared, partials);
+}
+
+// ---- Passes over rows.
+
+// f(n, lane) for every row, `lanes` threads each.
+template <int lanes, class F>
+__device__ void each_row(int64_t samples, F&& body) {
+  const int64_t step = int64_t(gridDim.x) * (blockDim.x / lanes);
+  for (int64_t n = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes; n < samples; n += step)
+    body(n, int(threadIdx.x % lanes));
+}
+
+template <class T, int lanes>
+__global__ void softmax_kernel(Gate<accumulate_t<T>> gate, Problem<T> p) {
+  if (gate.closed()) return;
+  each_row<lanes>(p.rows.samples, [&](int64_t n, int lane) {
+    const int64_t at = n * p.rows.classes;
+    StreamedRow<T, lanes, 1> row;
+    row.open(p.pred + at, p.grad_slope ? p.grad_slope + at : nullptr, p.rows.classes, lane);
+    if (lane == 0) p.softmaxes[n] = row.softmax;
+  });
+}
+
+template <class T, int lanes>
+__global__ void finish_forward_kernel(Gate<accumulate_t<T>> gate, Problem<T> p) {
+  using A = accumulate_t<T>;
+  if (gate.closed()) return;
+  each_row<lanes>(p.rows.samples, [&](int64_t n, int lane) {
+    const Sums<A> sum = p.template row_sums<lanes>(n, lane);
+    if (lane == 0) p.loss[n] = sum.first * p.inverse_classes;
+    if (!p.softmax || p.rows.state(n) != RowState::live) return;
+    for (int64_t e = n * p.rows.classes + lane; e < (n + 1) * p.rows.classes; e += lanes)
+      p.slope[e] = p.softmaxes[n](math::load(p.pred + e)) * (p.slope[e] - sum.second);
+  });
+}
+
+// The softmax's pullback. D_j - sum f D = d_j - (U_j - sum f U) sum f g - sum f d, with d as the elements leave it.
+template <class T, int lanes>
+__global__ void finish_backward_kernel(Gate<accumulate_t<T>> gate, Problem<T> p) {
+  using A = accumulate_t<T>;
+  if (gate.closed()) return;
+  each_row<lanes>(p.rows.samples, [&](int64_t n, int lane) {
+    const Sums<A> sum = p.template row_sums<lanes>(n, lane);
+    const bool live = p.rows.state(n) == RowState::live;
+    for (int64_t e = n * p.rows.classes + lane; e < (n + 1) * p.rows.classes; e += lanes) {
+      const A centred = p.grad_slope ? p.grad_slope[e] - p.softmaxes[n].dot : A(0);
+      const A d = p.cotangents[e] - centred * sum.first - sum.second;
+      math::store(p.grad_pred + e, live ? p.softmaxes[n](math::load(p.pred + e)) * d : A(0));
+    }
+  });
+}
+
+// Adds up the blocks' gradients: a warp's lanes are neighbouring entries, its y the strided parts of their sums.
+constexpr int sum_slices = 8;
+template <class A>
+__global__ void sum_partials_kernel(Gate<A> gate,
+                                    const A* partials,  // [blocks, size]
+                                    int blocks, int size, WeightGradients<A> gradients) {
+  __shared__ A parts[sum_slices][32];
+  if (gate.closed()) return;
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  A sum = 0;
+  if (i < size) {
+#pragma unroll 8
+    for (int k = threadIdx.y; k < blocks; k += sum_slices) sum += partials[int64_t(k) * size + i];
+  }
+  parts[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || i >= size) return;
+  for (int k = 1; k < sum_slices; ++k) sum += parts[k][threadIdx.x];
+  gradients[i] = sum;
+}
+
+// ---- Launches.
+
+template <class T>
+class Exact {
+  using A = accumulate_t<T>;
+  const LossNetwork& a_;
+  const cudaStream_t stream_;
+  const ExactPlan plan_;
+  const Problem<T> problem_;
+  const Gate<A> gate_;
+  const Network<A> net_;
+
+ public:
+  Exact(const LossNetwork& a, cudaStream_t stream)
+      : a_(a),
+        stream_(stream),
+        plan_(exact_plan<A>(a)),
+        problem_(a, plan_),
+        gate_(exact_gate<A>(a)),
+        net_(a) {}
+
+  void forward() const {
+    if (a_.samples == 0) return;
+    if (a_.softmax) rows([&](auto lanes) { return softmax_kernel<T, decltype(lanes)::value>; });
+    const ForwardElements<T> elements{{problem_, a_.samples * a_.classes}};
+    if (net_.resident(false)) {
+      network<false>(network_forward_kernel<A, true, ForwardElements<T>>, true, elements);
+    } else {
+      network<false>(network_forward_kernel<A, false, ForwardElements<T>>, false, elements);
+    }
+    rows([&](auto lanes) { return finish_forward_kernel<T, decltype(lanes)::value>; });
+  }
+
+  void backward() const {
+    A* const partials = a_.grad_input_weight ? static_cast<A*>(a_.workspace) + plan_.partials : nullptr;
+    if (a_.samples > 0) {
+      if (a_.softmax) rows([&](auto lanes) { return softmax_kernel<T, decltype(lanes)::value>; });
+      const BackwardElements<T> elements{{problem_, a_.samples * a_.classes}};
+      if (net_.resident(true)) {
+        network<true>(network_backward_kernel<A, true, BackwardElements<T>>, true, elements, partials);
+      } else {
+        network<true>(network_backward_kernel<A, false, BackwardElements<T>>, false, elements, partials);
+      }
+      if (a_.softmax && a_.grad_pred)
+        rows([&](auto lanes) { return finish_backward_kernel<T, decltype(lanes)::value>; });
+    }
+    if (!a_.grad_input_weight) return;
+    const int size = net_.gradient_size();
+    LOSSMETA_LAUNCH(sum_partials_kernel<A>, (size + 31) / 32, dim3(32, sum_slices), 0, stream_, gate_,
+                    partials, plan_.blocks, size, WeightGradients<A>(a_));
+  }
+
+ private:
+  template <bool backward, class Kernel, class... More>
+  void network(Kernel* kernel, bool resident, const More&... arguments) const {
+    const int bytes = net_.shared_bytes(backward, resident);
+    allow_shared(kernel, bytes);
+    const int64_t limit = backward ? gradient_blocks : forward_blocks;
+    LOSSMETA_LAUNCH(kernel, plan_.tiles < limit ? plan_.tiles : limit, net_.threads(), bytes, stream_, gate_,
+                    net_, arguments...);
+  }
+
+  // A warp for each row, or a block for each long one.
+  template <class Choose>
+  void rows(const Choose& choose) const {
+    const int64_t limit = 1 << 20;
+    if (a_.classes > long_row) {
+      const auto kernel = choose(std::integral_constant<int, block_lanes>{});
+      LOSSMETA_LAUNCH(kernel, a_.samples < limit ? a_.samples : limit, block_lanes, 0, stream_, gate_,
+                      problem_);
+    } else {
+      const auto kernel = choose(std::integral_constant<int, 32>{});
+      const int64_t blocks = (a_.samples + row_threads / 32 - 1) / (row_threads / 32);
+      LOSSMETA_LAUNCH(kernel, blocks < limit ? blocks : limit, row_threads, 0, stream_, gate_, problem_);
+    }
+  }
+};
+
+}  // namespace
+
+int64_t loss_network_workspace(const LossNetwork& a) {
+  int64_t size = 0;
+  visit_dtype(a.dtype,
+              [&](auto tag) { size = exact_plan<accumulate_t<typename decltype(tag)::type>>(a).size; });
+  const int64_t table = a.intervals ? table_workspace(a) : 0;
+  return size > table ? size : table;
+}
+
+void loss_network_forward(const LossNetwork& a, cudaStream_t stream) {
+  visit_dtype(a.dtype, [&](auto tag) { Exact<typename decltype(tag)::type>(a, stream).forward(); });
+}
+
+void loss_network_backward(const LossNetwork& a, cudaStream_t stream) {
+  visit_dtype(a.dtype, [&](auto tag) { Exact<typename decltype(tag)::type>(a, stream).backward(); });
+}
+
+}  // namespace lossmeta::cuda

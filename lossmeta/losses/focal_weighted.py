@@ -1,0 +1,109 @@
+"""Focal weighting (ALA, Eq. 10) as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lossmeta.losses._mining import Pairs, mined_pairs
+from lossmeta.losses._parameters import register
+from lossmeta.ops._arguments import REDUCTIONS, choice
+from lossmeta.ops._operator import accumulation_dtype
+from lossmeta.ops.distance_mixture import distances
+from lossmeta.ops.focal_weighting import focal_weighting
+
+
+class FocalWeightedLoss(nn.Module):
+    r"""Soft hardest-pair loss with adaptive temperatures (ALA, Eq. 10).
+
+    .. math::
+        \ell = \frac{1}{\Phi_1} \log\Bigl[1 + \sum_{i^+} e^{\Phi_1 (d^+_{i^+} - \alpha)}\Bigr]
+             + \frac{1}{\Phi_2} \log\Bigl[1 + \sum_{i^-} e^{-\Phi_2 (d^-_{i^-} - \alpha)}\Bigr]
+
+    :math:`\Phi \in [0.1, 10]^2` starts at (1, 1). ``phi`` is a buffer, which no optimizer finds among the parameters
+    and a controller sets; with ``learnable=True`` it is a parameter, and whoever steps it keeps it in that range.
+
+    Args:
+        offset: the distance :math:`\alpha` beyond which a positive, or within which a negative, weighs in.
+        learnable: whether ``phi`` is a parameter instead of a buffer.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``, over the M anchors.
+        device: where ``phi`` is made.
+        dtype: dtype of ``phi``.
+
+    Shape:
+        Called as a loss of pytorch-metric-learning: embeddings ``[M, D]``, labels ``[M]`` and, if wanted, the
+        ``indices_tuple`` of a miner (or triplets ``[T, 3]``). Without it, the sums of an anchor run over all other
+        embeddings; with it, over the different positives and negatives mined for that anchor (in plain PyTorch, and
+        labels are not read).
+
+    Raises:
+        ValueError: for an unknown reduction; when called, without labels and ``indices_tuple``, or for an
+            ``indices_tuple`` of another length or with indices outside [0, M).
+        RuntimeError: when called, for shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> criterion = FocalWeightedLoss()  # was: pytorch_metric_learning.losses.TripletMarginLoss()
+        >>> embeddings = torch.nn.functional.normalize(torch.randn(8, 4)).requires_grad_()
+        >>> criterion(embeddings, torch.arange(8) // 2).backward()
+    """
+
+    phi: Tensor
+
+    def __init__(
+        self,
+        *,
+        offset: float = 1.0,
+        learnable: bool = False,
+        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        choice("FocalWeightedLoss", "reduction", reduction, REDUCTIONS)
+        self.offset = offset
+        self.reduction = reduction
+        register(self, "phi", torch.ones(2, device=device, dtype=dtype), learnable)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        if indices_tuple is not None:
+            return self._mined(embeddings, *mined_pairs("FocalWeightedLoss", indices_tuple))
+        if labels is None:
+            raise ValueError("FocalWeightedLoss: labels or indices_tuple must be given, got neither")
+        return focal_weighting(embeddings, labels, self.phi, offset=self.offset, reduction=self.reduction)
+
+    def _mined(self, embeddings: Tensor, positives: Pairs, negatives: Pairs) -> Tensor:
+        dtype = accumulation_dtype(embeddings.dtype)
+        x, phi = embeddings.to(dtype), self.phi.to(dtype)
+        near = _log_sum_exp(x, positives, phi[0], self.offset)
+        far = _log_sum_exp(x, negatives, -phi[1], self.offset)
+        loss = near / phi[0] + far / phi[1]
+        if self.reduction == "none":
+            return loss
+        return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
+
+    def extra_repr(self) -> str:
+        return f"offset={self.offset}, learnable={isinstance(self.phi, nn.Parameter)}, reduction={self.reduction!r}"
+
+
+def _log_sum_exp(x: Tensor, pairs: Pairs, temperature: Tensor, offset: float) -> Tensor:
+    """log(1 + sum over the different pairs of an anchor of exp(temperature (d - offset))), for each of M anchors."""
+    count = len(x)
+    for indices in pairs:
+        outside = (indices < 0) | (indices >= count)
+        if indices.device.type == "cpu" and outside.any():
+            raise ValueError(
+                f"FocalWeightedLoss: indices_tuple must lie in [0, {count}), got {indices[outside][0].item()}"
+            )
+    chosen = torch.zeros(count, count, dtype=torch.bool, device=x.device)
+    chosen[pairs] = True
+    anchor, other = chosen.nonzero(as_tuple=True)
+    exponents = temperature * (distances(x[anchor] - x[other]) - offset)
+    dense = x.new_full((count, count), -torch.inf).index_put((anchor, other), exponents)
+    return torch.logsumexp(torch.cat([x.new_zeros(count, 1), dense], 1), 1)

@@ -1,0 +1,610 @@
+#include "math/loss_network.h"
+
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "simt.h"
+
+using namespace lossmeta;
+
+namespace {
+
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, double>     ? DType::float64
+                           : std::is_same_v<T, bfloat16> ? DType::bfloat16
+                           : std::is_same_v<T, float16>  ? DType::float16
+                                                         : DType::float32;
+
+using Doubles = std::vector<double>;
+
+struct Options {
+  bool smooth = true, softplus = false, softmax = true, dense = false;
+  double scale = 1;  // of the weights
+};
+
+// The operator in float64, one element after the other.
+struct Reference {
+  Options o;
+  double leak, smoothness;
+  int64_t width;
+  Doubles w1, w2, w3;
+  Doubles grad1 = Doubles(2 * width), grad2 = Doubles(width * width), grad3 = Doubles(width);
+
+  // The k-th derivative of the hidden activation and of the output.
+  double hidden(double x, int k) const {
+    if (!o.smooth) return k == 0 ? (x > 0 ? x : x == x ? 0 : x) : k == 1 ? x > 0 : 0;
+    const double b = smoothness, s = 1 / (1 + std::exp(-b * x));
+    const double soft = x > 0 ? x + std::log1p(std::exp(-b * x)) / b : std::log1p(std::exp(b * x)) / b;
+    return k == 0   ? (1 - leak) * soft + leak * x
+           : k == 1 ? leak + (1 - leak) * s
+                    : (1 - leak) * b * s * (1 - s);
+  }
+  double output(double z, int k) const {
+    if (!o.softplus) return k == 0 ? z : k == 1;
+    const double s = 1 / (1 + std::exp(-z));
+    return k == 0 ? std::max(z, 0.) + std::log1p(std::exp(-std::abs(z))) : k == 1 ? s : s * (1 - s);
+  }
+
+  // l and l'. With `backward` the adjoint of u l + v l', line by line: returns dJ/df.
+  double element(double y, double f, double& l, double& slope, bool backward = false, double u = 0,
+                 double v = 0) {
+    const int64_t h = width;
+    Doubles a1(h), h1(h), t1(h), a2(h), h2(h), b2(h), t2(h);
+    double z = 0, s = 0;
+    for (int64_t k = 0; k < h; ++k) {
+      a1[k] = w1[2 * k] * y + w1[2 * k + 1] * f;
+      h1[k] = hidden(a1[k], 0), t1[k] = hidden(a1[k], 1) * w1[2 * k + 1];
+    }
+    for (int64_t p = 0; p < h; ++p) {
+      for (int64_t k = 0; k < h; ++k) a2[p] += w2[p * h + k] * h1[k], b2[p] += w2[p * h + k] * t1[k];
+      h2[p] = hidden(a2[p], 0), t2[p] = hidden(a2[p], 1) * b2[p];
+      z += w3[p] * h2[p], s += w3[p] * t2[p];
+    }
+    l = output(z, 0), slope = output(z, 1) * s;
+    if (!backward) return 0;
+    const double dz = u * output(z, 1) + v * output(z, 2) * s, ds = v * output(z, 1);
+    Doubles dh1(h), dt1(h);
+    for (int64_t p = 0; p < h; ++p) {
+      grad3[p] += dz * h2[p] + ds * t2[p];
+      const double dt2 = ds * w3[p], db2 = dt2 * hidden(a2[p], 1);
+      const double da2 = dz * w3[p] * hidden(a2[p], 1) + dt2 * b2[p] * hidden(a2[p], 2);
+      for (int64_t k = 0; k < h; ++k) {
+        grad2[p * h + k] += da2 * h1[k] + db2 * t1[k];
+        dh1[k] += w2[p * h + k] * da2, dt1[k] += w2[p * h + k] * db2;
+      }
+    }
+    double df = 0;
+    for (int64_t k = 0; k < h; ++k) {
+      const double da1 = dh1[k] * hidden(a1[k], 1) + dt1[k] * w1[2 * k + 1] * hidden(a1[k], 2);
+      grad1[2 * k] += da1 * y;
+      grad1[2 * k + 1] += da1 * f + dt1[k] * hidden(a1[k], 1);
+      df += da1 * w1[2 * k + 1];
+    }
+    return df;
+  }
+
+  // A row's loss and slope; the gradient of G loss + U . slope.
+  double row(const Doubles& x, const Doubles& y, Doubles& slope, double big_g = 0,
+             const Doubles* big_u = nullptr, Doubles* grad = nullptr) {
+    const size_t c = x.size();
+    Doubles f = x, g(c);
+    double loss = 0, top = -INFINITY, sum = 0;
+    for (double xj : x) top = std::max(top, xj);
+    for (double xj : x) sum += std::exp(xj - top);
+    if (o.softmax)
+      for (size_t j = 0; j < c; ++j) f[j] = std::exp(x[j] - top) / sum;
+    for (size_t j = 0; j < c; ++j) {
+      double l, s;
+      element(y[j], f[j], l, s);
+      loss += l / c, g[j] = s / c;
+    }
+    const auto dot = [&](const Doubles& a, const Doubles& b) {
+      double total = 0;
+      for (size_t j = 0; j < c; ++j) total += a[j] * b[j];
+      return total;
+    };
+    const auto pullback = [&](const Doubles& d) {  // of the softmax
+      Doubles out = d;
+      const double mean = dot(f, d);
+      if (o.softmax)
+        for (size_t j = 0; j < c; ++j) out[j] = f[j] * (d[j] - mean);
+      return out;
+    };
+    slope = pullback(g);
+    if (!grad) return loss;
+    const Doubles v = pullback(*big_u);
+    Doubles d(c);
+    for (size_t j = 0; j < c; ++j) {
+      double l, s;
+      d[j] = element(y[j], f[j], l, s, true, big_g / c, v[j] / c);
+      if (o.softmax) d[j] += (*big_u)[j] * g[j] - (*big_u)[j] * dot(f, g) - g[j] * dot(f, *big_u);
+    }
+    *grad = pullback(d);
+    return loss;
+  }
+};
+
+template <class T>
+struct Case {
+  using A = accumulate_t<T>;
+  Options o;
+  int64_t n, c, h, intervals = 0;
+  std::mt19937 random;
+  std::vector<T> pred = std::vector<T>(n * c);
+  std::vector<int64_t> labels = std::vector<int64_t>(n);
+  std::vector<A> target = std::vector<A>(n * c), w1 = std::vector<A>(2 * h), w2 = std::vector<A>(h * h),
+                 w3 = std::vector<A>(h), grad_loss = std::vector<A>(n), grad_slope = std::vector<A>(n * c);
+  bool uses_loss = true, uses_slope = true, wants_pred = true, wants_weights = true;
+  // Results, with one element beyond that nobody may write.
+  std::vector<A> loss, slope, table, grad1, grad2, grad3;
+  std::vector<T> grad_pred;
+  Doubles want_loss, want_slope, want_pred, want1, want2, want3;
+
+  Case(int64_t n_, int64_t c_, int64_t h_, Options options = {}, int seed = 1)
+      : o(options), n(n_), c(c_), h(h_), random(unsigned(seed * 7919 + n_ * 31 + c_ * 7 + h_)) {
+    std::normal_distribution<double> normal;
+    for (T& x : pred) math::store(&x, A(2 * normal(random)));
+    for (int64_t& y : labels) y = int64_t(random() % uint64_t(c));
+    for (A& y : target) y = A(normal(random));
+    for (A& w : w1) w = A(normal(random) * 0.7 * o.scale);
+    for (A& w : w2) w = A(normal(random) * std::sqrt(1. / h) * o.scale);
+    for (A& w : w3) w = A(normal(random) * std::sqrt(1. / h) * o.scale);
+    for (A& g : grad_loss) g = A(normal(random));
+    for (A& u : grad_slope) u = A(normal(random) * 3 + 1);
+  }
+
+  bool ignored(int64_t i) const { return !o.dense && labels[i] == -100; }
+  bool bad(int64_t i) const { return !o.dense && !ignored(i) && (labels[i] < 0 || labels[i] >= c); }
+
+  LossNetwork arguments() {
+    LossNetwork a{};
+    a.dtype = dtype_of<T>;
+    a.smooth = o.smooth, a.softplus = o.softplus, a.softmax = o.softmax;
+    a.leak = 0.01, a.smoothness = 10;
+    a.samples = n, a.classes = c, a.width = h, a.intervals = intervals, a.ignore_index = -100;
+    a.pred = pred.data();
+    if (o.dense)
+      a.target = target.data();
+    else
+      a.labels = labels.data();
+    a.input_weight = w1.data(), a.hidden_weight = w2.data(), a.output_weight = w3.data();
+    if (intervals) {
+      table.resize(loss_network_table_size(intervals));
+      a.table = table.data();
+    }
+    return a;
+  }
+
+  template <class Run>
+  static void with_workspace(LossNetwork& a, const Run& run) {
+    std::vector<A> workspace(cuda::loss_network_workspace(a), A(NAN));
+    a.workspace = workspace.data();
+    run();
+  }
+
+  void forward() {
+    LossNetwork a = arguments();
+    loss.assign(n + 1, A(-77)), slope.assign(n * c + 1, A(-77));
+    a.loss = loss.data(), a.slope = slope.data();
+    with_workspace(a, [&] {
+      if (intervals) cuda::loss_network_tabulate(a, nullptr), cuda::loss_network_table_forward(a, nullptr);
+      cuda::loss_network_forward(a, nullptr);
+    });
+  }
+  void backward() {
+    LossNetwork a = arguments();
+    T untouched;
+    math::store(&untouched, A(-77));
+    grad_pred.assign(n * c + 1, untouched);
+    grad1.assign(2 * h + 1, A(-77)), grad2.assign(h * h + 1, A(-77)), grad3.assign(h + 1, A(-77));
+    if (uses_loss) a.grad_loss = grad_loss.data();
+    if (uses_slope) a.grad_slope = grad_slope.data();
+    if (wants_pred) a.grad_pred = grad_pred.data();
+    if (wants_weights)
+      a.grad_input_weight = grad1.data(), a.grad_hidden_weight = grad2.data(),
+      a.grad_output_weight = grad3.data();
+    with_workspace(a, [&] {
+      if (intervals) cuda::loss_network_table_backward(a, nullptr);
+      cuda::loss_network_backward(a, nullptr);
+    });
+  }
+
+  void expect() {
+    Reference r{o,
+                0.01,
+                10,
+                h,
+                Doubles(w1.begin(), w1.end()),
+                Doubles(w2.begin(), w2.end()),
+                Doubles(w3.begin(), w3.end())};
+    want_loss.clear(), want_slope.clear(), want_pred.clear();
+    for (int64_t i = 0; i < n; ++i) {
+      Doubles x(c), y(c), u(c), s(c), grad(c);
+      for (int64_t j = 0; j < c; ++j) {
+        x[j] = math::load(&pred[i * c + j]);
+        y[j] = o.dense ? double(target[i * c + j]) : double(labels[i] == j);
+        u[j] = uses_slope ? double(grad_slope[i * c + j]) : 0;
+      }
+      double l = 0;
+      if (ignored(i) || bad(i)) {
+        l = ignored(i) ? 0 : NAN;
+        s.assign(c, l);
+      } else {
+        l = r.row(x, y, s, uses_loss ? double(grad_loss[i]) : 0, &u, &grad);
+      }
+      want_loss.push_back(l);
+      want_slope.insert(want_slope.end(), s.begin(), s.end());
+      want_pred.insert(want_pred.end(), grad.begin(), grad.end());
+    }
+    want1 = r.grad1, want2 = r.grad2, want3 = r.grad3;
+  }
+
+  // Errors relative to the largest expected magnitude.
+  template <class V>
+  void compare(const std::vector<V>& got, const Doubles& want, double tolerance, const char* name,
+               int seed) const {
+    double largest = 1e-2;  // gradients of a certain prediction are small by cancellation
+    for (double w : want) largest = std::isfinite(w) ? std::max(largest, std::abs(w)) : largest;
+    CHECK(got.size() == want.size() + 1);
+    for (size_t i = 0; i < want.size(); ++i)
+      CHECK_NEAR(math::load(&got[i]), want[i], tolerance * largest, 0, name, '[', i, "], seed ", seed, ", N ",
+                 n, " C ", c, " H ", h, " smooth ", o.smooth, " softplus ", o.softplus, " softmax ",
+                 o.softmax, " dense ", o.dense);
+    CHECK(math::load(&got.back()) == A(-77), name, ": written beyond the end");
+  }
+
+  static double exact_tolerance() { return sizeof(A) == 8 ? 1e-12 : 2e-5; }
+  static double pred_tolerance(double tolerance) {
+    return std::max(tolerance, dtype_of<T> == DType::bfloat16  ? 1. / 256
+                               : dtype_of<T> == DType::float16 ? 1. / 1024
+                                                               : 0);
+  }
+
+  void compare_all(double tolerance, int seed) {
+    compare(loss, want_loss, tolerance, "loss", seed);
+    compare(slope, want_slope, tolerance, "slope", seed);
+    if (wants_pred) compare(grad_pred, want_pred, pred_tolerance(tolerance), "grad_pred", seed);
+    if (!wants_weights) return;
+    compare(grad1, want1, tolerance, "grad_input_weight", seed);
+    compare(grad2, want2, tolerance, "grad_hidden_weight", seed);
+    compare(grad3, want3, tolerance, "grad_output_weight", seed);
+  }
+
+  void check(double tolerance = exact_tolerance(), int seeds = 1) {
+    expect();
+    for (int seed = 0; seed < seeds; ++seed) {
+      simt::set_seed(seed);
+      forward();
+      backward();
+      compare_all(tolerance, seed);
+    }
+  }
+};
+
+template <class F>
+void each_option(const F& f) {
+  for (int bits = 0; bits < 16; ++bits) {
+    Options o;
+    o.smooth = bits & 1, o.softplus = bits & 2, o.softmax = bits & 4, o.dense = bits & 8;
+    f(o);
+  }
+}
+
+}  // namespace
+
+TEST(the_reference_agrees_with_finite_differences) {
+  each_option([](Options o) {
+    Case<double> k(2, 5, 7, o);
+    k.expect();
+    const Doubles want_pred = k.want_pred, want1 = k.want1, want2 = k.want2, want3 = k.want3,
+                  slope = k.want_slope;
+    const auto objective = [&] {
+      k.expect();
+      double sum = 0;
+      for (int i = 0; i < 2; ++i) sum += k.grad_loss[i] * k.want_loss[i];
+      for (int i = 0; i < 10; ++i) sum += k.grad_slope[i] * k.want_slope[i];
+      return sum;
+    };
+    const auto difference = [&](double& x, const auto& value) {
+      const double kept = x, step = 1e-5;
+      x = kept + step;
+      const double up = value();
+      x = kept - step;
+      const double down = value();
+      x = kept;
+      return (up - down) / (2 * step);
+    };
+    for (int i = 0; i < 10; ++i) {
+      CHECK_NEAR(difference(k.pred[i], objective), want_pred[i], 1e-6, 1e-6, "pred ", i);
+      CHECK_NEAR(difference(k.pred[i], [&] { return k.expect(), k.want_loss[i / 5]; }), slope[i], 1e-6, 1e-6);
+    }
+    for (int i = 0; i < 14; ++i) CHECK_NEAR(difference(k.w1[i], objective), want1[i], 1e-6, 1e-6, "w1 ", i);
+    for (int i = 0; i < 49; ++i) CHECK_NEAR(difference(k.w2[i], objective), want2[i], 1e-6, 1e-6, "w2 ", i);
+    for (int i = 0; i < 7; ++i) CHECK_NEAR(difference(k.w3[i], objective), want3[i], 1e-6, 1e-6, "w3 ", i);
+  });
+}
+
+TEST(exact_every_option_and_type) {
+  each_option([](Options o) {
+    Case<float>(5, 5, 7, o).check();
+    Case<double>(5, 33, 7, o).check();
+    Case<float16>(3, 33, 7, o).check();
+    Case<bfloat16>(5, 5, 7, o).check();
+  });
+}
+
+TEST(exact_shapes) {
+  for (int64_t h : {1, 7, 40})
+    for (int64_t c : {1, 5, 33})
+      for (int64_t n : {0, 1, 5}) {
+        Case<float>(n, c, h).check(2e-5, 2);
+        Case<double>(n, c, h).check();
+      }
+}
+
+TEST(exact_seeds) {
+  Case<float>(40, 10, 40).check(2e-5, 4);
+  Options o;
+  o.softmax = false, o.dense = true;
+  Case<float>(5, 33, 40, o).check(2e-5, 4);
+}
+
+TEST(exact_long_rows) {
+  Case<float>(5, 1100, 40).check();
+  Case<bfloat16>(3, 1100, 7).check();
+  Case<double>(1, 1100, 7).check();
+}
+
+TEST(exact_wide_networks) {
+  for (int64_t h : {41, 100, 130, 300}) Case<float>(3, 10, h).check(4e-5);
+  Case<double>(3, 10, 130).check();
+  Case<double>(1, 10, 256).check();
+  Case<float>(1, 10, 512).check(4e-5);
+}
+
+TEST(exact_many_tiles_for_each_block) { Case<float>(7000, 5, 4).check(); }
+
+TEST(exact_only_what_is_asked_for) {
+  for (bool softmax : {false, true})
+    for (int bits = 0; bits < 16; ++bits) {
+      Options o;
+      o.softmax = softmax;
+      Case<float> k(5, 33, 7, o);
+      k.uses_loss = bits & 1, k.uses_slope = bits & 2, k.wants_pred = bits & 4, k.wants_weights = bits & 8;
+      k.check();
+      if (!k.wants_weights) CHECK(k.grad1[0] == -77 && k.grad2[0] == -77 && k.grad3[0] == -77);
+    }
+}
+
+TEST(exact_ignored_and_bad_labels) {
+  for (bool softmax : {false, true})
+    for (int64_t c : {5, 1100}) {
+      Options o;
+      o.softmax = softmax;
+      Case<float> k(7, c, 7, o);
+      k.labels[0] = -100, k.labels[2] = c, k.labels[3] = -1, k.labels[6] = int64_t(1) << 62;
+      math::store(&k.pred[2 * c], NAN), math::store(&k.pred[0], NAN);
+      k.check();
+    }
+}
+
+TEST(exact_nan_and_infinite_logits) {
+  Case<float> k(5, 5, 7);
+  k.pred[1] = NAN, k.pred[7] = -INFINITY, k.pred[16] = INFINITY;
+  for (int j = 20; j < 25; ++j) k.pred[j] = -INFINITY;
+  simt::set_seed(0);
+  k.forward();
+  k.backward();
+  k.expect();
+  for (int i : {0, 3, 4}) {
+    CHECK(std::isnan(k.loss[i]), i);
+    for (int j = 0; j < 5; ++j)
+      CHECK(std::isnan(k.slope[i * 5 + j]) && std::isnan(k.grad_pred[i * 5 + j]), i);
+  }
+  for (int i : {1, 2}) {
+    CHECK_NEAR(k.loss[i], k.want_loss[i], 1e-6, 1e-5);
+    for (int j = i * 5; j < i * 5 + 5; ++j) {
+      CHECK_NEAR(k.slope[j], k.want_slope[j], 1e-6, 1e-5);
+      CHECK_NEAR(k.grad_pred[j], k.want_pred[j], 1e-5, 1e-5);
+    }
+  }
+  CHECK(std::isnan(k.grad2[0]));
+}
+
+// ---- The table.
+
+namespace {
+
+// Weights as they are in practice: the table is accepted.
+template <class T>
+Case<T> tabulated(int64_t n, int64_t c, int64_t h = 7, int64_t intervals = 512, bool softplus = false,
+                  int seed = 1) {
+  Options o;
+  o.softplus = softplus, o.scale = 0.5;
+  Case<T> k(n, c, h, o, seed);
+  k.intervals = intervals;
+  return k;
+}
+
+template <class T>
+void check_table(Case<T> k, int seeds = 1) {
+  k.check(sizeof(accumulate_t<T>) == 8 ? 1e-6 : 2e-4, seeds);
+  CHECK(k.table.back() == 1, "accepted, N ", k.n, " C ", k.c, " H ", k.h);
+}
+
+}  // namespace
+
+TEST(table_rows_of_every_kind) {
+  for (int64_t c : {1, 2, 5, 33, 64, 65, 100, 256, 257, 264, 1000, 1024, 1100, 1101}) {
+    check_table(tabulated<float>(5, c));
+    check_table(tabulated<float16>(3, c));
+    check_table(tabulated<bfloat16>(3, c));
+    check_table(tabulated<double>(3, c));
+  }
+}
+
+TEST(table_widths_and_intervals) {
+  for (int64_t h : {1, 7, 40}) check_table(tabulated<float>(20, 33, h, 512, true));
+  check_table(tabulated<float>(5, 33, 7, loss_network_cuda_intervals));
+  check_table(tabulated<double>(5, 33, 7, loss_network_cuda_intervals));
+  check_table(tabulated<float>(0, 33));
+  check_table(tabulated<float>(1, 33));
+}
+
+TEST(table_seeds) {
+  check_table(tabulated<float>(300, 10), 4);
+  check_table(tabulated<float>(2, 1100), 4);
+}
+
+// What is returned is differentiated as it is: the derivatives of the table, not of the network.
+TEST(table_gradients_are_those_of_the_table) {
+  Case<double> k = tabulated<double>(2, 5, 3, 12);
+  for (double& w : k.w1) w *= 0.2;
+  k.forward();
+  k.backward();
+  CHECK(k.table.back() == 1, "accepted");
+  const auto slope = k.slope;
+  const auto objective = [&] {
+    k.forward();
+    double sum = 0;
+    for (int i = 0; i < 2; ++i) sum += k.grad_loss[i] * k.loss[i];
+    for (int i = 0; i < 10; ++i) sum += k.grad_slope[i] * k.slope[i];
+    return sum;
+  };
+  const auto difference = [&](double& x, const auto& value) {
+    const double kept = x, step = 1e-5;
+    x = kept + step;
+    const double up = value();
+    x = kept - step;
+    const double down = value();
+    x = kept;
+    return (up - down) / (2 * step);
+  };
+  for (int i = 0; i < 10; ++i) {
+    CHECK_NEAR(difference(k.pred[i], objective), k.grad_pred[i], 1e-9, 1e-8, "pred ", i);
+    CHECK_NEAR(difference(k.pred[i], [&] { return k.forward(), k.loss[i / 5]; }), slope[i], 1e-9, 1e-8,
+               "slope ", i);
+  }
+  for (int i = 0; i < 6; ++i) CHECK_NEAR(difference(k.w1[i], objective), k.grad1[i], 1e-9, 1e-8, "w1 ", i);
+  for (int i = 0; i < 9; ++i) CHECK_NEAR(difference(k.w2[i], objective), k.grad2[i], 1e-9, 1e-8, "w2 ", i);
+  for (int i = 0; i < 3; ++i) CHECK_NEAR(difference(k.w3[i], objective), k.grad3[i], 1e-9, 1e-8, "w3 ", i);
+}
+
+TEST(table_refused) {
+  Case<float> k(20, 33, 7, {});
+  for (auto* w : {&k.w1, &k.w2, &k.w3})
+    for (float& x : *w) x *= 20;
+  k.intervals = 512;
+  k.check(1e-4);
+  CHECK(k.table.back() == 0, "refused");
+  k = tabulated<float>(5, 33);
+  k.w2[3] = NAN;
+  k.forward();
+  CHECK(k.table.back() == 0, "refused where the slopes are not numbers");
+  CHECK(std::isnan(k.loss[0]) && std::isnan(k.slope[0]));
+}
+
+TEST(only_one_path_writes) {
+  for (int accepted : {0, 1}) {
+    Case<float> k = tabulated<float>(5, 33);
+    k.forward();
+    k.table.back() = float(accepted);
+    LossNetwork a = k.arguments();
+    k.loss.assign(k.n, -77), k.slope.assign(k.n * k.c, -77), k.grad_pred.assign(k.n * k.c, -77);
+    k.grad1.assign(2 * k.h, -77), k.grad2.assign(k.h * k.h, -77), k.grad3.assign(k.h, -77);
+    a.loss = k.loss.data(), a.slope = k.slope.data();
+    k.with_workspace(a, [&] {
+      accepted ? cuda::loss_network_forward(a, nullptr) : cuda::loss_network_table_forward(a, nullptr);
+    });
+    a.loss = a.slope = nullptr;
+    a.grad_loss = k.grad_loss.data(), a.grad_slope = k.grad_slope.data(), a.grad_pred = k.grad_pred.data();
+    a.grad_input_weight = k.grad1.data(), a.grad_hidden_weight = k.grad2.data();
+    a.grad_output_weight = k.grad3.data();
+    k.with_workspace(a, [&] {
+      accepted ? cuda::loss_network_backward(a, nullptr) : cuda::loss_network_table_backward(a, nullptr);
+    });
+    for (const auto* result : {&k.loss, &k.slope, &k.grad_pred, &k.grad1, &k.grad2, &k.grad3})
+      for (float x : *result) CHECK(x == -77, accepted);
+  }
+}
+
+TEST(table_only_what_is_asked_for) {
+  for (int64_t c : {5, 1100})
+    for (int bits = 0; bits < 16; ++bits) {
+      Case<float> k = tabulated<float>(5, c);
+      k.uses_loss = bits & 1, k.uses_slope = bits & 2, k.wants_pred = bits & 4, k.wants_weights = bits & 8;
+      check_table(k);
+    }
+}
+
+TEST(table_ignored_and_bad_labels) {
+  for (int64_t c : {5, 100, 1000, 1100}) {
+    Case<float> k = tabulated<float>(7, c);
+    k.labels[0] = -100, k.labels[2] = c, k.labels[3] = -1, k.labels[6] = int64_t(1) << 62;
+    k.pred[2 * c] = k.pred[0] = NAN;
+    check_table(k);
+  }
+}
+
+TEST(table_nan_and_infinite_logits) {
+  for (int64_t c : {5, 100, 1000, 1100}) {
+    Case<float> k = tabulated<float>(6, c);
+    k.pred[1] = NAN, k.pred[c + 2] = -INFINITY, k.pred[3 * c + 1] = INFINITY;
+    for (int64_t j = 0; j < c; ++j) k.pred[4 * c + j] = -INFINITY;
+    simt::set_seed(0);
+    k.forward();
+    k.backward();
+    k.expect();
+    CHECK(k.table.back() == 1);
+    for (int64_t i = 0; i < 6; ++i) {
+      const bool number = i == 1 || i == 2 || i == 5;
+      CHECK(std::isnan(k.loss[i]) == !number, i);
+      if (number) CHECK_NEAR(k.loss[i], k.want_loss[i], 1e-5, 1e-5, "row ", i);
+      for (int64_t j = i * c; j < (i + 1) * c; ++j) {
+        CHECK(std::isnan(k.slope[j]) == !number && std::isnan(k.grad_pred[j]) == !number, i, ' ', j);
+        if (number) CHECK_NEAR(k.slope[j], k.want_slope[j], 1e-5, 1e-5, "row ", i);
+        if (number) CHECK_NEAR(k.grad_pred[j], k.want_pred[j], 1e-5, 1e-5, "row ", i);
+      }
+    }
+    for (const auto* grad : {&k.grad1, &k.grad2, &k.grad3}) CHECK(std::isnan((*grad)[0]));
+  }
+}
+
+TEST(table_gradients_of_any_size) {
+  for (float size : {1e-30f, 1e-12f, 1e12f, 1e30f}) {
+    Case<float> k = tabulated<float>(20, 33);
+    for (float& g : k.grad_loss) g *= size;
+    for (float& u : k.grad_slope) u *= size;
+    k.expect();
+    k.forward();
+    k.backward();
+    for (auto [got, want] : {std::pair{&k.grad1, &k.want1}, {&k.grad2, &k.want2}, {&k.grad3, &k.want3}})
+      for (size_t i = 0; i < want->size(); ++i)
+        CHECK_NEAR((*got)[i], (*want)[i], 2e-4 * size, 2e-5, size, ' ', i);
+  }
+  Case<float> k = tabulated<float>(20, 33);
+  k.grad_slope[40] = INFINITY;
+  k.forward();
+  k.backward();
+  CHECK(std::isnan(k.grad1[0]) && std::isnan(k.grad2[0]) && std::isnan(k.grad3[0]));
+}
+
+// The same bits whatever the order of the threads and of the blocks.
+TEST(results_do_not_depend_on_the_order_of_threads) {
+  for (int64_t intervals : {0, 512}) {
+    Case<float> k = tabulated<float>(300, 10, 7, intervals);
+    std::vector<float> first;
+    for (int seed = 0; seed < 4; ++seed) {
+      simt::set_seed(seed);
+      k.forward();
+      k.backward();
+      std::vector<float> all;
+      for (const auto* part : {&k.loss, &k.slope, &k.grad_pred, &k.grad1, &k.grad2, &k.grad3})
+        all.insert(all.end(), part->begin(), part->end());
+      if (seed == 0) first = all;
+      CHECK(!std::memcmp(all.data(), first.data(), all.size() * sizeof(float)), "seed ", seed, " M ",
+            intervals);
+    }
+  }
+}

@@ -1,0 +1,227 @@
+#include "math/parametric_cross_entropy.h"
+
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "runtime.h"
+#include "simt.h"
+
+using namespace lossmeta;
+
+namespace {
+
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, double>     ? DType::float64
+                           : std::is_same_v<T, bfloat16> ? DType::bfloat16
+                           : std::is_same_v<T, float16>  ? DType::float16
+                                                         : DType::float32;
+
+struct Shape {
+  int64_t models, outer, classes, inner;  // S = outer * inner
+};
+
+constexpr int64_t ignored = -100;
+
+template <class T>
+struct Case {
+  using A = accumulate_t<T>;
+
+  Shape shape;
+  bool sigmoid, rows, weighted;  // rows: a row of Phi for each sample, no labels
+  Reduction reduction;
+  int64_t samples = shape.outer * shape.inner, total = shape.models * samples,
+          elements = total * shape.classes;
+  int64_t matrix = shape.classes * shape.classes,
+          groups = reduction == Reduction::none ? total : shape.models;
+  std::vector<T> logits = std::vector<T>(elements);
+  std::vector<int64_t> labels = std::vector<int64_t>(total + 1);  // never null, even where there are none
+  std::vector<A> phi = std::vector<A>(rows ? elements : shape.models * matrix);
+  std::vector<A> weight = std::vector<A>(shape.classes);
+  std::vector<A> grad = std::vector<A>(groups);
+  std::vector<double> loss = std::vector<double>(groups), grad_logits = std::vector<double>(elements),
+                      grad_phi = std::vector<double>(phi.size());
+  std::vector<char> bad = std::vector<char>(total);
+
+  // `odd` puts in masked classes without correlation, and on request labels that no class has.
+  Case(Shape shape_, Reduction reduction_, bool sigmoid_, bool rows_, bool weighted_, bool odd,
+       bool bad_labels = false)
+      : shape(shape_), sigmoid(sigmoid_), rows(rows_), weighted(weighted_ && !rows_), reduction(reduction_) {
+    std::mt19937 random(13);
+    std::normal_distribution<float> normal;
+    std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
+    std::uniform_int_distribution<int64_t> label(0, shape.classes - 1);
+    for (T& x : logits) math::store(&x, A(2 * normal(random)));
+    for (A& x : phi) x = A(0.5f * normal(random));
+    for (A& x : weight) x = A(uniform(random));
+    for (A& x : grad) x = A(normal(random));
+    for (int64_t i = 0; i < total; ++i) labels[i] = odd && i % 5 == 3 ? ignored : label(random);
+    if (odd && shape.classes > 2)
+      for (int64_t i = 0; i < total; ++i)
+        if (i % 3 == 1) {
+          math::store(&logits[at(i, 1)], A(-INFINITY));
+          if (rows) phi[at(i, 1)] = 0;
+        }
+    if (odd && shape.classes > 2 && !rows)
+      for (int64_t k = 0; k < shape.models * shape.classes; ++k) phi[k * shape.classes + 1] = 0;
+    if (bad_labels)
+      for (int64_t i = 0; i < total; i += 4)
+        labels[i] = i % 8 ? shape.classes : -(int64_t(1) << 40), bad[i] = 1;
+    expect();
+  }
+
+  int64_t at(int64_t i, int64_t c) const {
+    return i / shape.inner * shape.classes * shape.inner + c * shape.inner + i % shape.inner;
+  }
+  int64_t q_at(int64_t i, int64_t c) const {
+    return rows ? at(i, c) : i / samples * matrix + labels[i] * shape.classes + c;
+  }
+  bool used(int64_t i) const { return rows || (labels[i] != ignored && !bad[i]); }
+
+  // ALA Eq. 6 and its derivatives, sample by sample in float64.
+  void expect() {
+    std::vector<double> sum(shape.models), weights(shape.models);
+    const auto w = [&](int64_t i) { return !used(i) ? 0. : weighted ? double(weight[labels[i]]) : 1.; };
+    for (int64_t i = 0; i < total; ++i) weights[i / samples] += w(i);
+    for (int64_t i = 0; i < total; ++i) {
+      if (bad[i]) {
+        (reduction == Reduction::none ? loss[i] : loss[i / samples]) = NAN;
+        sum[i / samples] = NAN;
+      }
+      if (!used(i)) continue;
+      const auto x = [&](int64_t c) { return double(math::load(&logits[at(i, c)])); };
+      const auto q = [&](int64_t c) { return double(phi[q_at(i, c)]); };
+      double m = -INFINITY, exponentials = 0, z = 0, q_sum = 0;
+      for (int64_t c = 0; c < shape.classes; ++c) m = std::max(m, x(c));
+      for (int64_t c = 0; c < shape.classes; ++c) exponentials += std::exp(x(c) - m);
+      const auto f = [&](int64_t c) { return x(c) - m - std::log(exponentials); };
+      for (int64_t c = 0; c < shape.classes; ++c) z += q(c) == 0 ? 0 : q(c) * f(c), q_sum += q(c);
+      const double s = 1 / (1 + std::exp(-z)), value = -w(i) * (sigmoid ? s : z);
+      if (reduction == Reduction::none) loss[i] = value;
+      sum[i / samples] += value;
+      double g =
+          -w(i) * (sigmoid ? s * (1 - s) : 1) * double(grad[reduction == Reduction::none ? i : i / samples]);
+      if (reduction == Reduction::mean) g /= weights[i / samples];
+      for (int64_t c = 0; c < shape.classes; ++c) {
+        grad_logits[at(i, c)] = g * (q(c) - std::exp(f(c)) * q_sum);
+        grad_phi[q_at(i, c)] += q(c) == 0 && std::isinf(f(c)) ? 0 : g * f(c);
+      }
+    }
+    if (reduction != Reduction::none)
+      for (int64_t b = 0; b < shape.models; ++b)
+        loss[b] = reduction == Reduction::mean ? sum[b] / weights[b] : sum[b];
+  }
+
+  template <class Forward, class Backward>
+  void check(const Forward& forward, const Backward& backward, const char* backend, int variant) const {
+    std::ostringstream text;
+    text << backend << variant << " B" << shape.models << " N" << shape.outer << " C" << shape.classes << " d"
+         << shape.inner << " reduction " << int(reduction) << (sigmoid ? " sigmoid" : "")
+         << (rows ? " rows" : "") << (weighted ? " weighted" : "") << " dtype " << int(dtype_of<T>);
+    const std::string name = text.str();
+    // One element beyond each result: nothing may be written there.
+    std::vector<A> statistics(4 * total + shape.models + 1, A(-77)), losses(groups + 1, A(-77)),
+        phi_gradient(phi.size() + 1, A(-77));
+    std::vector<T> logit_gradient(elements + 1);
+    math::store(&logit_gradient.back(), A(-77));
+    ParametricCrossEntropy a{};
+    a.dtype = dtype_of<T>, a.sigmoid = sigmoid, a.reduction = reduction;
+    a.models = shape.models, a.samples = samples, a.classes = shape.classes, a.inner = shape.inner;
+    a.ignore_index = ignored;
+    a.logits = logits.data(), a.labels = rows ? nullptr : labels.data(), a.phi = phi.data(),
+    a.phi_stride = matrix;
+    a.weight = weighted ? weight.data() : nullptr;
+    a.statistics = statistics.data();
+    (reduction == Reduction::none ? a.loss : a.reduced) = losses.data();
+    const auto run = [&](const auto& kernel, bool is_backward) {
+      std::vector<unsigned char> scratch(parametric_cross_entropy_scratch(a, is_backward) + 64, 0xff);
+      a.scratch = scratch.data();
+      kernel(a);
+      for (int i = 0; i < 64; ++i) CHECK(scratch[scratch.size() - 64 + i] == 0xff, name, " scratch overrun");
+    };
+    run(forward, false);
+    a.grad = grad.data(), a.grad_logits = logit_gradient.data(), a.grad_phi = phi_gradient.data();
+    run(backward, true);
+    const double tolerance = sizeof(A) == 8 ? 1e-12 : 1e-5, half = sizeof(T) == 2 ? 1e-2 : tolerance;
+    for (int64_t i = 0; i < groups; ++i)
+      CHECK_NEAR(losses[i], loss[i], tolerance, tolerance, name, " loss ", i);
+    for (int64_t i = 0; i < elements; ++i)
+      CHECK_NEAR(math::load(&logit_gradient[i]), grad_logits[i], half == tolerance ? tolerance : 1e-4, half,
+                 name, " dlogits ", i);
+    for (size_t i = 0; i < phi.size(); ++i)
+      CHECK_NEAR(phi_gradient[i], grad_phi[i], 10 * tolerance, tolerance, name, " dPhi ", i);
+    CHECK(losses.back() == -77 && statistics.back() == -77 && phi_gradient.back() == -77 &&
+              math::load(&logit_gradient.back()) == -77,
+          name, " written beyond the end");
+  }
+};
+
+// Few classes; one vector and its neighbours; packed; a block per row; classes strided; several models; many samples of
+// a class; several parts; none.
+const std::vector<Shape> shapes = {{1, 1, 1, 1},   {1, 9, 2, 1},   {1, 70, 10, 1},  {1, 20, 17, 1},
+                                   {1, 9, 64, 1},  {1, 3, 259, 1}, {1, 2, 4100, 1}, {1, 2, 4099, 1},
+                                   {1, 5, 3, 7},   {1, 2, 70, 33}, {3, 40, 5, 1},   {2, 6, 40, 1},
+                                   {1, 600, 6, 1}, {1, 0, 5, 1}};
+
+template <class Check>
+void for_every_case(const Check& check, bool every_type = true, bool bad_labels = false) {
+  int k = 0;
+  for (const Shape& shape : shapes)
+    for (Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum})
+      for (bool rows : {false, true}) {
+        if ((rows && (shape.models > 1 || bad_labels)) || (shape.outer == 0 && reduction == Reduction::mean))
+          continue;
+        if (!rows && shape.classes > 1000) continue;  // a Phi of 4100 x 4100 takes too long here
+        const bool sigmoid = ++k % 2, odd = k % 3, weighted = k % 5 < 3;
+        check(Case<float>(shape, reduction, sigmoid, rows, weighted, odd, bad_labels));
+        if (!every_type) continue;
+        check(Case<double>(shape, reduction, !sigmoid, rows, !weighted, odd, bad_labels));
+        if (shape.classes > 1000) continue;
+        check(Case<bfloat16>(shape, reduction, sigmoid, rows, weighted, odd, bad_labels));
+        check(Case<float16>(shape, reduction, sigmoid, rows, weighted, odd, bad_labels));
+      }
+}
+
+const auto cuda_forward = [](const ParametricCrossEntropy& a) {
+  cuda::parametric_cross_entropy_forward(a, nullptr);
+};
+const auto cuda_backward = [](const ParametricCrossEntropy& a) {
+  cuda::parametric_cross_entropy_backward(a, nullptr);
+};
+
+}  // namespace
+
+TEST(cpu) {
+  for (Isa isa : native::supported_isas()) {
+    native::set_isa(isa);
+    for (int threads : {1, 3}) {
+      native::set_threads(threads);
+      for_every_case([&](const auto& c) {
+        c.check(cpu::parametric_cross_entropy_forward, cpu::parametric_cross_entropy_backward, "isa ",
+                int(isa));
+      });
+    }
+  }
+}
+
+TEST(cuda) {
+  for (int seed = 0; seed < 4; ++seed)
+    for_every_case(
+        [&](const auto& c) {
+          simt::set_seed(seed);
+          c.check(cuda_forward, cuda_backward, "seed ", seed);
+        },
+        seed == 0);
+}
+
+TEST(cuda_bad_labels) {
+  simt::set_seed(4);
+  for_every_case([&](const auto& c) { c.check(cuda_forward, cuda_backward, "bad labels ", 0); }, false, true);
+}
+
+TEST(cuda_many_losses) {
+  simt::set_seed(5);
+  for (Reduction reduction : {Reduction::mean, Reduction::sum})
+    Case<float>({2, 20000, 2, 1}, reduction, true, false, true, true)
+        .check(cuda_forward, cuda_backward, "parts ", 0);
+}
