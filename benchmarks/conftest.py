@@ -32,11 +32,15 @@ def measure(benchmark: Any, threads: int) -> Callable[..., Any]:
     memory traffic that the operation needs, forward and backward together.
     """
 
-    def run(function: Callable[[], Any], *, operator: str, size: str, candidate: str, bytes_moved: int) -> Any:
+    def run(
+        function: Callable[[], Any], *, operator: str, size: str, candidate: str, bytes_moved: int
+    ) -> Any:
         benchmark.group = f"{operator} | {size} | {threads}"
         benchmark.extra_info.update(
             operator=operator, size=size, candidate=candidate, threads=threads, bytes_moved=bytes_moved
         )
+        # A candidate is compiled for its own size: never a recompilation for many sizes, nor the limit on those.
+        torch._dynamo.reset()
         function()
         return benchmark.pedantic(function, rounds=_rounds(benchmark, function), warmup_rounds=3)
 

@@ -37,7 +37,7 @@ def test_forward_backward(size: tuple[int, int], candidate: str, measure: Any) -
         logits.grad = None
         loss(logits, target, phi).backward()
 
-    # The logits are read twice (forward, backward) and their gradient is written once; a row of Phi goes with each read.
+    # The logits are read twice (forward, backward), their gradient is written once; a row of Phi goes with each read.
     moved = 4 * (3 * samples * classes + 2 * min(samples, classes) * classes)
     measure(
         step,

@@ -15,7 +15,8 @@ constexpr const char* names[] = {"generic", "avx2", "avx512"};
 Isa best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     return Isa::avx512;
@@ -49,5 +50,6 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled core of lossmeta: importing it registers the CPU operators with torch.";
   lossmeta::chosen = lossmeta::choose();
   m.def("isa", [] { return lossmeta::names[int(lossmeta::isa())]; }, "The instruction set in use.");
-  m.def("best_isa", [] { return lossmeta::names[int(lossmeta::best())]; }, "The best one this processor has.");
+  m.def(
+      "best_isa", [] { return lossmeta::names[int(lossmeta::best())]; }, "The best one this processor has.");
 }

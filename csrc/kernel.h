@@ -19,30 +19,42 @@ Isa isa();
 }  // namespace lossmeta
 
 #if defined(__x86_64__)
-#define LOSSMETA_DECLARE_KERNEL(name, Arguments)           \
-  namespace lossmeta {                                     \
-  namespace generic { void name(const Arguments&); }       \
-  namespace avx2 { void name(const Arguments&); }          \
-  namespace avx512 { void name(const Arguments&); }        \
-  namespace cuda { void name(const Arguments&, cudaStream_t); } \
-  namespace cpu {                                          \
-  inline void name(const Arguments& a) {                   \
-    switch (isa()) {                                       \
-      case Isa::avx512: return avx512::name(a);            \
-      case Isa::avx2: return avx2::name(a);                \
-      default: return generic::name(a);                    \
-    }                                                      \
-  }                                                        \
-  }                                                        \
+#define LOSSMETA_DECLARE_KERNEL(name, Arguments) \
+  namespace lossmeta {                           \
+  namespace generic {                            \
+  void name(const Arguments&);                   \
+  }                                              \
+  namespace avx2 {                               \
+  void name(const Arguments&);                   \
+  }                                              \
+  namespace avx512 {                             \
+  void name(const Arguments&);                   \
+  }                                              \
+  namespace cuda {                               \
+  void name(const Arguments&, cudaStream_t);     \
+  }                                              \
+  namespace cpu {                                \
+  inline void name(const Arguments& a) {         \
+    switch (isa()) {                             \
+      case Isa::avx512: return avx512::name(a);  \
+      case Isa::avx2: return avx2::name(a);      \
+      default: return generic::name(a);          \
+    }                                            \
+  }                                              \
+  }                                              \
   }
 #else
-#define LOSSMETA_DECLARE_KERNEL(name, Arguments)                     \
-  namespace lossmeta {                                               \
-  namespace generic { void name(const Arguments&); }                 \
-  namespace cuda { void name(const Arguments&, cudaStream_t); }      \
-  namespace cpu {                                                    \
-  inline void name(const Arguments& a) { return generic::name(a); }  \
-  }                                                                  \
+#define LOSSMETA_DECLARE_KERNEL(name, Arguments)                    \
+  namespace lossmeta {                                              \
+  namespace generic {                                               \
+  void name(const Arguments&);                                      \
+  }                                                                 \
+  namespace cuda {                                                  \
+  void name(const Arguments&, cudaStream_t);                        \
+  }                                                                 \
+  namespace cpu {                                                   \
+  inline void name(const Arguments& a) { return generic::name(a); } \
+  }                                                                 \
   }
 #endif
 

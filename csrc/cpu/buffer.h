@@ -11,7 +11,8 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (size_t(size > 0 ? size : 1) * sizeof(T) + 63) / 64 * 64))) {
+      : data_(static_cast<T*>(
+            std::aligned_alloc(64, (size_t(size > 0 ? size : 1) * sizeof(T) + 63) / 64 * 64))) {
     if (!data_) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data_); }

@@ -17,7 +17,8 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= grain) return f(int64_t(0), count);
   parallel_for_range(
       count, grain,
-      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
+      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      &f);
 }
 
 }  // namespace lossmeta

@@ -31,8 +31,12 @@ struct Problem {
   int64_t offset(int64_t i) const { return i / a.inner * a.classes * a.inner + i % a.inner; }
   int64_t model(int64_t i) const { return a.models == 1 ? 0 : i / a.samples; }
   // Phi's row for flat sample i.
-  const A* phi_row(int64_t i, int64_t label) const { return phi + model(i) * a.phi_stride + label * a.classes; }
-  bool valid(int64_t i) const { return !a.labels || (a.labels[i] >= 0 && a.labels[i] < a.classes); }
+  const A* phi_row(int64_t i, int64_t label) const {
+    return phi + model(i) * a.phi_stride + label * a.classes;
+  }
+  bool valid(int64_t i) const {
+    return !a.labels || (a.labels[i] >= 0 && a.labels[i] < a.classes && a.labels[i] != a.ignore_index);
+  }
   A class_weight(int64_t i) const { return weight && a.labels ? weight[a.labels[i]] : A(1); }
 
   // dloss/dz of n samples from i on, times the incoming gradient; 0 for ignored ones.
@@ -181,8 +185,8 @@ struct Lanes {
   static constexpr int64_t max_rows_classes = 16;  // up to here lanes across rows beat lanes along the row
 
   const Problem<T>& p;
-  int64_t first;  // flat index of the first sample; the others follow it
-  int n;          // samples in use
+  int64_t first;   // flat index of the first sample; the others follow it
+  int n;           // samples in use
   int64_t stride;  // from sample to sample in logits
 
   const T* x(int64_t c) const { return p.logits + p.offset(first) + c * p.a.inner; }
@@ -225,15 +229,18 @@ void backward_lanes(const Lanes<T>& lanes, T* grad_logits, accumulate_t<T>* grad
   const Problem<T>& p = lanes.p;
   const int64_t i = lanes.first;
   const V g = p.slopes(i, lanes.n), m = load_partial(p.maximum + i, lanes.n, A(0)),
-          log_sum = load_partial(p.log_sum + i, lanes.n, A(0)), gq = g * load_partial(p.q_sum + i, lanes.n, A(0));
+          log_sum = load_partial(p.log_sum + i, lanes.n, A(0)),
+          gq = g * load_partial(p.q_sum + i, lanes.n, A(0));
   for (int64_t c = 0; c < p.a.classes; ++c) {
     const int64_t at = p.offset(i) + c * p.a.inner;
     const V f = lanes.logit(c) - m - log_sum, w = lanes.q(c);
     // An ignored sample has g = 0 whatever its logits are.
     if (grad_logits)
-      store_strided(grad_logits + at, lanes.stride, select(g == A(0), A(0), w * g - exp_bounded(f) * gq), lanes.n);
+      store_strided(grad_logits + at, lanes.stride, select(g == A(0), A(0), w * g - exp_bounded(f) * gq),
+                    lanes.n);
     if (grad_q)
-      store_strided(grad_q + at, lanes.stride, select((w == A(0)) & (f == A(-INFINITY)), A(0), f * g), lanes.n);
+      store_strided(grad_q + at, lanes.stride, select((w == A(0)) & (f == A(-INFINITY)), A(0), f * g),
+                    lanes.n);
   }
 }
 
@@ -249,7 +256,8 @@ void for_each(const Problem<T>& p, const Rows& rows, const Groups& groups) {
                           for (int64_t k = begin; k < end; ++k)
                             rows(k * width, int(p.total - k * width < width ? p.total - k * width : width));
                         });
-  const int64_t outer = p.a.inner == 1 ? 1 : p.total / p.a.inner, length = p.a.inner == 1 ? p.total : p.a.inner;
+  const int64_t outer = p.a.inner == 1 ? 1 : p.total / p.a.inner,
+                length = p.a.inner == 1 ? p.total : p.a.inner;
   const int64_t blocks = (length + width - 1) / width;
   parallel_for(outer * blocks, grain_elements / (classes * width) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
@@ -290,8 +298,7 @@ template <class T>
 void forward(const ParametricCrossEntropy& a) {
   const Problem<T> p{a};
   for_each<T>(
-      p,
-      [&](int64_t first, int n) { forward_rows(p, first, n); },
+      p, [&](int64_t first, int n) { forward_rows(p, first, n); },
       [&](const Lanes<T>& lanes) { forward_lanes(lanes); });
   finish(p);
 }
@@ -312,12 +319,16 @@ void phi_gradient(const Problem<T>& p, accumulate_t<T>* grad_phi) {
         clear_row(out, classes);
         for (int64_t o = groups.offsets[k]; o < groups.offsets[k + 1]; ++o) {
           const int64_t i = first + groups.order[o];
+          if (!p.valid(i)) continue;
           const A g = p.slopes(i, 1)[0], m = p.maximum[i], log_sum = p.log_sum[i];
           const T* x = p.logits + p.offset(i);
           for (int64_t c = 0; c < classes; c += V::size) {
             const int n = int(classes - c < V::size ? classes - c : V::size);
-            const V f = (p.a.inner == 1 ? load_partial(x + c, n, A(0)) : load_strided(x + c * p.a.inner, p.a.inner, n, A(0))) - m - log_sum;
-            const V masked = select((load_partial(q + c, n, A(0)) == A(0)) & (f == A(-INFINITY)), A(0), f * g);
+            const V f = (p.a.inner == 1 ? load_partial(x + c, n, A(0))
+                                        : load_strided(x + c * p.a.inner, p.a.inner, n, A(0))) -
+                        m - log_sum;
+            const V masked =
+                select((load_partial(q + c, n, A(0)) == A(0)) & (f == A(-INFINITY)), A(0), f * g);
             store_partial(out + c, load_partial(out + c, n, A(0)) + masked, n);
           }
         }
@@ -335,8 +346,7 @@ void backward(const ParametricCrossEntropy& a) {
   A* grad_q = a.labels ? nullptr : grad_phi;
   if (grad_logits || grad_q)
     for_each<T>(
-        p,
-        [&](int64_t first, int n) { backward_rows(p, first, n, grad_logits, grad_q); },
+        p, [&](int64_t first, int n) { backward_rows(p, first, n, grad_logits, grad_q); },
         [&](const Lanes<T>& lanes) { backward_lanes(lanes, grad_logits, grad_q); });
   stream_fence();
   if (grad_phi && a.labels) phi_gradient(p, grad_phi);

@@ -65,18 +65,18 @@ struct Mask {
 
 #define LOSSMETA_SIMD inline __attribute__((always_inline))
 
-#define LOSSMETA_SIMD_BINARY(op)                                                                          \
-  template <class T>                                                                                      \
-  LOSSMETA_SIMD Vec<T> operator op(Vec<T> a, Vec<T> b) {                                                  \
-    return Vec<T>(a.v op b.v);                                                                            \
-  }                                                                                                       \
-  template <class T>                                                                                      \
-  LOSSMETA_SIMD Vec<T> operator op(Vec<T> a, typename Vec<T>::Element b) {                                \
-    return Vec<T>(a.v op Vec<T>(b).v);                                                                    \
-  }                                                                                                       \
-  template <class T>                                                                                      \
-  LOSSMETA_SIMD Vec<T> operator op(typename Vec<T>::Element a, Vec<T> b) {                                \
-    return Vec<T>(Vec<T>(a).v op b.v);                                                                    \
+#define LOSSMETA_SIMD_BINARY(op)                                           \
+  template <class T>                                                       \
+  LOSSMETA_SIMD Vec<T> operator op(Vec<T> a, Vec<T> b) {                   \
+    return Vec<T>(a.v op b.v);                                             \
+  }                                                                        \
+  template <class T>                                                       \
+  LOSSMETA_SIMD Vec<T> operator op(Vec<T> a, typename Vec<T>::Element b) { \
+    return Vec<T>(a.v op Vec<T>(b).v);                                     \
+  }                                                                        \
+  template <class T>                                                       \
+  LOSSMETA_SIMD Vec<T> operator op(typename Vec<T>::Element a, Vec<T> b) { \
+    return Vec<T>(Vec<T>(a).v op b.v);                                     \
   }
 LOSSMETA_SIMD_BINARY(+)
 LOSSMETA_SIMD_BINARY(-)
@@ -84,14 +84,14 @@ LOSSMETA_SIMD_BINARY(*)
 LOSSMETA_SIMD_BINARY(/)
 #undef LOSSMETA_SIMD_BINARY
 
-#define LOSSMETA_SIMD_COMPARE(op)                                                                         \
-  template <class T>                                                                                      \
-  LOSSMETA_SIMD Mask<T> operator op(Vec<T> a, Vec<T> b) {                                                 \
-    return {a.v op b.v};                                                                                  \
-  }                                                                                                       \
-  template <class T>                                                                                      \
-  LOSSMETA_SIMD Mask<T> operator op(Vec<T> a, typename Vec<T>::Element b) {                               \
-    return {a.v op Vec<T>(b).v};                                                                          \
+#define LOSSMETA_SIMD_COMPARE(op)                                           \
+  template <class T>                                                        \
+  LOSSMETA_SIMD Mask<T> operator op(Vec<T> a, Vec<T> b) {                   \
+    return {a.v op b.v};                                                    \
+  }                                                                         \
+  template <class T>                                                        \
+  LOSSMETA_SIMD Mask<T> operator op(Vec<T> a, typename Vec<T>::Element b) { \
+    return {a.v op Vec<T>(b).v};                                            \
   }
 LOSSMETA_SIMD_COMPARE(<)
 LOSSMETA_SIMD_COMPARE(<=)
@@ -141,18 +141,22 @@ LOSSMETA_SIMD Vec<T> select(Mask<T> condition, typename Vec<T>::Element yes, Vec
 template <class T>
 LOSSMETA_SIMD Vec<T> max(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm512_max_ps((__m512)a.v, (__m512)b.v));
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>((typename Vec<T>::Native)_mm512_max_ps((__m512)a.v, (__m512)b.v));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm256_max_ps((__m256)a.v, (__m256)b.v));
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>((typename Vec<T>::Native)_mm256_max_ps((__m256)a.v, (__m256)b.v));
 #endif
   return select(a > b, a, b);
 }
 template <class T>
 LOSSMETA_SIMD Vec<T> min(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm512_min_ps((__m512)a.v, (__m512)b.v));
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>((typename Vec<T>::Native)_mm512_min_ps((__m512)a.v, (__m512)b.v));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm256_min_ps((__m256)a.v, (__m256)b.v));
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>((typename Vec<T>::Native)_mm256_min_ps((__m256)a.v, (__m256)b.v));
 #endif
   return select(a < b, a, b);
 }
@@ -164,11 +168,15 @@ LOSSMETA_SIMD Vec<T> abs(Vec<T> a) {
 template <class T>
 LOSSMETA_SIMD Vec<T> sqrt(Vec<T> a) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm512_sqrt_ps((__m512)a.v));
-  else return Vec<T>((typename Vec<T>::Native)_mm512_sqrt_pd((__m512d)a.v));
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>((typename Vec<T>::Native)_mm512_sqrt_ps((__m512)a.v));
+  else
+    return Vec<T>((typename Vec<T>::Native)_mm512_sqrt_pd((__m512d)a.v));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return Vec<T>((typename Vec<T>::Native)_mm256_sqrt_ps((__m256)a.v));
-  else return Vec<T>((typename Vec<T>::Native)_mm256_sqrt_pd((__m256d)a.v));
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>((typename Vec<T>::Native)_mm256_sqrt_ps((__m256)a.v));
+  else
+    return Vec<T>((typename Vec<T>::Native)_mm256_sqrt_pd((__m256d)a.v));
 #else
   for (int i = 0; i < Vec<T>::size; ++i) a.v[i] = math::sqrt(a.v[i]);
   return a;
@@ -183,12 +191,16 @@ LOSSMETA_SIMD Vec<accumulate_t<T>> load(const T* p) {
   if constexpr (sizeof(T) == 2) {
 #if defined(__AVX512F__)
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (std::is_same_v<T, float16>) return V((typename V::Native)_mm512_cvtph_ps(half));
-    else return V((typename V::Native)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    if constexpr (std::is_same_v<T, float16>)
+      return V((typename V::Native)_mm512_cvtph_ps(half));
+    else
+      return V((typename V::Native)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 #elif defined(__AVX2__)
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    if constexpr (std::is_same_v<T, float16>) return V((typename V::Native)_mm256_cvtph_ps(half));
-    else return V((typename V::Native)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    if constexpr (std::is_same_v<T, float16>)
+      return V((typename V::Native)_mm256_cvtph_ps(half));
+    else
+      return V((typename V::Native)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 #else
     V r;
     for (int i = 0; i < V::size; ++i) r.v[i] = math::load(p + i);
@@ -226,7 +238,8 @@ LOSSMETA_SIMD Vec<accumulate_t<T>> load_partial(const T* p, int n, accumulate_t<
 template <class T>
 LOSSMETA_SIMD void store_partial(T* p, Vec<accumulate_t<T>> x, int n) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)x.v);
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)x.v);
 #endif
   for (int i = 0; i < n; ++i) math::store(p + i, x.v[i]);
 }
@@ -265,11 +278,15 @@ template <class T>
 LOSSMETA_SIMD Vec<T> gather(const T* p, typename Vec<T>::Bits index) {
   using V = Vec<T>;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return V((typename V::Native)_mm512_i32gather_ps((__m512i)index, p, 4));
-  else return V((typename V::Native)_mm512_i64gather_pd((__m512i)index, p, 8));
+  if constexpr (sizeof(T) == 4)
+    return V((typename V::Native)_mm512_i32gather_ps((__m512i)index, p, 4));
+  else
+    return V((typename V::Native)_mm512_i64gather_pd((__m512i)index, p, 8));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return V((typename V::Native)_mm256_i32gather_ps(p, (__m256i)index, 4));
-  else return V((typename V::Native)_mm256_i64gather_pd(p, (__m256i)index, 8));
+  if constexpr (sizeof(T) == 4)
+    return V((typename V::Native)_mm256_i32gather_ps(p, (__m256i)index, 4));
+  else
+    return V((typename V::Native)_mm256_i64gather_pd(p, (__m256i)index, 8));
 #else
   V r;
   for (int i = 0; i < V::size; ++i) r.v[i] = p[index[i]];
@@ -311,11 +328,15 @@ LOSSMETA_SIMD typename Vec<T>::Bits truncate(Vec<T> x) {
 template <class T>
 LOSSMETA_SIMD uint32_t lane_bits(Mask<T> mask) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)mask.m);
-  else return _mm512_movepi64_mask((__m512i)mask.m);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_movepi32_mask((__m512i)mask.m);
+  else
+    return _mm512_movepi64_mask((__m512i)mask.m);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)mask.m));
-  else return uint32_t(_mm256_movemask_pd((__m256d)mask.m));
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(_mm256_movemask_ps((__m256)mask.m));
+  else
+    return uint32_t(_mm256_movemask_pd((__m256d)mask.m));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < Vec<T>::size; ++i) bits |= uint32_t(mask.m[i] & 1) << i;
@@ -332,8 +353,11 @@ template <class T>
 LOSSMETA_SIMD Vec<T> permute(Vec<T> low, Vec<T> high, typename Vec<T>::Bits index) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
-    return Vec<T>((typename Vec<T>::Native)_mm512_permutex2var_ps((__m512)low.v, (__m512i)index, (__m512)high.v));
-  else return Vec<T>((typename Vec<T>::Native)_mm512_permutex2var_pd((__m512d)low.v, (__m512i)index, (__m512d)high.v));
+    return Vec<T>(
+        (typename Vec<T>::Native)_mm512_permutex2var_ps((__m512)low.v, (__m512i)index, (__m512)high.v));
+  else
+    return Vec<T>(
+        (typename Vec<T>::Native)_mm512_permutex2var_pd((__m512d)low.v, (__m512i)index, (__m512d)high.v));
 #else
   Vec<T> r;
   for (int i = 0; i < r.size; ++i) r.v[i] = index[i] < r.size ? low.v[index[i]] : high.v[index[i] - r.size];
@@ -404,7 +428,8 @@ LOSSMETA_SIMD void exchange_bit(V (&rows)[V::size], std::integer_sequence<int, l
     }
 #else
     rows[r].v = __builtin_shuffle(x, y, typename V::Bits{(lane & bit ? (lane ^ bit) + V::size : lane)...});
-    rows[r | bit].v = __builtin_shuffle(x, y, typename V::Bits{(lane & bit ? lane + V::size : lane ^ bit)...});
+    rows[r | bit].v =
+        __builtin_shuffle(x, y, typename V::Bits{(lane & bit ? lane + V::size : lane ^ bit)...});
 #endif
   }
 }
@@ -504,8 +529,8 @@ LOSSMETA_SIMD Vec<float> log(Vec<float> x) {
   V e(__builtin_convertvector(offset >> 23, V::Native));
   e = e - select(tiny, V(23.f), V(0.f));
   const V f = V::from_bits((offset & 0x007fffff) + 0x3f3504f3) - 1.f;
-  const V q = horner(f, {6.9716115e-2f, -1.1479734e-1f, 1.1685420e-1f, -1.2425687e-1f, 1.4249058e-1f, -1.6667802e-1f,
-                         2.0000716e-1f, -2.4999997e-1f, 3.3333331e-1f});
+  const V q = horner(f, {6.9716115e-2f, -1.1479734e-1f, 1.1685420e-1f, -1.2425687e-1f, 1.4249058e-1f,
+                         -1.6667802e-1f, 2.0000716e-1f, -2.4999997e-1f, 3.3333331e-1f});
   const V f2 = f * f;
   V r = e * 0.693359375f + (f + (f2 * -0.5f + (f * f2 * q + e * -2.12194440e-4f)));
   r = select(x == INFINITY, V(INFINITY), r);

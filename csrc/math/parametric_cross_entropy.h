@@ -7,27 +7,27 @@
 namespace lossmeta {
 
 struct ParametricCrossEntropy {
-  DType dtype;               // of logits; everything else is in its accumulation type
+  DType dtype;  // of logits; everything else is in its accumulation type
   bool sigmoid;
   Reduction reduction;
-  int64_t models;            // B
-  int64_t samples;           // S = N * inner, per model
-  int64_t classes;           // C
-  int64_t inner;             // product of the dimensions after the classes
+  int64_t models;   // B
+  int64_t samples;  // S = N * inner, per model
+  int64_t classes;  // C
+  int64_t inner;    // product of the dimensions after the classes
   int64_t ignore_index;
-  const void* logits;        // [B, N, C, inner]
-  const int64_t* labels;     // [B, S], or null: phi holds one row per sample
-  const void* phi;           // [B, C, C]; without labels [B, N, C, inner]
-  int64_t phi_stride;        // from model to model with labels: C * C, or 0 where the models share one phi
-  const void* weight;        // [C] or null
+  const void* logits;     // [B, N, C, inner]
+  const int64_t* labels;  // [B, S], or null: phi holds one row per sample
+  const void* phi;        // [B, C, C]; without labels [B, N, C, inner]
+  int64_t phi_stride;     // from model to model with labels: C * C, or 0 where the models share one phi
+  const void* weight;     // [C] or null
   // Per sample: maximum m, log sum exp(x - m), z and the sum of q; then per model the denominator of the mean.
-  void* statistics;          // [4, B, S] followed by [B]
-  void* loss;                // forward: [B, S] where it is not reduced (or scratch), else unused
-  void* reduced;             // forward: [B] for mean and sum
-  const void* grad;          // backward: [B, S] or [B]
-  void* grad_logits;         // backward: as logits, or null
-  void* grad_phi;            // backward: as phi, or null
-  void* scratch;             // on the GPU, of parametric_cross_entropy_scratch(...) bytes
+  void* statistics;   // [4, B, S] followed by [B]
+  void* loss;         // forward: [B, S] where it is not reduced (or scratch), else unused
+  void* reduced;      // forward: [B] for mean and sum
+  const void* grad;   // backward: [B, S] or [B]
+  void* grad_logits;  // backward: as logits, or null
+  void* grad_phi;     // backward: as phi, or null
+  void* scratch;      // on the GPU, of parametric_cross_entropy_scratch(...) bytes
 };
 
 // On the GPU the sum of many losses and the gradient of a small Phi are computed in several parts.

@@ -35,8 +35,8 @@ template <class... Parts>
 }
 
 // The message is put together only when the check fails.
-#define LOSSMETA_CHECK(condition, ...) \
-  do {                                 \
+#define LOSSMETA_CHECK(condition, ...)               \
+  do {                                               \
     if (!(condition)) ::lossmeta::fail(__VA_ARGS__); \
   } while (0)
 
@@ -71,8 +71,7 @@ inline DType float_dtype(const Tensor& t, const char* op, const char* argument) 
     case ScalarType::Double: return DType::float64;
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Half: return DType::float16;
-    default:
-      fail(op, ": ", argument, " must be float32, float64, bfloat16 or float16, got ", dtype_name(t));
+    default: fail(op, ": ", argument, " must be float32, float64, bfloat16 or float16, got ", dtype_name(t));
   }
 }
 
@@ -111,8 +110,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   aoti_torch_get_device_index(like.get(), &device_index);
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               device_index, &handle) != 0)
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               device_type, device_index, &handle) != 0)
     fail("out of memory: could not allocate ", stride, " elements");
   Tensor result(handle);
 #if defined(__linux__) && !defined(LOSSMETA_BACKEND_CUDA)
@@ -132,11 +131,12 @@ inline void check_labels(const int64_t* labels,  // [count]
 #ifndef LOSSMETA_BACKEND_CUDA
   // Counted without a branch first: this loop runs over every label of every call.
   int64_t bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad += (uint64_t(labels[i]) >= uint64_t(classes)) & (labels[i] != ignore_index);
+  for (int64_t i = 0; i < count; ++i)
+    bad += (uint64_t(labels[i]) >= uint64_t(classes)) & (labels[i] != ignore_index);
   for (int64_t i = 0; bad && i < count; ++i) {
     const int64_t label = labels[i];
-    LOSSMETA_CHECK((label >= 0 && label < classes) || label == ignore_index, op, ": labels must lie in [0, ", classes,
-                   "), got ", label, " at index ", i);
+    LOSSMETA_CHECK((label >= 0 && label < classes) || label == ignore_index, op, ": labels must lie in [0, ",
+                   classes, "), got ", label, " at index ", i);
   }
 #else
   (void)labels, (void)count, (void)classes, (void)ignore_index, (void)op;
@@ -150,10 +150,10 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 // Runs the kernel on the device and current stream of `tensor`.
-#define LOSSMETA_RUN(name, arguments, tensor)                                                \
-  do {                                                                                       \
-    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());        \
-    ::lossmeta::cuda::name(arguments, ::lossmeta::current_stream(tensor));                   \
+#define LOSSMETA_RUN(name, arguments, tensor)                                         \
+  do {                                                                                \
+    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
+    ::lossmeta::cuda::name(arguments, ::lossmeta::current_stream(tensor));            \
   } while (0)
 #else
 #define LOSSMETA_RUN(name, arguments, tensor) ::lossmeta::cpu::name(arguments)
@@ -161,7 +161,9 @@ inline cudaStream_t current_stream(const Tensor& t) {
 
 // Schemas are defined once, by the CPU library; both libraries register their kernels.
 #ifdef LOSSMETA_BACKEND_CUDA
-#define LOSSMETA_DEFINE(m) [[maybe_unused]] static void C10_CONCATENATE(unused_schema_, __LINE__)(torch::stable::detail::StableLibrary& m)
+#define LOSSMETA_DEFINE(m)                                     \
+  [[maybe_unused]] static void C10_CONCATENATE(unused_schema_, \
+                                               __LINE__)(torch::stable::detail::StableLibrary & m)
 #else
 #define LOSSMETA_DEFINE(m) STABLE_TORCH_LIBRARY_FRAGMENT(lossmeta, m)
 #endif

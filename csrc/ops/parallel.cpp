@@ -7,7 +7,8 @@
 namespace lossmeta {
 
 void parallel_for_range(int64_t count, int64_t grain, RangeFunction function, const void* context) {
-  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { function(context, begin, end); });
+  torch::stable::parallel_for(0, count, grain,
+                              [=](int64_t begin, int64_t end) { function(context, begin, end); });
 }
 
 }  // namespace lossmeta

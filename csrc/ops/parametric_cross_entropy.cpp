@@ -27,7 +27,8 @@ struct Arguments {
     a.reduction = Reduction(reduction);
     a.ignore_index = ignore_index;
     batch = labels && phi.dim() == 3;
-    LOSSMETA_CHECK(logits.dim() >= 2 && (!batch || logits.dim() == 3), op, ": logits must be [N, C] or [N, C, d...]",
+    LOSSMETA_CHECK(logits.dim() >= 2 && (!batch || logits.dim() == 3), op,
+                   ": logits must be [N, C] or [N, C, d...]",
                    batch ? ", and [B, N, C] with phi [B, C, C]" : "", ", got ", shape(logits));
     a.models = batch ? logits.size(0) : 1;
     a.classes = logits.size(batch ? 2 : 1);
@@ -43,17 +44,19 @@ struct Arguments {
                      dtype_name(*labels));
       check_same_device(*labels, logits, op, "labels", "logits");
       bool fits = labels->dim() == logits.dim() - 1 && labels->size(0) == logits.size(0);
-      for (int64_t d = 1; fits && d < labels->dim(); ++d) fits = labels->size(d) == logits.size(batch ? d : d + 1);
+      for (int64_t d = 1; fits && d < labels->dim(); ++d)
+        fits = labels->size(d) == logits.size(batch ? d : d + 1);
       LOSSMETA_CHECK(fits, op, ": labels must have the shape of logits without the class dimension, got ",
                      shape(*labels), " for logits ", shape(logits));
-      fits = (!batch || phi.size(0) == a.models) && (batch || phi.dim() == 2) && phi.size(-2 + phi.dim()) == a.classes &&
-             phi.size(-1 + phi.dim()) == a.classes;
-      LOSSMETA_CHECK(fits, op, ": phi must be [", batch ? "B, " : "", "C, C] with C = ", a.classes, ", got ", shape(phi));
+      fits = (!batch || phi.size(0) == a.models) && (batch || phi.dim() == 2) &&
+             phi.size(-2 + phi.dim()) == a.classes && phi.size(-1 + phi.dim()) == a.classes;
+      LOSSMETA_CHECK(fits, op, ": phi must be [", batch ? "B, " : "", "C, C] with C = ", a.classes, ", got ",
+                     shape(phi));
       if (weight) {
         float_dtype(*weight, op, "weight");
         check_same_device(*weight, logits, op, "weight", "logits");
-        LOSSMETA_CHECK(weight->dim() == 1 && weight->size(0) == a.classes, op, ": weight must be [", a.classes,
-                       "], got ", shape(*weight));
+        LOSSMETA_CHECK(weight->dim() == 1 && weight->size(0) == a.classes, op, ": weight must be [",
+                       a.classes, "], got ", shape(*weight));
         weight = packed_as(*weight, accumulated);
         a.weight = weight->const_data_ptr();
       }
@@ -63,9 +66,10 @@ struct Arguments {
       a.labels = labels->numel() ? static_cast<const int64_t*>(labels->const_data_ptr()) : &no_label;
       check_labels(a.labels, a.models * a.samples, a.classes, ignore_index, op);
     } else {
-      LOSSMETA_CHECK(shape(phi) == shape(logits), op,
-                     ": without labels phi holds a row for each sample and must have the shape of logits, got ",
-                     shape(phi), " for logits ", shape(logits));
+      LOSSMETA_CHECK(
+          shape(phi) == shape(logits), op,
+          ": without labels phi holds a row for each sample and must have the shape of logits, got ",
+          shape(phi), " for logits ", shape(logits));
     }
     logits = packed(logits);
     // Models that share one phi hand it over expanded: it is not copied.
@@ -85,13 +89,16 @@ struct Arguments {
     const auto check = [&](const auto* statistics) {
       for (int64_t i = 0; i < total; ++i) {
         if (std::isfinite(statistics[3 * total + i])) continue;
-        LOSSMETA_CHECK(!labels, op, ": phi must be finite, got ", statistics[3 * total + i], " in row ", a.labels[i],
-                       ", the row of label ", a.labels[i]);
-        fail(op, ": phi and probabilities must be finite, got ", statistics[3 * total + i], " for sample ", i);
+        LOSSMETA_CHECK(!labels, op, ": phi must be finite, got ", statistics[3 * total + i], " in row ",
+                       a.labels[i], ", the row of label ", a.labels[i]);
+        fail(op, ": phi and probabilities must be finite, got ", statistics[3 * total + i], " for sample ",
+             i);
       }
     };
-    if (accumulated == ScalarType::Double) check(static_cast<const double*>(a.statistics));
-    else check(static_cast<const float*>(a.statistics));
+    if (accumulated == ScalarType::Double)
+      check(static_cast<const double*>(a.statistics));
+    else
+      check(static_cast<const float*>(a.statistics));
 #endif
   }
 
@@ -107,9 +114,9 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Tensor>& labels, const Tensor& phi,
-                                   const std::optional<Tensor>& weight, int64_t ignore_index, bool sigmoid,
-                                   int64_t reduction) {
+std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Tensor>& labels,
+                                   const Tensor& phi, const std::optional<Tensor>& weight,
+                                   int64_t ignore_index, bool sigmoid, int64_t reduction) {
   Arguments arguments(logits, labels, phi, weight, ignore_index, sigmoid, reduction);
   ParametricCrossEntropy& a = arguments.a;
   Tensor loss = empty(arguments.loss_sizes(), arguments.accumulated, logits);
@@ -125,27 +132,32 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Ten
   return {loss, statistics};
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& logits, const std::optional<Tensor>& labels,
-                                    const Tensor& phi, const std::optional<Tensor>& weight, int64_t ignore_index,
-                                    bool sigmoid, int64_t reduction, const Tensor& statistics, bool need_logits,
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& logits,
+                                    const std::optional<Tensor>& labels, const Tensor& phi,
+                                    const std::optional<Tensor>& weight, int64_t ignore_index, bool sigmoid,
+                                    int64_t reduction, const Tensor& statistics, bool need_logits,
                                     bool need_phi) {
   Arguments arguments(logits, labels, phi, weight, ignore_index, sigmoid, reduction);
   ParametricCrossEntropy& a = arguments.a;
   std::vector<int64_t> expected = arguments.loss_sizes();
-  LOSSMETA_CHECK(arguments.sizes(grad) == expected, op, ": grad must have the shape of the loss, got ", shape(grad));
+  LOSSMETA_CHECK(arguments.sizes(grad) == expected, op, ": grad must have the shape of the loss, got ",
+                 shape(grad));
   LOSSMETA_CHECK(statistics.numel() == 4 * a.models * a.samples + a.models &&
                      statistics.scalar_type() == arguments.accumulated,
                  op, ": statistics must be those that the forward returned for these logits");
   const Tensor dense_grad = packed_as(grad, arguments.accumulated), kept = packed(statistics);
   a.grad = dense_grad.const_data_ptr();
   a.statistics = const_cast<void*>(kept.const_data_ptr());
-  Tensor grad_logits = empty(need_logits ? arguments.sizes(logits) : std::vector<int64_t>{0}, logits.scalar_type(), logits);
-  Tensor grad_phi = empty(need_phi ? arguments.phi_sizes : std::vector<int64_t>{0}, arguments.accumulated, logits);
+  Tensor grad_logits =
+      empty(need_logits ? arguments.sizes(logits) : std::vector<int64_t>{0}, logits.scalar_type(), logits);
+  Tensor grad_phi =
+      empty(need_phi ? arguments.phi_sizes : std::vector<int64_t>{0}, arguments.accumulated, logits);
   if (need_logits) a.grad_logits = grad_logits.mutable_data_ptr();
   if (need_phi) a.grad_phi = grad_phi.mutable_data_ptr();
 #ifdef LOSSMETA_BACKEND_CUDA
   const bool sorts = need_phi && labels;
-  const Tensor scratch = empty({sorts ? parametric_cross_entropy_scratch(a, true) : 0}, ScalarType::Byte, logits);
+  const Tensor scratch =
+      empty({sorts ? parametric_cross_entropy_scratch(a, true) : 0}, ScalarType::Byte, logits);
   a.scratch = scratch.mutable_data_ptr();
 #endif
   LOSSMETA_RUN(parametric_cross_entropy_backward, a, logits);
@@ -159,7 +171,8 @@ LOSSMETA_DEFINE(m) {
       "parametric_cross_entropy(Tensor logits, Tensor? labels, Tensor phi, Tensor? weight, int ignore_index, "
       "bool sigmoid, int reduction) -> (Tensor loss, Tensor statistics)");
   m.def(
-      "parametric_cross_entropy_backward(Tensor grad, Tensor logits, Tensor? labels, Tensor phi, Tensor? weight, "
+      "parametric_cross_entropy_backward(Tensor grad, Tensor logits, Tensor? labels, Tensor phi, Tensor? "
+      "weight, "
       "int ignore_index, bool sigmoid, int reduction, Tensor statistics, bool need_logits, bool need_phi) "
       "-> (Tensor grad_logits, Tensor grad_phi)");
 }

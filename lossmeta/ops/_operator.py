@@ -35,7 +35,7 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
     Example:
         >>> with lossmeta.ops.debug():
-        ...     loss = lossmeta.ops.parametric_cross_entropy(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.eye(3))
+        ...     loss = lossmeta.ops.parametric_cross_entropy(torch.ones(1, 3), torch.tensor([0]), torch.eye(3))
     """
     global _debugging
     before, _debugging = _debugging, enabled
@@ -174,7 +174,10 @@ class Operator:
             lambda *primals: self._reference_at(arguments, primals), *self._primals(arguments)
         )
         return pullback(
-            tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads, strict=True))
+            tuple(
+                torch.zeros_like(o) if g is None else g.to(o.dtype)
+                for o, g in zip(outputs, grads, strict=True)
+            )
         )
 
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
@@ -360,7 +363,7 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
                     g for g, need in zip(operator.reference_backward(*at), needs, strict=True) if need
                 )
 
-            values, pullback = torch.func.vjp(gradient, *(args[i] for i in positions))
+            values, pullback = torch.func.vjp(gradient, *(args[i] for i in positions))  # type: ignore[misc]
             wanted = [g for g, need in zip(grad_grads, needs, strict=True) if need]
             grads = pullback(
                 tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, wanted, strict=True))

@@ -103,7 +103,9 @@ def _general(
             return loss
         if reduction == REDUCTIONS["sum"]:
             return loss.sum()
-        return loss.sum() / torch.where(target == ignore_index, 0, weights[target.clamp(0, classes - 1)]).sum()
+        return (
+            loss.sum() / torch.where(target == ignore_index, 0, weights[target.clamp(0, classes - 1)]).sum()
+        )
     if target.shape != logits.shape:
         raise RuntimeError(
             f"parametric_cross_entropy: probabilities must have the shape of logits, {list(logits.shape)}, "
@@ -139,13 +141,12 @@ def _reference(
     if labels is None:
         rows, valid = phi, None
     else:
-        valid = (labels >= 0) & (labels < phi.shape[-1])
+        valid = (labels >= 0) & (labels < phi.shape[-1]) & (labels != ignore_index)
         safe = labels.where(valid, 0)
-        if batch:
-            rows = phi.gather(1, safe[..., None].expand(-1, -1, phi.shape[-1]))
-        else:
-            rows = phi[safe].movedim(-1, 1)
-    masked = torch.where(rows == 0, 0.0, rows * log_probability.masked_fill((rows == 0) & log_probability.isinf(), 0))
+        columns = phi.shape[-1]
+        rows = phi.gather(1, safe[..., None].expand(-1, -1, columns)) if batch else phi[safe].movedim(-1, 1)
+    finite = log_probability.masked_fill((rows == 0) & log_probability.isinf(), 0)
+    masked = torch.where(rows == 0, 0.0, rows * finite)
     z = masked.sum(2 if batch else 1)
     scale = torch.ones_like(z) if weight is None or labels is None else weight.to(dtype)[safe]
     loss = -scale * (z.sigmoid() if sigmoid else z)
@@ -196,11 +197,7 @@ def _scatter_statistics(flat: Tensor, batch: int) -> Tensor:
 def _batched(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Tensor | None]:
     """The tensors with their batch dimension in front, expanded where they have none."""
     return [
-        None
-        if a is None
-        else a.expand(info.batch_size, *a.shape)
-        if d is None
-        else a.movedim(d, 0)
+        None if a is None else a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)
         for a, d in zip(args, in_dims, strict=True)
     ]
 

@@ -32,7 +32,8 @@ std::vector<Isa> supported_isas() {
 Isa isa() { return native::chosen; }
 
 void parallel_for_range(int64_t count, int64_t grain, RangeFunction function, const void* context) {
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(native::threads, count / std::max<int64_t>(grain, 1)));
+  const int64_t parts =
+      std::max<int64_t>(1, std::min<int64_t>(native::threads, count / std::max<int64_t>(grain, 1)));
   std::vector<std::thread> workers;
   for (int64_t p = 0; p < parts; ++p)
     workers.emplace_back(function, context, count * p / parts, count * (p + 1) / parts);

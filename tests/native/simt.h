@@ -54,29 +54,36 @@ auto shuffle(Operation operation, unsigned mask, T value, unsigned operand, int 
   return word;
 }
 
-template <class T> using Value = std::common_type_t<T>;  // T, but takes no part in deduction
+template <class T>
+using Value = std::common_type_t<T>;  // T, but takes no part in deduction
 
 // The result of CUDA's min(A, B): both floating, or integers that have one size after promotion.
-template <class A, class B> using MinMax = std::enable_if_t<
-    std::is_floating_point_v<A> == std::is_floating_point_v<B> &&
-        (std::is_floating_point_v<A> || sizeof(+A()) == sizeof(+B())),
-    std::common_type_t<decltype(+A()), decltype(+B())>>;
+template <class A, class B>
+using MinMax = std::enable_if_t<std::is_floating_point_v<A> == std::is_floating_point_v<B> &&
+                                    (std::is_floating_point_v<A> || sizeof(+A()) == sizeof(+B())),
+                                std::common_type_t<decltype(+A()), decltype(+B())>>;
 
-template <class T, class... Allowed> inline constexpr bool is_one_of = (std::is_same_v<T, Allowed> || ...);
+template <class T, class... Allowed>
+inline constexpr bool is_one_of = (std::is_same_v<T, Allowed> || ...);
 
-template <class T> T wrapping_sum(T a, T b) {
-  if constexpr (std::is_integral_v<T>) return T(std::make_unsigned_t<T>(a) + std::make_unsigned_t<T>(b));
-  else return a + b;
+template <class T>
+T wrapping_sum(T a, T b) {
+  if constexpr (std::is_integral_v<T>)
+    return T(std::make_unsigned_t<T>(a) + std::make_unsigned_t<T>(b));
+  else
+    return a + b;
 }
 
-template <class T, class Update> T atomic(T* address, Update update) {
+template <class T, class Update>
+T atomic(T* address, Update update) {
   interleave();
   T old = *address;
   *address = update(old);
   return old;
 }
 
-template <class To, class From> To bit_cast(From from) {
+template <class To, class From>
+To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -102,16 +109,20 @@ inline int __any_sync(unsigned mask, int vote) { return simt::meet_in_warp(simt:
 inline int __all_sync(unsigned mask, int vote) { return simt::meet_in_warp(simt::all, mask, vote == 0) == 0; }
 inline unsigned __activemask() { return 1u << (simt::current ? simt::current->linear % 32 : 0); }
 
-template <class T> auto __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+template <class T>
+auto __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
   return simt::shuffle(simt::shfl, mask, value, unsigned(source), width);
 }
-template <class T> auto __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+template <class T>
+auto __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
   return simt::shuffle(simt::shfl_up, mask, value, delta, width);
 }
-template <class T> auto __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+template <class T>
+auto __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
   return simt::shuffle(simt::shfl_down, mask, value, delta, width);
 }
-template <class T> auto __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
+template <class T>
+auto __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
   return simt::shuffle(simt::shfl_xor, mask, value, unsigned(lane_mask), width);
 }
 
@@ -130,35 +141,52 @@ inline long long __double_as_longlong(double x) { return simt::bit_cast<long lon
 inline double __longlong_as_double(long long x) { return simt::bit_cast<double>(x); }
 
 // Atomics and min/max accept the types that CUDA's overloads do. Integer sums wrap.
-#define SIMT_ATOMIC(name, result, ...)                               \
-  template <class T> T name(T* address, simt::Value<T> value) {       \
-    static_assert(simt::is_one_of<T, __VA_ARGS__>);                  \
+#define SIMT_ATOMIC(name, result, ...)                                \
+  template <class T>                                                  \
+  T name(T* address, simt::Value<T> value) {                          \
+    static_assert(simt::is_one_of<T, __VA_ARGS__>);                   \
     return simt::atomic(address, [=](T old) -> T { return result; }); \
   }
 SIMT_ATOMIC(atomicAdd, simt::wrapping_sum(old, value), int, unsigned, unsigned long long, float, double)
 SIMT_ATOMIC(atomicMin, value < old ? value : old, int, unsigned, long long, unsigned long long)
 SIMT_ATOMIC(atomicMax, value > old ? value : old, int, unsigned, long long, unsigned long long)
-SIMT_ATOMIC(atomicAnd, old & value, int, unsigned, unsigned long long)
+SIMT_ATOMIC(atomicAnd, old& value, int, unsigned, unsigned long long)
 SIMT_ATOMIC(atomicOr, old | value, int, unsigned, unsigned long long)
 SIMT_ATOMIC(atomicExch, (void(old), value), int, unsigned, unsigned long long, float)
 #undef SIMT_ATOMIC
-template <class T> T atomicCAS(T* address, simt::Value<T> compare, simt::Value<T> value) {
+template <class T>
+T atomicCAS(T* address, simt::Value<T> compare, simt::Value<T> value) {
   static_assert(simt::is_one_of<T, int, unsigned, unsigned long long>);
   return simt::atomic(address, [=](T old) { return old == compare ? value : old; });
 }
 
-template <class A, class B, class T = simt::MinMax<A, B>> T min(A a, B b) {
-  if constexpr (std::is_floating_point_v<T>) return fmin(T(a), T(b));
-  else return T(b) < T(a) ? T(b) : T(a);
+template <class A, class B, class T = simt::MinMax<A, B>>
+T min(A a, B b) {
+  if constexpr (std::is_floating_point_v<T>)
+    return fmin(T(a), T(b));
+  else
+    return T(b) < T(a) ? T(b) : T(a);
 }
-template <class A, class B, class T = simt::MinMax<A, B>> T max(A a, B b) {
-  if constexpr (std::is_floating_point_v<T>) return fmax(T(a), T(b));
-  else return T(a) < T(b) ? T(b) : T(a);
+template <class A, class B, class T = simt::MinMax<A, B>>
+T max(A a, B b) {
+  if constexpr (std::is_floating_point_v<T>)
+    return fmax(T(a), T(b));
+  else
+    return T(a) < T(b) ? T(b) : T(a);
 }
 
-template <class T> T __ldg(const T* address) { return *address; }
-template <class T> T __ldcs(const T* address) { return *address; }
-template <class T> void __stcs(T* address, simt::Value<T> value) { *address = value; }
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, simt::Value<T> value) {
+  *address = value;
+}
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }

@@ -164,15 +164,24 @@ inline void make_context(Context& context, void (*entry)(), unsigned stagger) {
 // ---- Threads, warps and the running block. ----
 
 enum Operation {  // shuffles, votes, then barriers of the block
-  syncwarp, shfl, shfl_up, shfl_down, shfl_xor,
-  ballot, any, all,
-  syncthreads, syncthreads_or, syncthreads_and, syncthreads_count,
+  syncwarp,
+  shfl,
+  shfl_up,
+  shfl_down,
+  shfl_xor,
+  ballot,
+  any,
+  all,
+  syncthreads,
+  syncthreads_or,
+  syncthreads_and,
+  syncthreads_count,
   none
 };
 constexpr const char* operation_names[none] = {
-    "__syncwarp", "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
-    "__ballot_sync", "__any_sync", "__all_sync",
-    "__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
+    "__syncwarp",      "__shfl_sync",      "__shfl_up_sync",    "__shfl_down_sync",
+    "__shfl_xor_sync", "__ballot_sync",    "__any_sync",        "__all_sync",
+    "__syncthreads",   "__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
 
 struct Thread {
   Context context;
@@ -201,7 +210,7 @@ constexpr std::size_t default_shared_bytes = 48 << 10, max_shared_bytes = 227 <<
 
 inline std::vector<Thread> threads(max_threads);
 inline Warp warps[max_threads / 32];
-inline unsigned live = 0;           // threads of the block that have not returned
+inline unsigned live = 0;            // threads of the block that have not returned
 inline unsigned arrived[none] = {};  // at each kind of block barrier
 inline unsigned ready[max_threads], ready_count = 0;
 inline Thread* current = nullptr;  // null outside kernels
@@ -283,9 +292,12 @@ inline void complete_warp(Warp& warp, int m) {
     if (meeting.arrived >> i & 1) votes |= std::uint64_t(lanes[i].in != 0) << i;
   for (unsigned i = 0; i < 32; ++i) {
     if (!(meeting.arrived >> i & 1)) continue;
-    if (meeting.operation >= ballot) lanes[i].out = votes;
-    else if (meeting.arrived >> lanes[i].source & 1) lanes[i].out = lanes[lanes[i].source].in;
-    else lanes[i].out = ~std::uint64_t(0);
+    if (meeting.operation >= ballot)
+      lanes[i].out = votes;
+    else if (meeting.arrived >> lanes[i].source & 1)
+      lanes[i].out = lanes[lanes[i].source].in;
+    else
+      lanes[i].out = ~std::uint64_t(0);
     release(lanes[i]);
   }
 }
@@ -413,8 +425,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
          name, grid.x, grid.y, grid.z);
   if (!block.x || !block.y || !block.z || block.x > max_threads || block.y > max_threads || block.z > 64 ||
       block.x * block.y * block.z > max_threads)
-    fail("launch failure: %s: a block must have 1 to 1024 threads (z at most 64), got (%u, %u, %u)",
-         name, block.x, block.y, block.z);
+    fail("launch failure: %s: a block must have 1 to 1024 threads (z at most 64), got (%u, %u, %u)", name,
+         block.x, block.y, block.z);
   auto limit = shared_limits().find(reinterpret_cast<const void*>(kernel));
   std::size_t allowed = limit == shared_limits().end() ? default_shared_bytes : limit->second;
   if (shared_bytes > allowed)

@@ -398,7 +398,8 @@ TEST(atomics) {
 
 __global__ void wait_for_flag(int* flag, int* out) {
   if (threadIdx.x == 0) {
-    while (atomicAdd(flag, 0) == 0) {}
+    while (atomicAdd(flag, 0) == 0) {
+    }
     *out = 7;
   } else if (threadIdx.x == 1) {
     atomicExch(flag, 1);
@@ -511,13 +512,16 @@ TEST(divergence_is_described_and_aborts) {
     dim3 grid(1, 2);
     return message_of_abort([&] { LOSSMETA_LAUNCH(divergent, grid, 64, 0, nullptr, kind, out.data()); });
   };
-  check_contains(message(0), "of grid (1, 2, 1), 64 threads\n  threads 0-39: wait at __syncthreads\n"
-                             "  threads 40-63: wait at __syncthreads_or\n");
-  check_contains(message(1), "threads 0-2 4-31: wait at __shfl_xor_sync with mask 0xffffffff "
-                             "for lanes 0x00000008 of warp 0");
+  check_contains(message(0),
+                 "of grid (1, 2, 1), 64 threads\n  threads 0-39: wait at __syncthreads\n"
+                 "  threads 40-63: wait at __syncthreads_or\n");
+  check_contains(message(1),
+                 "threads 0-2 4-31: wait at __shfl_xor_sync with mask 0xffffffff "
+                 "for lanes 0x00000008 of warp 0");
   check_contains(message(1), "threads 3 32-63: wait at __syncthreads\n");
-  check_contains(message(2), "threads 0-3: wait at __shfl_sync with mask 0xffffffff "
-                             "for lanes 0xfffffff0 of warp 0");
+  check_contains(message(2),
+                 "threads 0-3: wait at __shfl_sync with mask 0xffffffff "
+                 "for lanes 0xfffffff0 of warp 0");
   check_contains(message(3), "the mask 0x0000ffff of __shfl_sync does not name the calling lane");
   check_contains(message(4), "wait at __ballot_sync with mask 0xffffffff for lanes 0x55555555 of warp 1");
   check_contains(message(5), "width must be a power of two up to 32, got 12");

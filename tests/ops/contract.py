@@ -15,6 +15,10 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
+def _weights(o: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape)
+
+
 def with_gradients(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
     """The outputs of ``function`` and its gradients for a fixed incoming gradient, at copies of ``tensors``."""
     leaves = [
@@ -25,7 +29,7 @@ def with_gradients(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tens
     if not wanted:
         return outputs
     differentiable = [o for o in outputs if o.requires_grad]
-    weights = [torch.linspace(-1, 2, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape) for o in differentiable]
+    weights = [_weights(o) for o in differentiable]
     return (*(o.detach() for o in outputs), *torch.autograd.grad(differentiable, wanted, weights))
 
 
@@ -77,7 +81,7 @@ def check_strides(function: Callable[..., Any], *tensors: Tensor, **tolerances: 
         if not wanted:
             return outputs
         differentiable = [o for o in outputs if o.requires_grad]
-        weights = [torch.linspace(-1, 2, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape) for o in differentiable]
+        weights = [_weights(o) for o in differentiable]
         return (
             *(o.detach() for o in outputs),
             *torch.autograd.grad(differentiable, wanted, [strided(w) for w in weights]),
@@ -103,7 +107,9 @@ def check_threads(function: Callable[..., Any], *tensors: Tensor) -> None:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             for a, e in zip(with_gradients(function, *tensors), expected, strict=True):
-                assert torch.equal(a.nan_to_num(nan=1e30), e.nan_to_num(nan=1e30)), f"differs with {threads} threads"
+                assert torch.equal(a.nan_to_num(nan=1e30), e.nan_to_num(nan=1e30)), (
+                    f"differs with {threads} threads"
+                )
     finally:
         torch.set_num_threads(before)
 

@@ -27,11 +27,24 @@ from lossmeta.ops import debug, parametric_cross_entropy
 from lossmeta.ops.parametric_cross_entropy import _operator
 
 # One class; few classes (lanes across samples); one vector and its neighbours; unaligned; several vectors.
-SHAPES = [(1, 1), (5, 2), (128, 10), (17, 16), (16, 17), (3, 100), (7, 257), (2, 5, 3), (3, 20, 2, 5), (1, 3, 40)]
+SHAPES = [
+    (1, 1),
+    (5, 2),
+    (128, 10),
+    (17, 16),
+    (16, 17),
+    (3, 100),
+    (7, 257),
+    (2, 5, 3),
+    (3, 20, 2, 5),
+    (1, 3, 40),
+]
 REDUCTIONS = ["none", "mean", "sum"]
 
 
-def formula(logits: Tensor, target: Tensor, phi: Tensor, weight: Any, ignore: int, sigmoid: bool, how: str) -> Tensor:
+def formula(
+    logits: Tensor, target: Tensor, phi: Tensor, weight: Any, ignore: int, sigmoid: bool, how: str
+) -> Tensor:
     """ALA Eq. 6 by loops over samples, from probabilities rather than logits: independent of the operator."""
     classes = logits.shape[1]
     rows = logits.movedim(1, -1).reshape(-1, classes)
@@ -52,11 +65,15 @@ def formula(logits: Tensor, target: Tensor, phi: Tensor, weight: Any, ignore: in
     return loss.sum() if how == "sum" else loss.sum() / torch.stack(weights).sum()
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     classes = shape[1]
     logits = (2 * torch.randn(shape, dtype=dtype)).requires_grad_()
     target = torch.randint(classes, (shape[0], *shape[2:]))
-    phi = (torch.eye(classes, dtype=dtype) + 0.3 * torch.randn(classes, classes, dtype=dtype)).requires_grad_()
+    phi = (
+        torch.eye(classes, dtype=dtype) + 0.3 * torch.randn(classes, classes, dtype=dtype)
+    ).requires_grad_()
     return logits, target, phi, torch.rand(classes, dtype=dtype) + 0.5
 
 
@@ -120,6 +137,22 @@ def test_is_cross_entropy_for_the_identity(
         )
 
 
+@pytest.mark.parametrize("classes", [4, 40])
+def test_ignored_class_inside_the_range(classes: int) -> None:
+    logits = torch.randn(9, classes, dtype=torch.float64, requires_grad=True)
+    target = torch.arange(9) % 4
+    phi = torch.eye(classes, dtype=torch.float64, requires_grad=True)
+    for reduction in REDUCTIONS:
+        options: dict[str, Any] = {"ignore_index": 2, "reduction": reduction}
+        actual = with_gradients(
+            lambda x, p, o=options: parametric_cross_entropy(x, target, p, activation="identity", **o),
+            logits,
+            phi,
+        )
+        assert_close(actual[:2], with_gradients(lambda x, o=options: F.cross_entropy(x, target, **o), logits))
+        assert actual[2][2].abs().max() == 0
+
+
 def test_smoothed_weights_stay_outside_the_activation() -> None:
     # By hand: targets y_k = w_k ((1-e) y_k + e/C), mean weight a, loss = -a sigmoid(y/a . Phi log f).
     logits, target, phi, weight = inputs((6, 4))
@@ -143,7 +176,9 @@ def test_batch_of_models(reduction: str) -> None:
     weight = torch.rand(5, dtype=torch.float64)
     assert_close(
         with_gradients(
-            lambda x, p: parametric_cross_entropy(x, target, p, weight=weight, reduction=reduction), logits, phi
+            lambda x, p: parametric_cross_entropy(x, target, p, weight=weight, reduction=reduction),
+            logits,
+            phi,
         ),
         with_gradients(
             lambda x, p: torch.stack(
@@ -224,7 +259,9 @@ def test_masked_class_without_correlation_contributes_nothing() -> None:
 def test_first_and_second_derivatives() -> None:
     for shape in ((4, 3), (2, 19), (2, 3, 2)):
         logits, target, phi, weight = inputs(shape)
-        check_gradients(lambda x, p, y=target, w=weight: parametric_cross_entropy(x, y, p, weight=w), logits, phi)
+        check_gradients(
+            lambda x, p, y=target, w=weight: parametric_cross_entropy(x, y, p, weight=w), logits, phi
+        )
 
 
 def test_third_derivative() -> None:
@@ -297,7 +334,9 @@ def test_strides() -> None:
         logits, target, phi, _ = inputs(shape)
         for reduction in REDUCTIONS:
             check_strides(
-                lambda x, p, y=target, r=reduction: parametric_cross_entropy(x, y, p, reduction=r), logits, phi
+                lambda x, p, y=target, r=reduction: parametric_cross_entropy(x, y, p, reduction=r),
+                logits,
+                phi,
             )
 
 
@@ -354,7 +393,13 @@ def test_properties(data: st.DataObject) -> None:
     activation = "sigmoid" if sigmoid else "identity"
     actual = with_gradients(
         lambda x, p: parametric_cross_entropy(
-            x, target, p, weight=weight, ignore_index=-1, activation=activation, reduction=REDUCTIONS[reduction]
+            x,
+            target,
+            p,
+            weight=weight,
+            ignore_index=-1,
+            activation=activation,
+            reduction=REDUCTIONS[reduction],
         ),
         logits,
         phi,
@@ -421,7 +466,9 @@ def test_nan_in_phi_is_refused() -> None:
     with pytest.raises(RuntimeError, match="phi and probabilities must be finite, got nan for sample 0"):
         parametric_cross_entropy(torch.randn(3, 5), torch.rand(3, 5), phi)
     # NaN logits are no error: they propagate.
-    assert parametric_cross_entropy(torch.full((3, 5), float("nan")), torch.tensor([0, 1, 2]), torch.eye(5)).isnan()
+    assert parametric_cross_entropy(
+        torch.full((3, 5), float("nan")), torch.tensor([0, 1, 2]), torch.eye(5)
+    ).isnan()
 
 
 @pytest.mark.cuda
