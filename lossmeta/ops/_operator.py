@@ -170,7 +170,7 @@ class Operator:
     def reference_backward(self, *args: Any) -> tuple[Tensor, ...]:
         """The backward operator by differentiating the reference: itself differentiable."""
         grads, arguments, _ = self._split_backward(args)
-        outputs, pullback = torch.func.vjp(
+        outputs, pullback = torch.func.vjp(  # type: ignore[misc]  # its stub names the form with aux
             lambda *primals: self._reference_at(arguments, primals), *self._primals(arguments)
         )
         return pullback(
