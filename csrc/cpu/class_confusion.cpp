@@ -128,13 +128,13 @@ struct Chunks {
 
   const ClassConfusion& a;
   const T* logits = static_cast<const T*>(a.logits);
-  int64_t width = (a.classes + V::size - 1) / V::size * V::size;  // of a padded row: its m - x
-  int64_t size = a.classes * (width + 2);  // the rows; then sums of log sum exp and counts
+  int64_t width = (a.classes + V::size - 1) / V::size * V::size;  // of a padded row
+  int64_t size = a.classes * (width + 1);  // the rows; then counts
 
   // One sample per lane. Where a row ends within a vector, the next one falls into the padding of its sums.
   void add_lanes(int64_t first, int n, double* sums) const {
     const int64_t classes = a.classes;
-    double *log_sums = sums + classes * width, *counts = log_sums + classes;
+    double* counts = sums + classes * width;
     const T* rows = logits + first * classes;
     T copy[(V::size + 1) * max_lanes_classes];
     if ((a.samples - first) * classes < V::size * (classes + 1)) {
@@ -153,12 +153,13 @@ struct Chunks {
     A maxima[V::size], logs[V::size];
     store(maxima, m);
     store(logs, log(sum));
+    const int64_t* labels = a.labels + first;
+    const int64_t ignore_index = a.ignore_index, row_size = width;
     for (int l = 0; l < n; ++l) {
-      const int64_t label = a.labels[first + l];
-      if (!math::counts_label(label, classes, a.ignore_index)) continue;
-      for (int64_t c = 0; c < classes; c += V::size)
-        subtract(sums + label * width + c, load(rows + l * classes + c) - maxima[l]);
-      log_sums[label] += double(logs[l]);
+      const int64_t label = labels[l];
+      if (!math::counts_label(label, classes, ignore_index)) continue;
+      for (int64_t c = 0; c < row_size; c += V::size)
+        subtract(sums + label * row_size + c, load(rows + l * classes + c) - maxima[l] - logs[l]);
       counts[label] += 1;
     }
   }
@@ -171,9 +172,9 @@ struct Chunks {
   }
 
   void finish(const double* sums) const {
-    const double *log_sums = sums + a.classes * width, *counts = log_sums + a.classes;
+    const double* counts = sums + a.classes * width;
     for (int64_t k = 0; k < a.classes; ++k) {
-      for (int64_t j = 0; j < a.classes; ++j) a.sums[k * a.classes + j] += sums[k * width + j] + log_sums[k];
+      for (int64_t j = 0; j < a.classes; ++j) a.sums[k * a.classes + j] += sums[k * width + j];
       a.counts[k] += int64_t(counts[k]);
     }
   }

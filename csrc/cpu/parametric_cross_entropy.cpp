@@ -9,6 +9,8 @@ namespace {
 
 constexpr int64_t grain_elements = 1 << 14;  // below this a thread costs more than it saves
 
+constexpr int64_t cached_bytes = 1 << 15;
+
 constexpr int64_t streamed_bytes = 16 << 20;  // a gradient of this size does not stay in the caches
 
 // The typed view of the arguments. Element (b, s, c) of logits lies at sample(b, s) + c * class_stride.
@@ -59,57 +61,74 @@ struct Problem {
 
 // ---- Lanes along the classes: contiguous rows, V::size of them at a time so that what follows the sums is vectorised.
 
+// The row of the weights of sample i.
+template <class T>
+const accumulate_t<T>* weights_row(const Problem<T>& p, int64_t i) {
+  return p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * p.a.classes;
+}
+
 template <class T>
 void forward_rows(const Problem<T>& p, int64_t first, int n) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   const int64_t classes = p.a.classes, full = classes / V::size * V::size;
   const int rest = int(classes - full);
-  A maxima[V::size];
+  // The maxima of as many rows at once as stay in the innermost cache until they are exponentiated.
+  const int64_t fitting = cached_bytes / (classes * int64_t(sizeof(T)));
+  const int block = int(fitting < 1 ? 1 : fitting < V::size ? fitting : V::size);
   V sums[V::size], dots[V::size], weight_sums[V::size];
-  for (int r = 0; r < V::size; ++r) {
-    maxima[r] = 0;
-    sums[r] = dots[r] = weight_sums[r] = V(A(0));
-    const int64_t i = first + r;
-    if (r >= n || !p.valid(i)) continue;
-    const T* x = p.logits + i * classes;
-    const A* q = p.a.labels ? p.phi_row(i, p.a.labels[i]) : p.phi + i * classes;
-    V m0(-INFINITY), m1(-INFINITY);
-    int64_t c = 0;
-    // Rows are too short for the processor to foresee the next one: each pass fetches what the following pass reads.
-    for (; c + 2 * V::size <= full; c += 2 * V::size) {
-      m0 = max(load(x + c), m0), m1 = max(load(x + c + V::size), m1);
-      __builtin_prefetch(q + c), __builtin_prefetch(q + c + V::size);
+  for (int r = 0; r < V::size; ++r) sums[r] = dots[r] = weight_sums[r] = V(A(0));
+  A maxima[V::size] = {};
+  for (int begin = 0; begin < n; begin += block) {
+    const int end = begin + block < n ? begin + block : n;
+    V lanes[V::size];
+    for (V& lane : lanes) lane = V(-INFINITY);
+    for (int r = begin; r < end; ++r) {
+      const T* x = p.logits + (first + r) * classes;
+      V m0(-INFINITY), m1(-INFINITY);
+      int64_t c = 0;
+      for (; c + 2 * V::size <= full; c += 2 * V::size)
+        m0 = max(load(x + c), m0), m1 = max(load(x + c + V::size), m1);
+      for (; c < full; c += V::size) m0 = max(load(x + c), m0);
+      if (rest) m1 = max(load_partial(x + full, rest, A(-INFINITY)), m1);
+      lanes[r - begin] = max(m0, m1);
     }
-    for (; c < full; c += V::size) m0 = max(load(x + c), m0);
-    if (rest) m1 = max(load_partial(x + full, rest, A(-INFINITY)), m1);
-    const A m = reduce_max(max(m0, m1));
-    V sum(A(0)), dot(A(0)), weight_sum(A(0));
-    for (c = 0; c < full; c += V::size) {
-      const V d = load(x + c) - m, w = load(q + c);
-      __builtin_prefetch(x + classes + c);
-      sum += exp_bounded(d);
-      dot += w * d;
-      weight_sum += w;
-    }
-    if (rest) {
-      const V d = load_partial(x + full, rest, A(-INFINITY)) - m, w = load_partial(q + full, rest, A(0));
-      sum += exp_bounded(d);
-      dot += math::weighted_logit(w, d);
-      weight_sum += w;
-    }
-    // 0 * -infinity: the row has masked classes, and is summed again without them.
-    if (any(dot != dot)) {
-      dot = V(A(0));
-      for (c = 0; c < classes; c += V::size) {
-        const int width = int(classes - c < V::size ? classes - c : V::size);
-        dot += math::weighted_logit(load_partial(q + c, width, A(0)), load_partial(x + c, width, A(0)) - m);
+    A shifts[V::size];
+    store(shifts, reduce_max_rows(lanes));
+    for (int r = begin; r < end; ++r) {
+      const int64_t i = first + r;
+      if (!p.valid(i)) continue;
+      const T* x = p.logits + i * classes;
+      const A* q = weights_row(p, i);
+      const A* next_q = i + 1 < p.total && p.valid(i + 1) ? weights_row(p, i + 1) : q;
+      const A m = shifts[r - begin];
+      V sum(A(0)), dot(A(0)), weight_sum(A(0));
+      for (int64_t c = 0; c < full; c += V::size) {
+        const V d = load(x + c) - m, w = load(q + c);
+        __builtin_prefetch(x + block * classes + c), __builtin_prefetch(next_q + c);
+        sum += exp_bounded(d);
+        dot += w * d;
+        weight_sum += w;
       }
+      if (rest) {
+        const V d = load_partial(x + full, rest, A(-INFINITY)) - m, w = load_partial(q + full, rest, A(0));
+        sum += exp_bounded(d);
+        dot += math::weighted_logit(w, d);
+        weight_sum += w;
+      }
+      // 0 * -infinity: the row has masked classes, and is summed again without them.
+      if (any(dot != dot)) {
+        dot = V(A(0));
+        for (int64_t c = 0; c < classes; c += V::size) {
+          const int width = int(classes - c < V::size ? classes - c : V::size);
+          dot += math::weighted_logit(load_partial(q + c, width, A(0)), load_partial(x + c, width, A(0)) - m);
+        }
+      }
+      maxima[r] = m;
+      sums[r] = sum;
+      dots[r] = dot;
+      weight_sums[r] = weight_sum;
     }
-    maxima[r] = m;
-    sums[r] = sum;
-    dots[r] = dot;
-    weight_sums[r] = weight_sum;
   }
   const V log_sum = log(reduce_add_rows(sums)), q_sum = reduce_add_rows(weight_sums);
   store_partial(p.maximum + first, load(maxima), n);

@@ -488,20 +488,24 @@ LOSSMETA_SIMD Vec<float> exp_bounded(Vec<float> x) {
   using V = Vec<float>;
   // What is below half the smallest subnormal is set to 0, not computed: an underflow costs over 100 cycles.
   constexpr float lowest = -103.97f;
-  const V bounded = max(V(lowest), x);
-  // e^x = 2^n e^r with n = round(x / log 2) and |r| <= log(2)/2; log 2 is split so that n log 2 is exact.
-  const V shifted = bounded * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer
-  const V n = shifted - 12582912.f;
-  const V r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-  const V p = horner(r, {1.3926251e-3f, 8.3632329e-3f, 4.1666554e-2f, 1.6666577e-1f, 0.5f, 1.f, 1.f});
 #if defined(__AVX512F__)
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x.v, (__m512)V(lowest).v, _CMP_NLT_UQ);
+#else
+  const V argument = x;
+  x = max(V(lowest), x);
+#endif
+  // e^x = 2^n e^r with n = round(x / log 2) and |r| <= log(2)/2; log 2 is split so that n log 2 is exact.
+  const V shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer
+  const V n = shifted - 12582912.f;
+  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const V p = horner(r, {8.31250124e-3f, 4.18903315e-2f, 1.66671154e-1f, 4.99992303e-1f, 1.f, 1.f});
+#if defined(__AVX512F__)
   return V((V::Native)_mm512_maskz_scalef_ps(kept, (__m512)p.v, (__m512)n.v));
 #else
   // Two factors of 2^(n/2) reach the subnormals and infinity.
   const V::Bits integer = shifted.bits() - V(12582912.f).bits(), half = integer >> 1;
   const V y = p * V::from_bits((half + 127) << 23) * V::from_bits((integer - half + 127) << 23);
-  return select(x < lowest, 0.f, y);
+  return select(argument < lowest, 0.f, y);
 #endif
 }
 

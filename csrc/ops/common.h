@@ -129,11 +129,11 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
 inline void check_labels(const int64_t* labels,  // [count]
                          int64_t count, int64_t classes, int64_t ignore_index, const char* op) {
 #ifndef LOSSMETA_BACKEND_CUDA
-  // Counted without a branch first: this loop runs over every label of every call.
-  int64_t bad = 0;
+  // One of the two has its sign bit set where a label is outside: this loop runs over every label of every call.
+  uint64_t outside = 0;
   for (int64_t i = 0; i < count; ++i)
-    bad += (uint64_t(labels[i]) >= uint64_t(classes)) & (labels[i] != ignore_index);
-  for (int64_t i = 0; bad && i < count; ++i) {
+    outside |= uint64_t(labels[i]) | (uint64_t(classes) - 1 - uint64_t(labels[i]));
+  for (int64_t i = 0; outside >> 63 && i < count; ++i) {
     const int64_t label = labels[i];
     LOSSMETA_CHECK((label >= 0 && label < classes) || label == ignore_index, op, ": labels must lie in [0, ",
                    classes, "), got ", label, " at index ", i);
