@@ -125,36 +125,40 @@ struct Chunks {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   static constexpr int64_t length = 1024;
+  static constexpr int together = 128;
 
   const ClassConfusion& a;
   const T* logits = static_cast<const T*>(a.logits);
   int64_t width = (a.classes + V::size - 1) / V::size * V::size;  // of a padded row
   int64_t size = a.classes * (width + 1);  // the rows; then counts
 
-  // One sample per lane. Where a row ends within a vector, the next one falls into the padding of its sums.
-  void add_lanes(int64_t first, int n, double* sums) const {
-    const int64_t classes = a.classes;
-    double* counts = sums + classes * width;
-    const T* rows = logits + first * classes;
-    T copy[(V::size + 1) * max_lanes_classes];
-    if ((a.samples - first) * classes < V::size * (classes + 1)) {
-      memset(copy, 0, sizeof copy);
-      rows = static_cast<T*>(memcpy(copy, rows, size_t(n * classes) * sizeof(T)));
-    }
-    V x[max_lanes_classes], m(-INFINITY), sum(A(0));
+  // The maximum m of each of V::size rows, one per lane, and sum exp(x - m).
+  static LOSSMETA_SIMD void normalise(const T* rows, int64_t classes, V& m, V& sum) {
+    V x[max_lanes_classes];
     for (int64_t c = 0; c < classes; c += V::size) {
       V block[V::size];
       for (int l = 0; l < V::size; ++l) block[l] = load(rows + l * classes + c);
       transpose(block);
       for (int l = 0; l < V::size; ++l) x[c + l] = block[l];
     }
+    m = V(-INFINITY), sum = V(A(0));
     for (int64_t c = 0; c < classes; ++c) m = max(x[c], m);
     for (int64_t c = 0; c < classes; ++c) sum += exp_bounded(x[c] - m);
-    A maxima[V::size], logs[V::size];
-    store(maxima, m);
-    store(logs, log(sum));
-    const int64_t* labels = a.labels + first;
-    const int64_t ignore_index = a.ignore_index, row_size = width;
+  }
+
+  // Adds m + log sum exp(x - m) - x of n samples to the row of their label. Where a row ends within a vector, the next
+  // one falls into the padding of its sums. In phases, so that one sample's chain of operations hides behind others'.
+  static void add_rows(const T* rows, const int64_t* labels, int n, int64_t classes, int64_t row_size,
+                       int64_t ignore_index, double* sums) {
+    A maxima[together], logs[together];
+    for (int l = 0; l < n; l += V::size) {
+      V m, sum;
+      normalise(rows + l * classes, classes, m, sum);
+      store(maxima + l, m);
+      store(logs + l, sum);
+    }
+    for (int l = 0; l < n; l += V::size) store(logs + l, log(load(logs + l)));
+    double* counts = sums + classes * row_size;
     for (int l = 0; l < n; ++l) {
       const int64_t label = labels[l];
       if (!math::counts_label(label, classes, ignore_index)) continue;
@@ -166,9 +170,18 @@ struct Chunks {
 
   void add_chunk(int64_t chunk, double* sums) const {
     for (int64_t i = 0; i < size; ++i) sums[i] = 0;
-    const int64_t last = (chunk + 1) * length < a.samples ? (chunk + 1) * length : a.samples;
-    for (int64_t i = chunk * length; i < last; i += V::size)
-      add_lanes(i, int(last - i < V::size ? last - i : V::size), sums);
+    const int64_t end = (chunk + 1) * length < a.samples ? (chunk + 1) * length : a.samples;
+    T copy[(together + 1) * max_lanes_classes];
+    for (int64_t i = chunk * length; i < end; i += together) {
+      const int n = int(end - i < together ? end - i : together);
+      const T* rows = logits + i * a.classes;
+      // The last rows are read in whole vectors too.
+      if (i + together >= a.samples) {
+        memset(copy, 0, sizeof copy);
+        rows = static_cast<T*>(memcpy(copy, rows, size_t(n * a.classes) * sizeof(T)));
+      }
+      add_rows(rows, a.labels + i, n, a.classes, width, a.ignore_index, sums);
+    }
   }
 
   void finish(const double* sums) const {
