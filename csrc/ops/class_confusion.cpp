@@ -67,6 +67,8 @@ void class_confusion_(Tensor sums, Tensor counts, const Tensor& logits, const Te
                  ": sums must be [", classes, ", ", classes, "], got ", shape(sums));
   LOSSMETA_CHECK(counts.dim() == 1 && counts.size(0) == classes, op, ": counts must be [", classes, "], got ",
                  shape(counts));
+  check_writable(sums, op, "sums");
+  check_writable(counts, op, "counts");
   const Tensor dense_sums = packed(sums), dense_counts = packed(counts);
   arguments.run(dense_sums, dense_counts, true);
   if (!sums.is_contiguous()) torch::stable::copy_(sums, dense_sums);

@@ -89,6 +89,14 @@ inline void check_same_device(const Tensor& t, const Tensor& reference, const ch
                  reference_argument, " must be on the same device; move one with .to()");
 }
 
+// Of an expanded tensor several elements are one place in memory.
+inline void check_writable(const Tensor& t, const char* op, const char* argument) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    LOSSMETA_CHECK(t.size(d) < 2 || t.stride(d) != 0, op, ": ", argument,
+                   " is written in place and must not be expanded, got stride 0 in dimension ", d,
+                   "; pass a .clone()");
+}
+
 inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // `t` as a contiguous tensor of `dtype`; itself where it is one already.

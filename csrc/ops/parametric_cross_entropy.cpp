@@ -82,24 +82,33 @@ struct Arguments {
     a.phi = phi.const_data_ptr();
   }
 
-  // A row of phi with a NaN or infinity has a sum that is not finite: the kernel computes it anyway.
+  // The rows of phi that are used must be finite. The kernel sums them anyway: only where a sum is not finite need one
+  // look at the elements, and large finite ones may be the reason.
   void check_phi() const {
 #ifndef LOSSMETA_BACKEND_CUDA
-    const int64_t total = a.models * a.samples;
-    const auto check = [&](const auto* statistics) {
-      for (int64_t i = 0; i < total; ++i) {
-        if (std::isfinite(statistics[3 * total + i])) continue;
-        LOSSMETA_CHECK(!labels, op, ": phi must be finite, got ", statistics[3 * total + i], " in row ",
-                       a.labels[i], ", the row of label ", a.labels[i]);
-        fail(op, ": phi and probabilities must be finite, got ", statistics[3 * total + i], " for sample ",
-             i);
-      }
-    };
     if (accumulated == ScalarType::Double)
-      check(static_cast<const double*>(a.statistics));
+      check_phi(static_cast<const double*>(a.statistics) + 3 * a.models * a.samples,
+                static_cast<const double*>(a.phi));
     else
-      check(static_cast<const float*>(a.statistics));
+      check_phi(static_cast<const float*>(a.statistics) + 3 * a.models * a.samples,
+                static_cast<const float*>(a.phi));
 #endif
+  }
+  template <class A>
+  void check_phi(const A* sums, const A* rows) const {
+    for (int64_t i = 0; i < a.models * a.samples; ++i) {
+      if (std::isfinite(sums[i])) continue;
+      const int64_t label = labels ? a.labels[i] : 0;
+      const A* row = labels ? rows + i / a.samples * a.phi_stride + label * a.classes
+                            : rows + i / a.inner * a.classes * a.inner + i % a.inner;
+      for (int64_t c = 0; c < a.classes; ++c) {
+        const A value = row[c * (labels ? 1 : a.inner)];
+        if (std::isfinite(value)) continue;
+        LOSSMETA_CHECK(!labels, op, ": phi must be finite (and weight, with smoothed targets), got ", value,
+                       " in row ", label, ", the row of label ", label);
+        fail(op, ": phi, weight and probabilities must be finite, got ", value, " for sample ", i);
+      }
+    }
   }
 
   std::vector<int64_t> sizes(const Tensor& t) const { return {t.sizes().begin(), t.sizes().end()}; }

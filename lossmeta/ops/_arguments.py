@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -18,3 +20,9 @@ def choice(operator: str, argument: str, value: str, choices: Mapping[str, T]) -
     except (KeyError, TypeError):
         names = ", ".join(map(repr, choices))
         raise ValueError(f"{operator}: {argument} must be one of {names}, got {value!r}") from None
+
+
+def check_tensors(operator: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {type(value).__name__}")

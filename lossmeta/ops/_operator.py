@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -82,13 +83,18 @@ class Operator:
         shortcut: tuple[int, Callable[..., Tensor | None]] | None = None,
     ) -> None:
         self.name = name
-        self.reference = reference
+        self.reference = in_full_precision(reference)
         self.fake = fake
         self.differentiable = tuple(differentiable)
         self.num_tensors = num_tensors
         self.num_outputs = num_outputs
         self.shortcut = shortcut
         self.op = getattr(torch.ops.lossmeta, name).default
+        self._tensor_arguments = [
+            (i, argument.name, str(argument.type) == "Tensor")
+            for i, argument in enumerate(self.op._schema.arguments)
+            if "Tensor" in str(argument.type)
+        ]
         OPERATORS[name] = self
         torch.library.register_fake(f"lossmeta::{name}", self._checked_fake)
         torch.library.impl(f"lossmeta::{name}", "CompositeExplicitAutograd", self._fallback)
@@ -109,8 +115,18 @@ class Operator:
                 setup_context=self._transformed_backward.setup_context,
             )
 
+    @property
+    def public_name(self) -> str:
+        """The function that users call: forms that write in place have names of their own."""
+        return self.name.removesuffix("_out").removesuffix("_")
+
     def __call__(self, *args: Any) -> Any:
         """The differentiable outputs, by the cheapest path that is right where it is called."""
+        for i, name, required in self._tensor_arguments:
+            if not isinstance(args[i], Tensor) and (required or args[i] is not None):
+                raise TypeError(f"{self.public_name}: {name} must be a tensor, got {type(args[i]).__name__}")
+        if _debugging and not torch.compiler.is_compiling():
+            self._check_on_cpu(args)
         if torch.compiler.is_compiling():
             if self.differentiable:
                 return self._outputs(self.op(*args))
@@ -145,7 +161,7 @@ class Operator:
         for argument, tensor in tensors[1:]:
             if tensor.device != reference.device:
                 raise RuntimeError(
-                    f"{self.name.rstrip('_')}: {argument.name} and {first.name} must be on the same device, "
+                    f"{self.public_name}: {argument.name} and {first.name} must be on the same device, "
                     f"got {tensor.device} and {reference.device}; move one with .to()"
                 )
         return self.fake(*args)
@@ -212,7 +228,7 @@ class Operator:
     def _warn(self, args: Sequence[Any]) -> None:
         device = next(a.device for a in args if isinstance(a, Tensor))
         warnings.warn(
-            f"{self.name}: no compiled kernel for device {device}, running the slow PyTorch reference. "
+            f"{self.public_name}: no compiled kernel for device {device}, running the slow PyTorch reference. "
             f"{_build.why_no_kernel(device.type)}",
             FallbackWarning,
             stacklevel=3,
@@ -222,6 +238,20 @@ class Operator:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps autocast from rounding the products inside ``function``, whose first argument is a tensor."""
+
+    @functools.wraps(function)
+    def wrapped(tensor: Tensor, *args: Any) -> Any:
+        device = tensor.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(tensor, *args)
+        with torch.autocast(device, enabled=False):
+            return function(tensor, *args)
+
+    return wrapped
 
 
 def _is_first_order() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossmeta.ops._arguments import check_tensors
 from lossmeta.ops._operator import Operator, accumulation_dtype
 
 
@@ -45,12 +46,20 @@ def class_confusion(
         >>> sums, counts = class_confusion(torch.randn(5, 3), torch.randint(3, (5,)), sums=sums, counts=counts)
         >>> confusion = sums / counts[:, None]
     """
+    check_tensors("class_confusion", logits=logits, labels=labels)
     if sums is None and counts is None:
         return _operator(logits.detach(), labels, ignore_index)
     if sums is None or counts is None:
         given, missing = ("counts", "sums") if sums is None else ("sums", "counts")
         raise ValueError(f"class_confusion: sums and counts go together, got {given} without {missing}")
+    check_tensors("class_confusion", sums=sums, counts=counts)
+    if sums.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "class_confusion: sums must not require grad while gradients are recorded, got one that does"
+        )
     _accumulate(sums, counts, logits.detach(), labels, ignore_index)
+    torch.autograd.graph.increment_version(sums)
+    torch.autograd.graph.increment_version(counts)
     return sums, counts
 
 

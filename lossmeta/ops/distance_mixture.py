@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lossmeta.ops._arguments import REDUCTIONS, choice
+from lossmeta.ops._arguments import REDUCTIONS, check_tensors, choice
 from lossmeta.ops._operator import Operator, accumulation_dtype
 
 
@@ -69,6 +69,7 @@ def distance_mixture(
     """
     how = choice("distance_mixture", "reduction", reduction, REDUCTIONS)
     if triplets is not None and not isinstance(triplets, Tensor):
+        check_tensors("distance_mixture", **{f"triplets[{i}]": t for i, t in enumerate(triplets)})
         if len(triplets) != 3 or any(t.shape != triplets[0].shape or t.dim() != 1 for t in triplets):
             raise ValueError(
                 "distance_mixture: triplets must be a tensor [T, 3] or three tensors [T], got shapes "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-from lossmeta.ops._arguments import choice
+from lossmeta.ops._arguments import check_tensors, choice
 from lossmeta.ops._operator import Operator, accumulation_dtype
 
 LINKS = {"identity": False, "softmax": True}
@@ -98,6 +98,7 @@ def loss_network(
         raise ValueError(
             f"loss_network: table_size must lie in [{MIN_TABLE_SIZE}, {MAX_TABLE_SIZE}], got {table_size}"
         )
+    check_tensors("loss_network", target=target)
     if target.requires_grad:
         raise RuntimeError(
             "loss_network: target must not require a gradient, which it would not get; detach it"

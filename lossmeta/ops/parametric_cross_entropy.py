@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, choice
-from lossmeta.ops._operator import Operator, accumulation_dtype, looped
+from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, check_tensors, choice
+from lossmeta.ops._operator import Operator, accumulation_dtype, in_full_precision, looped
 
 
 def parametric_cross_entropy(
@@ -57,6 +57,7 @@ def parametric_cross_entropy(
         >>> loss = parametric_cross_entropy(logits, torch.randint(3, (8,)), torch.eye(3))
         >>> loss.backward()
     """
+    check_tensors("parametric_cross_entropy", logits=logits, target=target, phi=phi)
     sigmoid = choice("parametric_cross_entropy", "activation", activation, ACTIVATIONS)
     how = choice("parametric_cross_entropy", "reduction", reduction, REDUCTIONS)
     if label_smoothing == 0.0 and not target.dtype.is_floating_point and logits.dim() > 1:
@@ -64,6 +65,7 @@ def parametric_cross_entropy(
     return _general(logits, target, phi, sigmoid, weight, ignore_index, label_smoothing, how)
 
 
+@in_full_precision
 def _general(
     logits: Tensor,
     target: Tensor,
@@ -84,13 +86,15 @@ def _general(
             logits[None], target[None], phi, sigmoid, weight, ignore_index, label_smoothing, reduction
         )
         return loss[0] if reduction == REDUCTIONS["none"] else loss
-    classes = phi.shape[-1]
+    indices = not target.dtype.is_floating_point
+    if indices and label_smoothing == 0.0:
+        return _operator(logits, target, phi, weight, ignore_index, sigmoid, reduction)
+    _check(logits, target, phi, weight)
+    models, classes = phi.dim() == 3, phi.shape[-1]
     dtype = accumulation_dtype(logits.dtype)
     phi = phi.to(dtype)
     weights = torch.ones(classes, dtype=dtype, device=phi.device) if weight is None else weight.to(dtype)
-    if not target.dtype.is_floating_point:
-        if label_smoothing == 0.0:
-            return _operator(logits, target, phi, weight, ignore_index, sigmoid, reduction)
+    if indices:
         # Row k of the effective matrix: the smoothed and weighted mixture of rows for label k, over its mean weight.
         shared = label_smoothing / classes
         mean_weight = (1 - label_smoothing) * weights + shared * weights.sum()
@@ -99,30 +103,64 @@ def _general(
         if weight is None:
             return _operator(logits, target, mixed, None, ignore_index, sigmoid, reduction)
         loss = _operator(logits, target, mixed, mean_weight, ignore_index, sigmoid, REDUCTIONS["none"])
-        if reduction == REDUCTIONS["none"]:
-            return loss
-        if reduction == REDUCTIONS["sum"]:
-            return loss.sum()
-        return (
-            loss.sum() / torch.where(target == ignore_index, 0, weights[target.clamp(0, classes - 1)]).sum()
-        )
-    if target.shape != logits.shape:
-        raise RuntimeError(
-            f"parametric_cross_entropy: probabilities must have the shape of logits, {list(logits.shape)}, "
-            f"got {list(target.shape)}"
-        )
+        counted = torch.where(target == ignore_index, 0, weights[target.clamp(0, classes - 1)])
+        return _reduced(loss, counted, reduction, models)
     soft = (1 - label_smoothing) * target.to(dtype) + label_smoothing / classes
-    soft = soft.movedim(1, -1) * weights
-    rows = (soft @ phi).movedim(-1, 1)
-    if weight is None:
-        return _operator(logits, None, rows, None, ignore_index, sigmoid, reduction)
-    total = (1 - label_smoothing) * target.to(dtype).sum(1) + label_smoothing
+    soft = (soft if models else soft.movedim(1, -1)) * weights
+    rows = soft @ phi
+    if models:
+        x, rows = logits.flatten(0, 1), rows.flatten(0, 1)
+    else:
+        x, rows = logits, rows.movedim(-1, 1)
+    if weight is None and not models:
+        return _operator(x, None, rows, None, ignore_index, sigmoid, reduction)
+    total = (1 - label_smoothing) * target.to(dtype).sum(-1 if models else 1) + label_smoothing
     mean_weight = soft.sum(-1) / total.where(total != 0, 1)
-    rows = rows / mean_weight.where(mean_weight != 0, 1).unsqueeze(1)
-    loss = mean_weight * _operator(logits, None, rows, None, ignore_index, sigmoid, REDUCTIONS["none"])
+    divisor = mean_weight.where(mean_weight != 0, 1)
+    rows = rows / (divisor.flatten()[:, None] if models else divisor.unsqueeze(1))
+    loss = _operator(x, None, rows, None, ignore_index, sigmoid, REDUCTIONS["none"])
+    loss = mean_weight * loss.view(mean_weight.shape)
+    return _reduced(loss, torch.ones_like(loss), reduction, models)
+
+
+def _reduced(loss: Tensor, weights: Tensor, reduction: int, models: bool) -> Tensor:
+    """The loss per sample, or its sum or mean over the samples (of each model)."""
     if reduction == REDUCTIONS["none"]:
         return loss
-    return loss.sum() if reduction == REDUCTIONS["sum"] else loss.sum() / loss.numel()
+    dims = [1] if models else list(range(loss.dim()))
+    return loss.sum(dims) if reduction == REDUCTIONS["sum"] else loss.sum(dims) / weights.sum(dims)
+
+
+def _check(logits: Tensor, target: Tensor, phi: Tensor, weight: Tensor | None) -> None:
+    """What the operator checks by itself where it gets these arguments unchanged."""
+    name = "parametric_cross_entropy"
+    for argument, tensor in (("logits", logits), ("phi", phi), ("weight", weight)):
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise RuntimeError(f"{name}: {argument} must be of a floating-point dtype, got {tensor.dtype}")
+        if tensor is not None and tensor.device != logits.device:
+            raise RuntimeError(
+                f"{name}: {argument} and logits must be on the same device, "
+                f"got {tensor.device} and {logits.device}; move one with .to()"
+            )
+    models = phi.dim() == 3
+    if logits.dim() < 2 or (models and logits.dim() != 3):
+        raise RuntimeError(
+            f"{name}: logits must be [N, C] or [N, C, d...], and [B, N, C] with phi [B, C, C], "
+            f"got {list(logits.shape)}"
+        )
+    classes = logits.shape[-1 if models else 1]
+    expected = ([logits.shape[0]] if models else []) + [classes, classes]
+    if list(phi.shape) != expected:
+        raise RuntimeError(
+            f"{name}: phi must be [{'B, ' * models}C, C] with C = {classes}, got {list(phi.shape)}"
+        )
+    if weight is not None and list(weight.shape) != [classes]:
+        raise RuntimeError(f"{name}: weight must be [{classes}], got {list(weight.shape)}")
+    if target.dtype.is_floating_point and target.shape != logits.shape:
+        raise RuntimeError(
+            f"{name}: probabilities must have the shape of logits, {list(logits.shape)}, "
+            f"got {list(target.shape)}"
+        )
 
 
 def _reference(
@@ -145,18 +183,15 @@ def _reference(
         safe = labels.where(valid, 0)
         columns = phi.shape[-1]
         rows = phi.gather(1, safe[..., None].expand(-1, -1, columns)) if batch else phi[safe].movedim(-1, 1)
-    finite = log_probability.masked_fill((rows == 0) & log_probability.isinf(), 0)
-    masked = torch.where(rows == 0, 0.0, rows * finite)
-    z = masked.sum(2 if batch else 1)
+    # A masked class counts nowhere; the others keep their derivative in phi, which is not 0 where phi is.
+    finite = log_probability.masked_fill((rows == 0) & ~log_probability.isfinite(), 0)
+    z = (rows * finite).sum(2 if batch else 1)
     scale = torch.ones_like(z) if weight is None or labels is None else weight.to(dtype)[safe]
     loss = -scale * (z.sigmoid() if sigmoid else z)
     if valid is not None:
         loss = loss.where(valid, 0)
         scale = scale.where(valid, 0)
-    dims = [1] if batch else list(range(loss.dim()))
-    if reduction == REDUCTIONS["none"]:
-        return loss
-    return loss.sum(dims) if reduction == REDUCTIONS["sum"] else loss.sum(dims) / scale.sum(dims)
+    return _reduced(loss, scale, reduction, batch)
 
 
 def _fake(

@@ -156,7 +156,7 @@ def test_compiles() -> None:
             class_confusion(part.sin(), y, sums=sums, counts=counts)
         return sums * 2, counts + 1
 
-    check_compiles(accumulated, logits)
+    check_compiles(accumulated, logits, rtol=1e-6, atol=1e-6)  # the two sines differ in their last bit
 
 
 def test_compiled_code_changes_the_given_statistics() -> None:
@@ -281,6 +281,31 @@ def test_mixed_devices() -> None:
         class_confusion(logits, labels.to("meta"))
     with pytest.raises(RuntimeError, match=r"^class_confusion: counts and sums must be on the same device"):
         class_confusion(logits, labels, sums=sums, counts=counts.to("meta"))
+
+
+def test_expanded_statistics_are_refused_before_anything_is_written() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    counts = torch.zeros(3, dtype=torch.int64)
+    expanded = torch.zeros(1, 3, dtype=torch.float64).expand(3, 3)
+    with pytest.raises(
+        RuntimeError, match=r"^class_confusion: sums is written in place and must not be expanded"
+    ):
+        class_confusion(logits, labels, sums=expanded, counts=counts)
+    assert counts.tolist() == [0, 0, 0]
+
+
+def test_statistics_that_a_graph_needs_are_not_changed_silently() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    sums, counts = class_confusion(logits, labels)
+    w = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
+    loss = (w * sums).sum()
+    versions = sums._version, counts._version
+    class_confusion(logits, labels, sums=sums, counts=counts)
+    assert sums._version > versions[0] and counts._version > versions[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="class_confusion: sums must not require grad"):
+        class_confusion(logits, labels, sums=sums.requires_grad_(), counts=counts)
 
 
 def test_sums_without_counts() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from contract import assert_close
+from torch import Tensor
 
 import lossmeta
-from lossmeta.ops._operator import OPERATORS
+from lossmeta.ops._operator import OPERATORS, Operator
 from lossmeta.ops.parametric_cross_entropy import _operator
 
 
@@ -43,10 +46,57 @@ def test_fallback_runs_the_reference_and_says_so() -> None:
     assert_close(only_phi[1], kernel[1])
 
 
-def test_debug_leaves_the_cpu_alone() -> None:
+class OnDevice(Tensor):
+    """A CPU tensor that says that it lies on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_debug_looks_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(Operator, "_check_on_cpu", lambda self, args: looked.append(self.name))
+    arguments = torch.zeros(2, 3), torch.tensor([0, 1]), torch.eye(3)
+    lossmeta.ops.parametric_cross_entropy(*arguments)
+    assert looked == []
     with lossmeta.ops.debug():
-        loss = lossmeta.ops.parametric_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), torch.eye(3))
-    assert_close(loss, torch.tensor(-0.25))
+        lossmeta.ops.parametric_cross_entropy(*arguments)
+        with lossmeta.ops.debug(False):
+            lossmeta.ops.parametric_cross_entropy(*arguments)
+    lossmeta.ops.parametric_cross_entropy(*arguments)
+    assert looked == ["parametric_cross_entropy"]
+
+
+def test_debug_raises_what_the_cpu_kernel_finds() -> None:
+    labels = torch.tensor([0, 7]).as_subclass(OnDevice)
+    arguments = (torch.zeros(2, 3), labels, torch.eye(3), None, -100, True, 1)
+    with pytest.raises(RuntimeError, match=r"labels must lie in \[0, 3\), got 7 at index 1"):
+        _operator._check_on_cpu(arguments)
+    sums, counts = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"class_confusion: labels must lie in \[0, 3\), got 7 at index 1"):
+        OPERATORS["class_confusion_"]._check_on_cpu((sums, counts, torch.zeros(2, 3), labels, -100))
+
+
+def test_debug_by_environment() -> None:
+    code = "from lossmeta.ops import _operator; print(_operator._debugging)"
+    for value, expected in (("1", "True"), ("0", "False"), ("", "False")):
+        environment = {**os.environ, "LOSSMETA_DEBUG": value}
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        )
+        assert result.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_arguments_that_are_no_tensors_are_refused(name: str) -> None:
+    operator = OPERATORS[name]
+    arguments = [None] * len(operator.op._schema.arguments)
+    first = next(a.name for a in operator.op._schema.arguments if str(a.type) == "Tensor")
+    message = f"^{operator.public_name}: {first} must be a tensor, got NoneType$"
+    with pytest.raises(TypeError, match=message):
+        operator(*arguments)
 
 
 PEAK = """

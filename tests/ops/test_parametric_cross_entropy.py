@@ -77,6 +77,15 @@ def inputs(
     return logits, target, phi, torch.rand(classes, dtype=dtype) + 0.5
 
 
+def with_zeros(phi: Tensor, zeros: str) -> Tensor:
+    """Phi as it is, the identity (where it starts), or with every other element 0."""
+    if zeros == "none":
+        return phi
+    if zeros == "identity":
+        return torch.eye(len(phi), dtype=phi.dtype, requires_grad=True)
+    return (phi.detach() * (torch.arange(phi.numel()) % 2).view_as(phi)).requires_grad_()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_formula(shape: tuple[int, ...], reduction: str) -> None:
@@ -190,6 +199,38 @@ def test_batch_of_models(reduction: str) -> None:
     )
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 4, 4)], ids=str)
+def test_batch_of_models_is_each_model_alone(
+    shape: tuple[int, ...], kind: str, weighted: bool, smoothing: float, reduction: str
+) -> None:
+    models, _, classes = shape
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    phi = torch.randn(models, classes, classes, dtype=torch.float64, requires_grad=True)
+    soft = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(classes, shape[:2])
+    labels[1, 2] = -100
+    options: dict[str, Any] = {
+        "weight": torch.rand(classes, dtype=torch.float64) if weighted else None,
+        "label_smoothing": smoothing,
+        "reduction": reduction,
+    }
+
+    def loss(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return parametric_cross_entropy(x, y, p, **options)
+
+    target = labels if kind == "indices" else soft
+    assert_close(
+        with_gradients(loss, logits, target, phi),
+        with_gradients(
+            lambda x, y, p: torch.stack([loss(x[b], y[b], p[b]) for b in range(models)]), logits, target, phi
+        ),
+    )
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (0, 40), (4, 5, 0)], ids=str)
 def test_empty(shape: tuple[int, ...]) -> None:
     logits = torch.randn(shape, requires_grad=True)
@@ -256,12 +297,54 @@ def test_masked_class_without_correlation_contributes_nothing() -> None:
     assert actual[2][:, 2].abs().max() == 0
 
 
-def test_first_and_second_derivatives() -> None:
+@pytest.mark.parametrize("zeros", ["none", "identity", "half"])
+def test_first_and_second_derivatives(zeros: str) -> None:
     for shape in ((4, 3), (2, 19), (2, 3, 2)):
         logits, target, phi, weight = inputs(shape)
+        phi = with_zeros(phi, zeros)
         check_gradients(
             lambda x, p, y=target, w=weight: parametric_cross_entropy(x, y, p, weight=w), logits, phi
         )
+
+
+@pytest.mark.parametrize("zeros", ["identity", "half"])
+def test_reference_differentiates_where_phi_is_zero(zeros: str) -> None:
+    logits, target, phi, weight = inputs((6, 5))
+    phi = with_zeros(phi, zeros)
+    arguments = (target, weight, -100, True, "mean")
+
+    def expected(x: Tensor, p: Tensor) -> Tensor:
+        return formula(x, target, p, *arguments[1:])
+
+    def loss(x: Tensor, p: Tensor) -> Tensor:
+        return parametric_cross_entropy(x, target, p, weight=weight)
+
+    fallback = _operator._fallback_backward(
+        torch.ones((), dtype=torch.float64), logits.detach(), target, phi.detach(), weight, -100, True, 1,
+        torch.zeros(25, dtype=torch.float64), True, True,
+    )  # fmt: skip
+    assert_close(fallback, with_gradients(expected, logits, phi)[1:])
+    x, p = logits.detach(), phi.detach()
+    tangents = torch.randn_like(x), torch.randn_like(p)
+    assert_close(torch.func.jvp(loss, (x, p), tangents), torch.func.jvp(expected, (x, p), tangents))
+    assert_close(
+        torch.func.hessian(loss, (0, 1))(x, p)[1][1], torch.func.hessian(expected, (0, 1))(x, p)[1][1]
+    )
+
+
+def test_meta_gradient_of_the_identity() -> None:
+    # dL_val / dPhi through one SGD step, which is how Phi is learned from where it starts.
+    features, target = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
+
+    def meta_gradient(loss: Any) -> Tensor:
+        w = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3).requires_grad_()
+        phi = torch.eye(3, dtype=torch.float64, requires_grad=True)
+        (g,) = torch.autograd.grad(loss(features @ w, phi), w, create_graph=True)
+        return torch.autograd.grad(F.cross_entropy(features @ (w - 0.5 * g), target), phi)[0]
+
+    expected = meta_gradient(lambda x, p: formula(x, target, p, None, -100, True, "mean"))
+    assert_close(meta_gradient(lambda x, p: parametric_cross_entropy(x, target, p)), expected)
+    assert expected[0, 1] != 0
 
 
 def test_third_derivative() -> None:
@@ -297,12 +380,13 @@ def test_compiles() -> None:
 
 def test_transforms() -> None:
     _, target, phi, weight = inputs((4, 3))
-    phi = phi.detach()
-    check_transforms(
-        lambda x: parametric_cross_entropy(x, target, phi, weight=weight),
-        lambda x: formula(x, target, phi, weight, -100, True, "mean"),
-        torch.randn(4, 3, dtype=torch.float64),
-    )
+    for zeros in ("none", "identity", "half"):
+        p = with_zeros(phi, zeros).detach()
+        check_transforms(
+            lambda x, p=p: parametric_cross_entropy(x, target, p, weight=weight),
+            lambda x, p=p: formula(x, target, p, weight, -100, True, "mean"),
+            torch.randn(4, 3, dtype=torch.float64),
+        )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -378,6 +462,23 @@ def test_autocast() -> None:
     assert logits.grad is not None and logits.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_autocast_does_not_round_the_products(kind: str, smoothing: float) -> None:
+    logits, target, phi, weight = inputs((6, 5), torch.float32)
+    y = target if kind == "indices" else torch.rand(6, 5)
+
+    def loss(x: Tensor, p: Tensor) -> Tensor:
+        return parametric_cross_entropy(x, y, p, weight=weight, label_smoothing=smoothing)
+
+    x, p = logits.detach(), phi.detach()
+    tangents = torch.randn_like(x), torch.randn_like(p)
+    expected = loss(x, p), torch.func.jvp(loss, (x, p), tangents)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = loss(x, p), torch.func.jvp(loss, (x, p), tangents)[1]
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
 @given(data=st.data())
 def test_properties(data: st.DataObject) -> None:
     samples, classes = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 70))
@@ -444,6 +545,45 @@ def test_bad_arguments(message: str) -> None:
     assert ".cpp" not in text and ".h:" not in text
 
 
+# The same, with the target given as a smoothed label or as probabilities.
+BAD_ON_EVERY_PATH: dict[str, Any] = {
+    "phi must be [C, C] with C = 5, got [4, 4]": {"phi": torch.eye(4)},
+    "phi must be [C, C] with C = 5, got [3, 5]": {"phi": torch.ones(3, 5)},
+    "phi must be [C, C] with C = 5, got []": {"phi": torch.ones(())},
+    "phi must be [C, C] with C = 5, got [5]": {"phi": torch.ones(5)},
+    "phi must be ": {"phi": torch.eye(5, dtype=torch.int64)},
+    "weight must be [5], got []": {"weight": torch.ones(())},
+    "weight must be [5], got [1]": {"weight": torch.ones(1)},
+    "weight must be [5], got [5, 5]": {"weight": torch.ones(5, 5)},
+    "weight must be ": {"weight": torch.ones(5, dtype=torch.int64)},
+    "weight and logits must be on the same device, got meta and cpu": {"weight": torch.ones(5, device="meta")},
+    "phi and logits must be on the same device, got meta and cpu": {"phi": torch.ones(5, 5, device="meta")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["indices", "smoothed", "probabilities"])
+@pytest.mark.parametrize("message", BAD_ON_EVERY_PATH, ids=str)
+def test_bad_arguments_on_every_path(message: str, kind: str) -> None:
+    arguments = {"phi": torch.eye(5), **BAD_ON_EVERY_PATH[message]}
+    target = torch.rand(3, 5) if kind == "probabilities" else torch.tensor([0, 1, 2])
+    with pytest.raises(RuntimeError) as caught:
+        parametric_cross_entropy(
+            torch.randn(3, 5), target, label_smoothing=0.1 * (kind == "smoothed"), **arguments
+        )
+    assert str(caught.value).startswith(f"parametric_cross_entropy: {message}")
+
+
+def test_arguments_that_are_no_tensors() -> None:
+    logits, target, phi = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.eye(5)
+    for name, arguments in {
+        "logits": (logits.numpy(), target, phi),
+        "target": (logits, target.tolist(), phi),
+        "phi": (logits, target, phi.numpy()),
+    }.items():
+        with pytest.raises(TypeError, match=f"parametric_cross_entropy: {name} must be a tensor, got "):
+            parametric_cross_entropy(*arguments)
+
+
 def test_bad_options() -> None:
     args = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.eye(5)
     with pytest.raises(ValueError, match="reduction must be one of 'none', 'mean', 'sum', got 'avg'"):
@@ -461,10 +601,15 @@ def test_bad_options() -> None:
 def test_nan_in_phi_is_refused() -> None:
     phi = torch.eye(5)
     phi[2, 3] = float("nan")
-    with pytest.raises(RuntimeError, match="phi must be finite, got nan in row 2, the row of label 2"):
+    with pytest.raises(RuntimeError, match=r"phi must be finite .*, got nan in row 2, the row of label 2"):
         parametric_cross_entropy(torch.randn(3, 5), torch.tensor([0, 1, 2]), phi)
-    with pytest.raises(RuntimeError, match="phi and probabilities must be finite, got nan for sample 0"):
+    with pytest.raises(
+        RuntimeError, match="phi, weight and probabilities must be finite, got nan for sample 0"
+    ):
         parametric_cross_entropy(torch.randn(3, 5), torch.rand(3, 5), phi)
+    # Finite, whatever its sum.
+    large = torch.full((2, 2), 2e38)
+    parametric_cross_entropy(torch.randn(1, 2), torch.tensor([0]), large)
     # NaN logits are no error: they propagate.
     assert parametric_cross_entropy(
         torch.full((3, 5), float("nan")), torch.tensor([0, 1, 2]), torch.eye(5)
