@@ -320,7 +320,7 @@ def test_reference_differentiates_where_phi_is_zero(zeros: str) -> None:
         return parametric_cross_entropy(x, target, p, weight=weight)
 
     fallback = _operator._fallback_backward(
-        torch.ones((), dtype=torch.float64), logits.detach(), target, phi.detach(), weight, -100, True, 1,
+        -torch.ones((), dtype=torch.float64), logits.detach(), target, phi.detach(), weight, -100, True, 1,
         torch.zeros(25, dtype=torch.float64), True, True,
     )  # fmt: skip
     assert_close(fallback, with_gradients(expected, logits, phi)[1:])
