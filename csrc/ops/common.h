@@ -132,16 +132,23 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   return result;
 }
 
+// Whether some index lies outside [0, size). Without a branch or a comparison: one of the two terms has its sign bit set.
+// Every call looks at all its indices.
+inline bool any_outside(const int64_t* indices,  // [count]
+                        int64_t count, int64_t size) {
+  uint64_t signs = 0;
+  for (int64_t i = 0; i < count; ++i)
+    signs |= uint64_t(indices[i]) | (uint64_t(size) - 1 - uint64_t(indices[i]));
+  return signs >> 63;
+}
+
 // Labels in [0, classes) or equal to ignore_index; the first that is neither is named. On CUDA looking would
 // synchronise: there the kernels guard themselves (lossmeta.ops.debug() makes the same check).
 inline void check_labels(const int64_t* labels,  // [count]
                          int64_t count, int64_t classes, int64_t ignore_index, const char* op) {
 #ifndef LOSSMETA_BACKEND_CUDA
-  // One of the two has its sign bit set where a label is outside: this loop runs over every label of every call.
-  uint64_t outside = 0;
-  for (int64_t i = 0; i < count; ++i)
-    outside |= uint64_t(labels[i]) | (uint64_t(classes) - 1 - uint64_t(labels[i]));
-  for (int64_t i = 0; outside >> 63 && i < count; ++i) {
+  if (!any_outside(labels, count, classes)) return;
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t label = labels[i];
     LOSSMETA_CHECK((label >= 0 && label < classes) || label == ignore_index, op, ": labels must lie in [0, ",
                    classes, "), got ", label, " at index ", i);

@@ -70,9 +70,8 @@ struct Arguments {
   // On CUDA looking would synchronise: there a bad index makes its loss NaN and a bad coefficient all of them.
   void check_triplets() const {
 #ifndef LOSSMETA_BACKEND_CUDA
-    bool good = true;  // without a branch: this loop is vectorised
-    for (int64_t i = 0; i < 3 * a.triplet_count; ++i) good &= uint64_t(a.triplets[i]) < uint64_t(a.count);
-    for (int64_t i = 0; !good && i < 3 * a.triplet_count; ++i)
+    if (!any_outside(a.triplets, 3 * a.triplet_count, a.count)) return;
+    for (int64_t i = 0; i < 3 * a.triplet_count; ++i)
       LOSSMETA_CHECK(a.triplets[i] >= 0 && a.triplets[i] < a.count, op, ": triplets must lie in [0, ",
                      a.count, "), got ", a.triplets[i], " at [", i / 3, ", ", i % 3, "]");
 #endif
