@@ -16,9 +16,9 @@ Row = dict[str, dict[str, Any]]
 HEADER = """# Benchmark results
 
 Medians of one call, all of one process: compare within a row. A median marked ~ is unsteady: the interquartile range of
-its runs is more than a quarter of it. *Speed-up* is the better baseline over lossmeta. *Bytes* is the least memory
-traffic that the operation needs; *GB/s* is that over lossmeta's median, and *of copy* its share of what a large `copy_`
-reaches with the same threads in the same run (above 100 % where the data stays in a cache). Written by
+its runs is more than a quarter of it. In brackets, how many times lossmeta's median a baseline takes. *Bytes* is the
+least memory traffic that the operation needs; *GB/s* is that over lossmeta's median, and *of copy* its share of what a
+large `copy_` reaches with the same threads in the same run (above 100 % where the data stays in a cache). Written by
 `python benchmarks/report.py`.
 """
 
@@ -64,21 +64,25 @@ def _devices(run: dict[str, Any]) -> str:
 
 
 def _table(operator: str, rows: dict[tuple[str, int], Row], bandwidth: dict[int, float]) -> str:
-    baselines = list(dict.fromkeys(c for row in rows.values() for c in row if c != "lossmeta"))
-    columns = ["size", "threads", *baselines, "lossmeta", "speed-up", "bytes", "GB/s", "of copy"]
+    """A line for each size, number of threads and variant of lossmeta: candidates named "lossmeta ..."."""
+    candidates = list(dict.fromkeys(c for row in rows.values() for c in row))
+    baselines = [c for c in candidates if not c.startswith("lossmeta")]
+    variants = sorted(c for c in candidates if c.startswith("lossmeta"))
+    columns = ["size", "threads", *(["variant"] if variants[1:] else []), "lossmeta", *baselines]
+    columns += ["bytes", "GB/s", "of copy"]
     lines = [f"## {operator}\n", _line(columns), _line(["---", *("--:" for _ in columns[1:])])]
     sizes = list(dict.fromkeys(size for size, _ in rows))
     for (size, threads), row in sorted(rows.items(), key=lambda item: (sizes.index(item[0][0]), item[0][1])):
-        medians = {candidate: result["median"] for candidate, result in row.items()}
-        cells = [size, str(threads), *(_time(row.get(c)) for c in (*baselines, "lossmeta"))]
-        ours, theirs = medians.get("lossmeta"), [medians[b] for b in baselines if b in medians]
-        moved = next(iter(row.values()))["bytes_moved"]
-        cells.append(f"{min(theirs) / ours:.2f}×" if ours and theirs else "–")
-        cells.append(_bytes(moved))
-        cells.append(f"{moved / ours / 1e9:.1f}" if ours else "–")
-        copy = bandwidth.get(threads)
-        cells.append(f"{100 * moved / ours / copy:.0f} %" if ours and copy else "–")
-        lines.append(_line(cells))
+        moved, copy = next(iter(row.values()))["bytes_moved"], bandwidth.get(threads)
+        for variant in [v for v in variants if v in row] or variants[:1]:
+            ours = row[variant]["median"] if variant in row else None
+            cells = [size, str(threads)]
+            if variants[1:]:
+                cells.append(variant.removeprefix("lossmeta").strip() or "default")
+            cells += [_time(row.get(variant)), *(_time(row.get(b), ours) for b in baselines), _bytes(moved)]
+            cells.append(f"{moved / ours / 1e9:.1f}" if ours else "–")
+            cells.append(f"{100 * moved / ours / copy:.0f} %" if ours and copy else "–")
+            lines.append(_line(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -86,12 +90,17 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _time(result: dict[str, Any] | None) -> str:
+def _time(result: dict[str, Any] | None, ours: float | None = None) -> str:
     if result is None:
         return "–"
     median = result["median"]
     mark = "~" if result["iqr"] > median / 4 else ""
-    return f"{mark}{median * 1e6:.1f} µs" if median < 1e-3 else f"{mark}{median * 1e3:.2f} ms"
+    ratio = f" ({_significant(median / ours)}×)" if ours else ""
+    return (f"{mark}{median * 1e6:.1f} µs" if median < 1e-3 else f"{mark}{median * 1e3:.2f} ms") + ratio
+
+
+def _significant(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
 def _bytes(number: int) -> str:

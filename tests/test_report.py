@@ -62,21 +62,27 @@ def test_table(run: dict[str, Any]) -> None:
     assert "\n## op\n" in text
     assert "## copy" not in text
     table = rows(text)
-    assert table["size", "threads"] == [
-        "eager",
-        "compile",
-        "lossmeta",
-        "speed-up",
-        "bytes",
-        "GB/s",
-        "of copy",
-    ]
+    assert table["size", "threads"] == ["lossmeta", "eager", "compile", "bytes", "GB/s", "of copy"]
     # 2 MB in 1 ms are 2 GB/s; the copy moves 1 GB in 0.1 s, 10 GB/s.
-    assert table["8×3", "1"] == ["~4.00 ms", "3.00 ms", "1.00 ms", "3.00×", "2.0 MB", "2.0", "20 %"]
-    assert table["8×3", "2"] == ["–", "–", "500.0 µs", "–", "2.0 MB", "4.0", "–"]
-    assert table["2×2", "1"] == ["8.0 µs", "–", "–", "–", "100 B", "–", "–"]
+    expected = ["1.00 ms", "~4.00 ms (4.00×)", "3.00 ms (3.00×)", "2.0 MB", "2.0", "20 %"]
+    assert table["8×3", "1"] == expected
+    assert table["8×3", "2"] == ["500.0 µs", "–", "–", "2.0 MB", "4.0", "–"]
+    assert table["2×2", "1"] == ["–", "8.0 µs", "–", "100 B", "–", "–"]
     assert list(table)[2:] == [("8×3", "1"), ("8×3", "2"), ("2×2", "1")]
     assert "Copy bandwidth: 10.0 GB/s with 1 thread.\n" in text
+
+
+def test_variants_of_lossmeta_are_no_baselines(run: dict[str, Any]) -> None:
+    run["benchmarks"] = [
+        benchmark("eager", 12e-3),
+        benchmark("lossmeta exact", 3e-3),
+        benchmark("lossmeta", 0.1e-3),
+    ]
+    lines = [line for line in report.report(run).splitlines() if line.startswith("| 8×3")]
+    assert lines == [
+        "| 8×3 | 1 | default | 100.0 µs | 12.00 ms (120×) | 2.0 MB | 20.0 | – |",
+        "| 8×3 | 1 | exact | 3.00 ms | 12.00 ms (4.00×) | 2.0 MB | 0.7 | – |",
+    ]
 
 
 def test_names_machine_and_versions(run: dict[str, Any]) -> None:
