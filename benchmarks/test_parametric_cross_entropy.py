@@ -46,3 +46,34 @@ def test_forward_backward(size: tuple[int, int], candidate: str, measure: Any) -
         candidate=candidate,
         bytes_moved=moved,
     )
+
+
+@pytest.mark.parametrize("candidate", ["bare operators", "lossmeta"])
+def test_python_layer(candidate: str, measure: Any) -> None:
+    """What autograd and the Python function add to the two operators that they call, on the smallest size."""
+    samples, classes = SIZES[0]
+    torch.manual_seed(0)
+    logits, target = torch.randn(samples, classes), torch.randint(classes, (samples,))
+    phi, one = torch.eye(classes), torch.ones(())
+    options = (None, -100, True, 1)  # weight, ignore_index, sigmoid, mean
+    operators = torch.ops.lossmeta
+    forward = operators.parametric_cross_entropy.default
+    backward = operators.parametric_cross_entropy_backward.default
+
+    def bare() -> None:
+        _, statistics = forward(logits, target, phi, *options)
+        backward(one, logits, target, phi, *options, statistics, True, False)
+
+    def step() -> None:
+        logits.grad = None
+        parametric_cross_entropy(logits, target, phi).backward()
+
+    if candidate == "lossmeta":
+        logits.requires_grad_()
+    measure(
+        step if candidate == "lossmeta" else bare,
+        operator="parametric_cross_entropy",
+        size=f"{samples}×{classes}, Python layer",
+        candidate=candidate,
+        bytes_moved=4 * (3 * samples * classes + 2 * classes * classes),
+    )
