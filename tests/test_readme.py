@@ -47,6 +47,4 @@ def test_options_are_those_that_the_code_reads() -> None:
 
 @pytest.mark.parametrize("path", re.findall(r"`([\w/]+\.(?:md|py))`", README))
 def test_named_files_exist(path: str) -> None:
-    if path == "benchmarks/RESULTS.md":
-        pytest.skip("written by the benchmarks")
     assert (ROOT / path).exists()
