@@ -40,14 +40,18 @@ class LossNetwork(OutputwiseLoss):
         ``softmax``: those of :class:`torch.nn.CrossEntropyLoss`. ``identity``: both ``[N]`` or ``[N, d...]``.
 
     Raises:
-        ValueError: for an option outside the values above, and when called for shapes that do not fit.
-        RuntimeError: when called, for dtypes, devices or labels that do not fit.
+        ValueError: for an option outside the values above, and when called for shapes, dtypes or devices that do not
+            fit.
+        TypeError: when called with something that is not a tensor.
+        RuntimeError: when called, for labels out of range, and for parameters on another device.
 
     Example:
         >>> criterion = LossNetwork()
         >>> logits = torch.randn(8, 3, requires_grad=True)
         >>> criterion(logits, torch.randint(3, (8,))).backward()
     """
+
+    takes_labels = True
 
     def __init__(
         self,
@@ -105,7 +109,7 @@ class LossNetwork(OutputwiseLoss):
             smoothness=self.smoothness,
             hidden=self.activation,
             output=self.output,
-            ignore_index=IGNORED,
+            ignore_index=self.ignore_index,
             exact=self.exact,
         )
         return loss
