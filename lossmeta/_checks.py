@@ -44,15 +44,18 @@ def check_same_device(name: str, **arguments: Tensor) -> None:
 
 def outside(name: str, argument: str, indices: Tensor, size: int, ignore_index: int | None = None) -> Tensor:
     """Which indices are neither in [0, size) nor ignored: an error, where they may be looked at."""
-    result = (indices < 0) | (indices >= size)
+    bad = (indices < 0) | (indices >= size)
     if ignore_index is not None:
-        result &= indices != ignore_index
-    if may_look(indices) and result.any():
-        first = int(result.flatten().nonzero()[0])
-        raise ValueError(
-            f"{name}: {argument} must lie in [0, {size}), got {indices.flatten()[first].item()} at index {first}"
-        )
-    return result
+        bad &= indices != ignore_index
+    refuse(name, f"{argument} must lie in [0, {size})", indices, bad)
+    return bad
+
+
+def refuse(name: str, expected: str, values: Tensor, bad: Tensor) -> None:
+    """Names the first bad value, where they may be looked at."""
+    if may_look(values) and bad.any():
+        first = int(bad.flatten().nonzero()[0])
+        raise ValueError(f"{name}: {expected}, got {values.flatten()[first].item()} at index {first}")
 
 
 def may_look(tensor: Tensor) -> bool:
