@@ -47,13 +47,14 @@ def outside(name: str, argument: str, indices: Tensor, size: int, ignore_index: 
     bad = (indices < 0) | (indices >= size)
     if ignore_index is not None:
         bad &= indices != ignore_index
-    refuse(name, f"{argument} must lie in [0, {size})", indices, bad)
+    if may_look(indices):
+        refuse(name, f"{argument} must lie in [0, {size})", indices, bad)
     return bad
 
 
 def refuse(name: str, expected: str, values: Tensor, bad: Tensor) -> None:
-    """Names the first bad value, where they may be looked at."""
-    if may_look(values) and bad.any():
+    """Names the first bad value, if there is one."""
+    if bad.any():
         first = int(bad.flatten().nonzero()[0])
         raise ValueError(f"{name}: {expected}, got {values.flatten()[first].item()} at index {first}")
 

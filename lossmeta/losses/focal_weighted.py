@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lossmeta._checks import check_same_device, refuse
+from lossmeta._checks import check_same_device, may_look, refuse
 from lossmeta.losses._mining import Pairs, mined_pairs
 from lossmeta.losses._parameters import register
 from lossmeta.ops._arguments import REDUCTIONS, choice
@@ -91,7 +91,8 @@ class FocalWeightedLoss(nn.Module):
         dtype = accumulation_dtype(embeddings.dtype)
         x, phi = embeddings.to(dtype), self.phi.to(dtype)
         bad = ~((phi > 0) & phi.isfinite())
-        refuse("FocalWeightedLoss", "phi must be positive and finite", phi, bad)
+        if may_look(phi):
+            refuse("FocalWeightedLoss", "phi must be positive and finite", phi, bad)
         phi = phi.masked_fill(bad, 1)
         near, bad_near = _log_sum_exp(x, positives, phi[0], self.offset)
         far, bad_far = _log_sum_exp(x, negatives, -phi[1], self.offset)

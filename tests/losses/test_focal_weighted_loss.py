@@ -182,7 +182,7 @@ def test_a_bad_index_that_cannot_be_looked_at_is_an_anchor_of_nan(
 def test_a_bad_phi_that_cannot_be_looked_at_is_nan_with_gradient_zero(
     batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_checks, "may_look", lambda tensor: False)
+    monkeypatch.setattr("lossmeta.losses.focal_weighted.may_look", lambda tensor: False)
     loss = FocalWeightedLoss(learnable=True)
     loss.phi.data[0] = 0
     result = loss(batch[0], indices_tuple=MINED)
