@@ -10,6 +10,8 @@ import torch
 try:
     from lossmeta import _core  # noqa: F401
 except ImportError as error:
+    if "LOSSMETA_CPU_ISA" in str(error):  # the core is there, but was asked for what it cannot run
+        raise ImportError(f"lossmeta: {error}") from None
     raise ImportError(
         "lossmeta is not built here: its compiled core lossmeta._core could not be imported "
         f"({error}). Install it with `python -m pip install .`."
