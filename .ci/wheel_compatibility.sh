@@ -30,9 +30,7 @@ import torch
 
 import lossmeta
 from lossmeta import _build
-from lossmeta.ops._operator import OPERATORS
 
-registered = torch._C._dispatch_has_kernel_for_dispatch_key
 package = os.path.dirname(lossmeta.__file__)
 print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), lossmeta in {package}")
 if not glob.glob(f"{package}/_cuda*.so"):
@@ -41,10 +39,9 @@ elif torch.version.cuda is None:
     raise SystemExit("this torch is built without CUDA: it cannot show that the CUDA library loads")
 else:
     assert _build.why_no_cuda is None, _build.why_no_cuda
-    for name in sorted(OPERATORS):
-        keys = [key for key in ("CPU", "CUDA") if registered(f"lossmeta::{name}", key)]
-        print(f"{name}: {', '.join(keys)}")
-        assert keys == ["CPU", "CUDA"], name
+    for name, backends in lossmeta.info()["operators"].items():
+        print(f"{name}: {backends}")
+        assert set(backends.values()) == {"compiled"}, name
 PY
 cd - > /dev/null
 HYPOTHESIS_PROFILE=default "$environment/bin/python" -m pytest

@@ -44,4 +44,6 @@ def why_no_kernel(device_type: str) -> str:
     """The reason why a device has no compiled kernels, and the fix."""
     if device_type == "cuda":
         return why_no_cuda or "The CUDA library is loaded, but this operator has no kernel in it."
+    if device_type == "cpu":
+        return "The compiled core is loaded, but this operator has no kernel in it."
     return f"lossmeta has kernels for cpu and cuda only: move the tensors there from {device_type}."
