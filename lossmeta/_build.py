@@ -10,6 +10,8 @@ import torch
 try:
     from lossmeta import _core  # noqa: F401
 except ImportError as error:
+    if "LOSSMETA_CPU_ISA" in str(error):  # the core is there, but was asked for what it cannot run
+        raise ImportError(f"lossmeta: {error}") from None
     raise ImportError(
         "lossmeta is not built here: its compiled core lossmeta._core could not be imported "
         f"({error}). Install it with `python -m pip install .`."
@@ -42,4 +44,6 @@ def why_no_kernel(device_type: str) -> str:
     """The reason why a device has no compiled kernels, and the fix."""
     if device_type == "cuda":
         return why_no_cuda or "The CUDA library is loaded, but this operator has no kernel in it."
+    if device_type == "cpu":
+        return "The compiled core is loaded, but this operator has no kernel in it."
     return f"lossmeta has kernels for cpu and cuda only: move the tensors there from {device_type}."

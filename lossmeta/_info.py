@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lossmeta import _build, _core
+from lossmeta import _build, _core, ops
 from lossmeta.ops._operator import OPERATORS
 
 
@@ -17,7 +17,8 @@ def info() -> dict[str, Any]:
     Returns:
         A JSON-ready dictionary: ``lossmeta``, ``torch``, ``python`` (versions), ``cpu`` (``isa`` in use and
         ``best_isa``), ``cuda`` (``compiled`` and ``why_not``, ``device`` or None), and ``operators``: name ->
-        device type -> ``"compiled"``, or ``"reference: "`` and the reason.
+        device type -> ``"compiled"`` where every form of it has a kernel (that which writes in place, the backward),
+        otherwise ``"reference: "`` and the reason.
 
     Example:
         >>> info()["operators"]["parametric_cross_entropy"]["cpu"]
@@ -36,12 +37,15 @@ def info() -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "operators": {
-            name: {device: _backend(name, device) for device in ("cpu", "cuda")} for name in sorted(OPERATORS)
+            name: {device: _backend(name, device) for device in ("cpu", "cuda")}
+            for name in sorted(OPERATORS.keys() & ops.__all__)
         },
     }
 
 
 def _backend(name: str, device: str) -> str:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"lossmeta::{name}", device.upper()):
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    forms = [f for f in torch._C._dispatch_get_all_op_names() if f.startswith(f"lossmeta::{name}")]
+    if all(registered(form, device.upper()) for form in forms):
         return "compiled"
     return f"reference: {_build.why_no_kernel(device)}"

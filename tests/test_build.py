@@ -321,5 +321,54 @@ import lossmeta
     assert "Install it with `python -m pip install .`" in result.stderr
 
 
+def test_a_wrong_instruction_set_is_no_missing_build(tmp_path: Path) -> None:
+    result = run_python("import lossmeta", tmp_path, LOSSMETA_CPU_ISA="sse4")
+    assert result.returncode != 0
+    message = "ImportError: lossmeta: LOSSMETA_CPU_ISA must be generic, avx2 or avx512, got sse4"
+    assert result.stderr.splitlines()[-1] == message
+    assert "Install it" not in result.stderr
+
+
+def test_an_instruction_set_that_the_processor_lacks_is_no_missing_build(tmp_path: Path) -> None:
+    """The core's own words, as on a processor without AVX2."""
+    words = "LOSSMETA_CPU_ISA=avx2: this processor supports generic at most; choose that or less, or unset the variable"
+    code = f"""
+import sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "lossmeta._core":
+            raise ImportError({words!r})
+sys.meta_path.insert(0, Finder)
+import lossmeta
+"""
+    result = run_python(code, tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == f"ImportError: lossmeta: {words}"
+    assert "Install it" not in result.stderr
+
+
+def test_a_newer_torch_that_is_missing_fails_unless_it_is_waived(tmp_path: Path) -> None:
+    """An interpreter that makes an environment whose pip installs nothing."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nmkdir -p "$3/bin"; printf "#!/bin/sh\\necho no such torch; exit 1" > "$3/bin/pip"\n'
+    )
+    python.write_text(python.read_text() + 'chmod +x "$3/bin/pip"\n')
+    python.chmod(0o755)
+    command = [str(ROOT / ".ci/wheel_compatibility.sh"), "some.whl", str(tmp_path / "environment")]
+    environ = os.environ | {
+        "PYTHON": str(python),
+        "LOSSMETA_NEWER_TORCH": "9.9.9",
+        "LOSSMETA_SKIP_NEWER_TORCH": "",
+    }
+    failed = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "torch 9.9.9 could not be installed: no such torch" in failed.stderr
+    assert "LOSSMETA_SKIP_NEWER_TORCH=1" in failed.stderr
+    environ["LOSSMETA_SKIP_NEWER_TORCH"] = "1"
+    skipped = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert skipped.stdout.startswith("SKIPPED: LOSSMETA_SKIP_NEWER_TORCH=1")
+
+
 def test_versions_agree() -> None:
     assert importlib.metadata.version("lossmeta") == lossmeta.__version__

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 import lossmeta
 from lossmeta import _build
 from lossmeta.cli import app
-from lossmeta.ops._operator import OPERATORS
 
 
 def lossmeta_command(*arguments: str) -> str:
@@ -32,13 +31,16 @@ def test_help_lists_the_commands() -> None:
     assert "info" in text
 
 
-def test_info_is_json_and_names_every_operator() -> None:
+PUBLIC = {name for name in lossmeta.ops.__all__ if name.islower() and name != "debug"}
+
+
+def test_info_is_json_and_names_every_public_operator() -> None:
     facts = lossmeta.info()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["lossmeta"] == lossmeta.__version__
     assert facts["torch"] == torch.__version__
-    assert set(facts["operators"]) == set(OPERATORS)
-    assert "parametric_cross_entropy" in facts["operators"]
+    assert set(facts["operators"]) == PUBLIC
+    assert len(PUBLIC) == 8
     assert all(backends["cpu"] == "compiled" for backends in facts["operators"].values())
 
 
@@ -67,6 +69,30 @@ def test_info_says_which_operator_a_cuda_build_lacks(monkeypatch: pytest.MonkeyP
     rows = [line for line in lossmeta_command("info").splitlines() if "reference" in line]
     assert rows[0].split() == ["parametric_cross_entropy", "compiled", "reference"]
     assert rows[1:] == [f"reference: {_build.why_no_kernel('cuda')}"]
+
+
+@pytest.mark.parametrize(
+    ("form", "operator"),
+    [
+        ("class_confusion_", "class_confusion"),
+        ("perturb_out", "perturb"),
+        ("loss_network_backward", "loss_network"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_operator_is_compiled_where_all_its_forms_are(
+    monkeypatch: pytest.MonkeyPatch, form: str, operator: str, device: str
+) -> None:
+    monkeypatch.setattr(_build, "why_no_cuda", None)
+    has_kernel = lambda name, key: (name, key) != (f"lossmeta::{form}", device.upper())  # noqa: E731
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has_kernel)
+    operators = lossmeta.info()["operators"]
+    assert operators[operator].pop(device) == f"reference: {_build.why_no_kernel(device)}"
+    assert {backend for backends in operators.values() for backend in backends.values()} == {"compiled"}
+    library = {"cpu": "compiled core", "cuda": "CUDA library"}[device]
+    assert f"reference: The {library} is loaded, but this operator has no kernel in it." in lossmeta_command(
+        "info"
+    )
 
 
 def test_info_of_a_build_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

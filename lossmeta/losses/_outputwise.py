@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from lossmeta._checks import (
+    FLOAT_NAMES,
+    FLOATS,
+    check_float,
+    check_same_device,
+    check_tensors,
+    dtype_name,
+    outside,
+)
 from lossmeta.ops._arguments import REDUCTIONS, choice
+from lossmeta.ops._operator import accumulation_dtype
 
 LINKS = {"softmax": "softmax", "identity": "identity"}
 IGNORED = -100
@@ -14,10 +26,12 @@ IGNORED = -100
 class OutputwiseLoss(nn.Module):
     """Base of losses ``(1/C) sum_i l(y_i, f_i)``: targets, weights and reduction as in ``torch.nn``.
 
-    A subclass gives ``outputwise(pred [N, C], target [N] or [N, C]) -> [N]``; the label of a sample to be left out
-    is ``IGNORED`` there.
+    A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``. With ``takes_labels`` it is given class indices
+    ``[N]`` as they are, of which it leaves out ``ignore_index`` and refuses those out of range; otherwise a label out
+    of range is an error here, or on a GPU, where looking would wait for the device, NaN as the loss of its row.
     """
 
+    takes_labels = False
     weight: Tensor | None
 
     def __init__(
@@ -40,6 +54,8 @@ class OutputwiseLoss(nn.Module):
                 f"{self.name}: weight, ignore_index and label_smoothing are for link='softmax', "
                 "got link='identity'"
             )
+        if weight is not None:
+            check_tensors(self.name, weight=weight)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction
@@ -49,62 +65,89 @@ class OutputwiseLoss(nn.Module):
         raise NotImplementedError
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        self._check(pred, target)
         if self.link == "identity":
             return self._regression(pred, target)
         if pred.dim() == 1:
-            loss = self(pred[None], target[None])
+            loss = self._classification(pred[None], target[None])
             return loss[0] if self.reduction == "none" else loss
         return self._classification(pred, target)
 
-    def _regression(self, pred: Tensor, target: Tensor) -> Tensor:
-        if pred.dim() == 0 or target.shape != pred.shape:
+    def _check(self, pred: Tensor, target: Tensor) -> None:
+        check_tensors(self.name, pred=pred, target=target)
+        check_float(self.name, pred=pred)
+        check_same_device(self.name, target=target, pred=pred)
+        if self.link == "identity":
+            check_float(self.name, target=target)
+            if pred.dim() == 0 or target.shape != pred.shape:
+                raise ValueError(
+                    f"{self.name}: pred and target must both be [N] or [N, d...], "
+                    f"got {list(pred.shape)} and {list(target.shape)}"
+                )
+            if math.prod(pred.shape[1:]) == 0:
+                raise ValueError(
+                    f"{self.name}: pred must hold at least one output for each sample, got {list(pred.shape)}"
+                )
+            return
+        if target.dtype not in (*FLOATS, torch.int64):
             raise ValueError(
-                f"{self.name}: pred and target must both be [N] or [N, d...], "
-                f"got {list(pred.shape)} and {list(target.shape)}"
+                f"{self.name}: target must be class indices (int64) or probabilities ({FLOAT_NAMES}), "
+                f"got {dtype_name(target)}"
             )
-        rows = (len(pred), -1) if pred.numel() else (len(pred), 1)
+        samples, classes = _sizes(pred)
+        if classes == 0:
+            raise ValueError(
+                f"{self.name}: pred must be [C], [N, C] or [N, C, d...] with C at least 1, got {list(pred.shape)}"
+            )
+        probabilities = target.is_floating_point()
+        expected = list(pred.shape) if probabilities else samples
+        if list(target.shape) != expected:
+            kind = "probabilities" if probabilities else "class indices"
+            raise ValueError(
+                f"{self.name}: {kind} must be {expected} for logits {list(pred.shape)}, got {list(target.shape)}"
+            )
+        if self.weight is not None:
+            check_same_device(self.name, weight=self.weight, pred=pred)
+            if self.weight.shape != (classes,):
+                raise ValueError(f"{self.name}: weight must be [{classes}], got {list(self.weight.shape)}")
+
+    def _regression(self, pred: Tensor, target: Tensor) -> Tensor:
+        rows = (len(pred), math.prod(pred.shape[1:]))
         loss = self.outputwise(pred.reshape(rows), target.reshape(rows))
         if self.reduction == "none":
             return loss
         return loss.sum() if self.reduction == "sum" else loss.mean()
 
     def _classification(self, pred: Tensor, target: Tensor) -> Tensor:
-        probabilities = target.is_floating_point()
-        samples = (*pred.shape[:1], *pred.shape[2:])
-        expected = pred.shape if probabilities else samples
-        if target.shape != expected:
-            kind = "probabilities" if probabilities else "class indices"
-            raise ValueError(
-                f"{self.name}: {kind} must be {list(expected)} for logits {list(pred.shape)}, "
-                f"got {list(target.shape)}"
-            )
-        classes = pred.shape[1]
-        if self.weight is not None and self.weight.shape != (classes,):
-            raise ValueError(f"{self.name}: weight must be [{classes}], got {list(self.weight.shape)}")
+        samples, classes = _sizes(pred)
+        dtype = accumulation_dtype(pred.dtype)
+        weight = None if self.weight is None else self.weight.to(dtype)
         pred = pred.movedim(1, -1).reshape(-1, classes)
-        if probabilities:
-            target = target.movedim(1, -1).reshape(-1, classes)
-            scale = (
-                pred.new_ones(len(pred))
-                if self.weight is None
-                else target.to(self.weight.dtype) @ self.weight
-            )
+        counted = bad = None
+        if target.is_floating_point():
+            target = target.movedim(1, -1).reshape(-1, classes).to(dtype)
+            # Not a matrix product: autocast would round it.
+            scale = pred.new_ones(len(pred), dtype=dtype) if weight is None else (target * weight).sum(1)
         else:
             target = target.reshape(-1)
             counted = target != self.ignore_index
-            target = target.where(counted, IGNORED)
-            scale = (
-                counted
-                if self.weight is None
-                else self.weight[target.clamp(0, classes - 1)].where(counted, 0)
-            )
+            scale = counted.to(dtype)
+            if weight is not None:
+                scale = scale * weight[target.clamp(0, classes - 1)]
+            if self.label_smoothing or not self.takes_labels:
+                bad = outside(self.name, "labels", target, classes, self.ignore_index)
+                # What an ignored row holds, NaN perhaps, must not reach the gradients of the parameters.
+                pred = pred.masked_fill((bad | ~counted)[:, None], 0)
+                target = (target[:, None] == torch.arange(classes, device=target.device)).to(dtype)
         if self.label_smoothing:
-            if not probabilities:
-                pred, target = densify(self.name, pred, target)
             target = (1 - self.label_smoothing) * target + self.label_smoothing / classes
         loss = self.outputwise(pred, target)
-        scale = scale.to(loss.dtype)
-        loss = (loss * scale).where(scale != 0, 0)
+        if bad is not None:
+            loss = loss.masked_fill(bad, torch.nan)
+        if weight is not None:
+            loss = loss * scale
+        if counted is not None:
+            loss = loss.where(counted, 0)
         if self.reduction == "none":
             return loss.reshape(samples)
         return loss.sum() if self.reduction == "sum" else loss.sum() / scale.sum()
@@ -119,18 +162,8 @@ class OutputwiseLoss(nn.Module):
         return text
 
 
-def densify(loss: str, pred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels [N] as float32 [N, C], and ``pred`` with 0 in ignored rows, whose NaN would reach the parameters.
-
-    A label out of range is an error; on a GPU, where looking would wait for the device, it is a row of NaN.
-    """
-    classes = pred.shape[1]
-    ignored = labels == IGNORED
-    outside = ((labels < 0) | (labels >= classes)) & ~ignored
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and outside.any():
-        index = int(outside.nonzero()[0])
-        raise ValueError(
-            f"{loss}: labels must lie in [0, {classes}), got {labels[index].item()} at index {index}"
-        )
-    dense = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
-    return pred.masked_fill(ignored[:, None], 0), dense.masked_fill(outside[:, None], torch.nan)
+def _sizes(pred: Tensor) -> tuple[list[int], int]:
+    """The shape of the samples, and the number of classes (0 without a dimension for them)."""
+    if pred.dim() < 2:
+        return [], pred.shape[0] if pred.dim() else 0
+    return [*pred.shape[:1], *pred.shape[2:]], pred.shape[1]

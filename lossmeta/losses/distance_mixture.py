@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,8 +38,12 @@ class DistanceMixtureLoss(nn.Module):
         read then.
 
     Raises:
-        ValueError: for an unknown reduction, and when called for an ``indices_tuple`` of another length.
-        RuntimeError: when called, for shapes, dtypes, devices or indices that do not fit.
+        ValueError: for an unknown reduction or a ``min_distance`` that is not finite or, in float32, not a normal
+            positive number; when called, for an ``indices_tuple`` of other lengths, shapes or dtypes, or with indices
+            outside [0, M). On CUDA, where looking would wait for the device, a triplet with a bad index has loss NaN
+            and gradient 0.
+        TypeError: when called with something that is not a tensor.
+        RuntimeError: when called, for other arguments that do not fit.
 
     Example:
         >>> criterion = DistanceMixtureLoss()  # was: pytorch_metric_learning.losses.TripletMarginLoss()
@@ -59,8 +64,12 @@ class DistanceMixtureLoss(nn.Module):
     ) -> None:
         super().__init__()
         choice("DistanceMixtureLoss", "reduction", reduction, REDUCTIONS)
-        if not min_distance > 0:
-            raise ValueError(f"DistanceMixtureLoss: min_distance must be positive, got {min_distance}")
+        tiny = torch.finfo(torch.float32).tiny
+        if not (min_distance >= tiny and math.isfinite(min_distance)):
+            raise ValueError(
+                f"DistanceMixtureLoss: min_distance must be finite and at least {tiny} "
+                f"(float32's smallest normal number), got {min_distance}"
+            )
         self.min_distance = min_distance
         self.reduction = reduction
         phi = torch.zeros(10, device=device, dtype=dtype)
@@ -73,7 +82,11 @@ class DistanceMixtureLoss(nn.Module):
         labels: Tensor | None = None,
         indices_tuple: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
-        triplets = None if indices_tuple is None else mined_triplets("DistanceMixtureLoss", indices_tuple)
+        triplets = (
+            None
+            if indices_tuple is None
+            else mined_triplets("DistanceMixtureLoss", indices_tuple, embeddings)
+        )
         loss, _ = distance_mixture(
             embeddings,
             triplets,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lossmeta._checks import check_same_device, may_look, refuse
 from lossmeta.losses._mining import Pairs, mined_pairs
 from lossmeta.losses._parameters import register
 from lossmeta.ops._arguments import REDUCTIONS, choice
@@ -39,9 +41,13 @@ class FocalWeightedLoss(nn.Module):
         labels are not read).
 
     Raises:
-        ValueError: for an unknown reduction; when called, without labels and ``indices_tuple``, or for an
-            ``indices_tuple`` of another length or with indices outside [0, M).
-        RuntimeError: when called, for shapes, dtypes or devices that do not fit.
+        ValueError: for an unknown reduction or an offset that is not finite; when called, without labels and
+            ``indices_tuple``, or for an ``indices_tuple`` of other lengths, shapes or dtypes, with indices outside
+            [0, M), or with a ``phi`` that is not positive and finite. On CUDA, where looking would wait for the
+            device, such an index makes the loss of its anchor NaN (of every anchor where it is the anchor's own), such
+            a ``phi`` every loss; their gradients are 0.
+        TypeError: when called with something that is not a tensor.
+        RuntimeError: when called with labels, for shapes, dtypes, devices or a ``phi`` that do not fit.
 
     Example:
         >>> criterion = FocalWeightedLoss()  # was: pytorch_metric_learning.losses.TripletMarginLoss()
@@ -62,6 +68,8 @@ class FocalWeightedLoss(nn.Module):
     ) -> None:
         super().__init__()
         choice("FocalWeightedLoss", "reduction", reduction, REDUCTIONS)
+        if not math.isfinite(offset):
+            raise ValueError(f"FocalWeightedLoss: offset must be finite, got {offset}")
         self.offset = offset
         self.reduction = reduction
         register(self, "phi", torch.ones(2, device=device, dtype=dtype), learnable)
@@ -73,17 +81,22 @@ class FocalWeightedLoss(nn.Module):
         indices_tuple: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         if indices_tuple is not None:
-            return self._mined(embeddings, *mined_pairs("FocalWeightedLoss", indices_tuple))
+            return self._mined(embeddings, *mined_pairs("FocalWeightedLoss", indices_tuple, embeddings))
         if labels is None:
             raise ValueError("FocalWeightedLoss: labels or indices_tuple must be given, got neither")
         return focal_weighting(embeddings, labels, self.phi, offset=self.offset, reduction=self.reduction)
 
     def _mined(self, embeddings: Tensor, positives: Pairs, negatives: Pairs) -> Tensor:
+        check_same_device("FocalWeightedLoss", phi=self.phi, embeddings=embeddings)
         dtype = accumulation_dtype(embeddings.dtype)
         x, phi = embeddings.to(dtype), self.phi.to(dtype)
-        near = _log_sum_exp(x, positives, phi[0], self.offset)
-        far = _log_sum_exp(x, negatives, -phi[1], self.offset)
-        loss = near / phi[0] + far / phi[1]
+        bad = ~((phi > 0) & phi.isfinite())
+        if may_look(phi):
+            refuse("FocalWeightedLoss", "phi must be positive and finite", phi, bad)
+        phi = phi.masked_fill(bad, 1)
+        near, bad_near = _log_sum_exp(x, positives, phi[0], self.offset)
+        far, bad_far = _log_sum_exp(x, negatives, -phi[1], self.offset)
+        loss = (near / phi[0] + far / phi[1]).masked_fill(bad_near | bad_far | bad.any(), torch.nan)
         if self.reduction == "none":
             return loss
         return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
@@ -92,18 +105,15 @@ class FocalWeightedLoss(nn.Module):
         return f"offset={self.offset}, learnable={isinstance(self.phi, nn.Parameter)}, reduction={self.reduction!r}"
 
 
-def _log_sum_exp(x: Tensor, pairs: Pairs, temperature: Tensor, offset: float) -> Tensor:
-    """log(1 + sum over the different pairs of an anchor of exp(temperature (d - offset))), for each of M anchors."""
+def _log_sum_exp(x: Tensor, pairs: Pairs, temperature: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """log(1 + sum over its different pairs of exp(temperature (d - offset))) for each of M anchors; which are bad."""
     count = len(x)
-    for indices in pairs:
-        outside = (indices < 0) | (indices >= count)
-        if indices.device.type == "cpu" and outside.any():
-            raise ValueError(
-                f"FocalWeightedLoss: indices_tuple must lie in [0, {count}), got {indices[outside][0].item()}"
-            )
-    chosen = torch.zeros(count, count, dtype=torch.bool, device=x.device)
-    chosen[pairs] = True
-    anchor, other = chosen.nonzero(as_tuple=True)
+    # An index out of range, which nobody has looked at on a GPU, goes to a row or column of its own.
+    slots = tuple(i.where((i >= 0) & (i < count), count) for i in pairs)
+    chosen = torch.zeros(count + 1, count + 1, dtype=torch.bool, device=x.device)
+    chosen[slots] = True
+    bad = chosen[:-1, -1] | chosen[-1].any()
+    anchor, other = chosen[:-1, :-1].nonzero(as_tuple=True)
     exponents = temperature * (distances(x[anchor] - x[other]) - offset)
     dense = x.new_full((count, count), -torch.inf).index_put((anchor, other), exponents)
-    return torch.logsumexp(torch.cat([x.new_zeros(count, 1), dense], 1), 1)
+    return torch.logsumexp(torch.cat([x.new_zeros(count, 1), dense], 1), 1), bad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,8 @@ class LossNetwork(OutputwiseLoss):
 
     Args:
         hidden: H, the width of the hidden layers.
-        leak: slope of the smooth leaky ReLU for very negative inputs, the paper's :math:`\gamma`.
-        smoothness: how closely it follows its kink, the paper's :math:`\beta`.
+        leak: slope of the smooth leaky ReLU for very negative inputs, in [0, 1]; the paper's :math:`\gamma`.
+        smoothness: how closely it follows its kink, positive; the paper's :math:`\beta`.
         activation: ``"smooth_leaky_relu"`` (AdaLFL), or ``"relu"``, with ``output="softplus"`` the network of ML³.
         output: ``"linear"`` (AdaLFL) or ``"softplus"``.
         link: ``"softmax"`` for classification: takes logits and compares probabilities with one-hot targets.
@@ -40,14 +42,18 @@ class LossNetwork(OutputwiseLoss):
         ``softmax``: those of :class:`torch.nn.CrossEntropyLoss`. ``identity``: both ``[N]`` or ``[N, d...]``.
 
     Raises:
-        ValueError: for an option outside the values above, and when called for shapes that do not fit.
-        RuntimeError: when called, for dtypes, devices or labels that do not fit.
+        ValueError: for an option outside the values above, and when called for shapes, dtypes or devices that do not
+            fit.
+        TypeError: when called with something that is not a tensor.
+        RuntimeError: when called, for labels out of range, and for parameters on another device.
 
     Example:
         >>> criterion = LossNetwork()
         >>> logits = torch.randn(8, 3, requires_grad=True)
         >>> criterion(logits, torch.randint(3, (8,))).backward()
     """
+
+    takes_labels = True
 
     def __init__(
         self,
@@ -77,6 +83,10 @@ class LossNetwork(OutputwiseLoss):
         choice("LossNetwork", "output", output, OUTPUTS)
         if hidden < 1:
             raise ValueError(f"LossNetwork: hidden must be at least 1, got {hidden}")
+        if not 0.0 <= leak <= 1.0:
+            raise ValueError(f"LossNetwork: leak must lie in [0, 1], got {leak}")
+        if not (smoothness > 0.0 and math.isfinite(smoothness)):
+            raise ValueError(f"LossNetwork: smoothness must be positive and finite, got {smoothness}")
         self.hidden = hidden
         self.leak = leak
         self.smoothness = smoothness
@@ -105,7 +115,7 @@ class LossNetwork(OutputwiseLoss):
             smoothness=self.smoothness,
             hidden=self.activation,
             output=self.output,
-            ignore_index=IGNORED,
+            ignore_index=self.ignore_index,
             exact=self.exact,
         )
         return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lossmeta._checks import check_tensors
 from lossmeta.losses._parameters import register
 from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, choice
 from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
@@ -38,6 +39,7 @@ class ParametricCrossEntropy(nn.Module):
 
     Raises:
         ValueError: for an option outside the values above.
+        TypeError: for a weight that is not a tensor.
         RuntimeError: when called, for shapes, dtypes, devices or labels that do not fit.
 
     Example:
@@ -71,10 +73,12 @@ class ParametricCrossEntropy(nn.Module):
             raise ValueError(
                 f"ParametricCrossEntropy: label_smoothing must lie in [0, 1], got {label_smoothing}"
             )
-        if weight is not None and weight.shape != (num_classes,):
-            raise ValueError(
-                f"ParametricCrossEntropy: weight must be [{num_classes}], got {list(weight.shape)}"
-            )
+        if weight is not None:
+            check_tensors("ParametricCrossEntropy", weight=weight)
+            if weight.shape != (num_classes,):
+                raise ValueError(
+                    f"ParametricCrossEntropy: weight must be [{num_classes}], got {list(weight.shape)}"
+                )
         self.num_classes = num_classes
         self.activation = activation
         self.ignore_index = ignore_index

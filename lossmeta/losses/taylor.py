@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, densify
+from lossmeta._checks import check_same_device
+from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
 from lossmeta.ops._operator import accumulation_dtype
 
 
@@ -35,8 +36,9 @@ class TaylorLoss(OutputwiseLoss):
         ``softmax``: those of :class:`torch.nn.CrossEntropyLoss`. ``identity``: both ``[N]`` or ``[N, d...]``.
 
     Raises:
-        ValueError: for an option outside the values above, and when called for shapes or labels that do not
-            fit.
+        ValueError: for an option outside the values above, and when called for shapes, dtypes, devices or labels that
+            do not fit.
+        TypeError: when called with something that is not a tensor.
 
     Example:
         >>> criterion = TaylorLoss(order=2)
@@ -77,8 +79,7 @@ class TaylorLoss(OutputwiseLoss):
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
         dtype = accumulation_dtype(pred.dtype)
-        if not target.is_floating_point():
-            pred, target = densify(self.name, pred, target)
+        check_same_device(self.name, pred=pred, coefficients=self.coefficients)
         f = pred.to(dtype) if self.link == "identity" else pred.softmax(1, dtype=dtype)
         a = self.coefficients.to(dtype)
         f, y = f - self.center[0], target.to(dtype) - self.center[1]

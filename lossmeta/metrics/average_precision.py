@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossmeta._checks import check_int64, check_same_device, check_tensors, may_look, refuse
+
 
 class AveragePrecision:
     """Average precision, exact also where scores are tied; higher is better.
@@ -35,7 +37,14 @@ class AveragePrecision:
         self.labels: list[Tensor] = []
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Adds a batch: scores ``[N, C]`` with labels in [0, C), or scores ``[N]`` with labels 0 and 1."""
+        """Adds a batch: scores ``[N, C]`` with labels (int64) in [0, C), or scores ``[N]`` with labels 0 and 1.
+
+        Raises:
+            TypeError: for something that is not a tensor.
+            ValueError: for shapes, dtypes or devices that do not fit, a NaN among the scores, or labels out of range.
+                Nothing is added then. On a GPU, where looking would wait for the device, :meth:`compute` looks.
+        """
+        check_tensors("AveragePrecision", scores=scores, labels=labels)
         if scores.dim() not in (1, 2) or labels.shape != scores.shape[:1]:
             raise ValueError(
                 "AveragePrecision: scores must be [N] or [N, C] and labels [N], "
@@ -45,6 +54,10 @@ class AveragePrecision:
             raise ValueError(
                 f"AveragePrecision: scores must stay [N{_classes(self.scores[0])}], got [N{_classes(scores)}]"
             )
+        check_int64("AveragePrecision", labels=labels)
+        check_same_device("AveragePrecision", labels=labels, scores=scores)
+        if may_look(scores):
+            _check_values(scores, labels)
         # Copies: the caller may reuse its buffers.
         self.scores.append(scores.detach().clone())
         self.labels.append(labels.detach().clone())
@@ -53,19 +66,12 @@ class AveragePrecision:
         """The average precision in [0, 1], a float64 scalar; NaN where no class has a positive.
 
         Raises:
-            ValueError: for a NaN among the scores, or labels out of range.
+            ValueError: for a NaN among the scores, or labels out of range, where :meth:`update` could not look.
         """
         if not self.scores:
             return torch.full((), torch.nan, dtype=torch.float64)
         scores, labels = torch.cat(self.scores), torch.cat(self.labels)
-        if scores.isnan().any():
-            raise ValueError("AveragePrecision: scores must not be NaN")
-        classes = 2 if scores.dim() == 1 else scores.shape[1]
-        if ((labels < 0) | (labels >= classes)).any():
-            raise ValueError(
-                f"AveragePrecision: labels must lie in [0, {classes}), "
-                f"got a range of [{labels.min().item()}, {labels.max().item()}]"
-            )
+        _check_values(scores, labels)
         if scores.dim() == 1:
             return _average_precision(scores, labels == 1)
         return torch.stack([_average_precision(s, labels == c) for c, s in enumerate(scores.T)]).nanmean()
@@ -75,6 +81,15 @@ class AveragePrecision:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores, self.labels = list(state["scores"]), list(state["labels"])
+
+
+def _check_values(scores: Tensor, labels: Tensor) -> None:
+    if scores.isnan().any():
+        raise ValueError("AveragePrecision: scores must not be NaN")
+    classes = 2 if scores.dim() == 1 else scores.shape[1]
+    refuse(
+        "AveragePrecision", f"labels must lie in [0, {classes})", labels, (labels < 0) | (labels >= classes)
+    )
 
 
 def _classes(scores: Tensor) -> str:

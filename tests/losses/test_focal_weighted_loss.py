@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lossmeta import _checks
 from lossmeta.losses import FocalWeightedLoss
 
 
@@ -112,25 +114,90 @@ def test_representation() -> None:
     assert repr(FocalWeightedLoss()) == "FocalWeightedLoss(offset=1.0, learnable=False, reduction='mean')"
 
 
+def test_refuses_to_be_called_without_labels_and_indices(batch: tuple[Tensor, Tensor]) -> None:
+    message = "FocalWeightedLoss: labels or indices_tuple must be given, got neither"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        FocalWeightedLoss()(batch[0])
+
+
+MINED = tuple(torch.tensor([i]) for i in (0, 1, 2))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
+def test_refuses_a_bad_phi_in_either_form(batch: tuple[Tensor, Tensor], bad: float) -> None:
+    loss = FocalWeightedLoss()
+    loss.phi[1] = bad
+    for arguments in ((batch[1],), (None, MINED)):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"phi must be positive and finite, got .* at index 1$"
+        ):
+            loss(batch[0], *arguments)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("embeddings", "message"),
     [
-        ((), "labels or indices_tuple must be given, got neither"),
         (
-            (None, (torch.tensor([0]), torch.tensor([1]))),
-            "indices_tuple must hold 3 tensors (anchor, positive, negative) or 4 "
-            "(anchor, positive, anchor, negative), got 2",
+            torch.zeros(3, 2, dtype=torch.int64),
+            "embeddings must be float32, float64, bfloat16 or float16, got int64",
         ),
-        ((None, torch.tensor([[0, 1, 8]])), "indices_tuple must lie in [0, 8), got 8"),
-        ((None, torch.tensor([[0, -1, 2]])), "indices_tuple must lie in [0, 8), got -1"),
+        (torch.zeros(3), "embeddings must be [M, D], got [3]"),
+        (torch.zeros(3, 2, 1), "embeddings must be [M, D], got [3, 2, 1]"),
     ],
 )
-def test_refuses_bad_input(batch: tuple[Tensor, Tensor], arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^FocalWeightedLoss: {re.escape(message)}$"):
-        FocalWeightedLoss()(batch[0], *arguments)
+def test_refuses_bad_embeddings_in_either_form(embeddings: Tensor, message: str) -> None:
+    for arguments in ((torch.arange(3),), (None, MINED)):
+        with pytest.raises((ValueError, RuntimeError), match=f"{re.escape(message)}$"):
+            FocalWeightedLoss()(embeddings, *arguments)
 
 
-def test_refuses_an_unknown_reduction() -> None:
-    message = "FocalWeightedLoss: reduction must be one of 'none', 'mean', 'sum', got 'max'"
+def test_mined_phi_is_on_the_device_of_the_embeddings() -> None:
+    message = "FocalWeightedLoss: phi and embeddings must be on the same device, got meta and cpu; move one with .to()"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        FocalWeightedLoss(reduction="max")
+        FocalWeightedLoss(device="meta")(torch.zeros(3, 2), indices_tuple=MINED)
+
+
+@pytest.mark.parametrize(
+    ("mined", "bad"),
+    [
+        ([[0, 1, 2], [3, 2, 8]], [3]),
+        ([[0, 1, 2], [3, -1, 0]], [3]),
+        ([[0, 1, 2], [9, 2, 0]], range(8)),
+    ],
+)
+def test_a_bad_index_that_cannot_be_looked_at_is_an_anchor_of_nan(
+    batch: tuple[Tensor, Tensor], mined: list, bad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; its gradient is 0. An anchor that is out of range could be any."""
+    monkeypatch.setattr(_checks, "may_look", lambda tensor: False)
+    loss = FocalWeightedLoss(reduction="none", learnable=True)
+    rows = loss(batch[0], indices_tuple=torch.tensor(mined))
+    assert rows.isnan().nonzero().flatten().tolist() == list(bad)
+    gradients = torch.autograd.grad(rows.sum(), (batch[0], loss.phi))
+    assert all(g.isfinite().all() for g in gradients)
+    assert not gradients[0][3].any()
+    assert FocalWeightedLoss()(batch[0][:0], indices_tuple=torch.tensor(mined)) == 0
+
+
+def test_a_bad_phi_that_cannot_be_looked_at_is_nan_with_gradient_zero(
+    batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lossmeta.losses.focal_weighted.may_look", lambda tensor: False)
+    loss = FocalWeightedLoss(learnable=True)
+    loss.phi.data[0] = 0
+    result = loss(batch[0], indices_tuple=MINED)
+    assert result.isnan()
+    assert all(not g.any() for g in torch.autograd.grad(result, (batch[0], loss.phi)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "max"}, "reduction must be one of 'none', 'mean', 'sum', got 'max'"),
+        ({"offset": torch.nan}, "offset must be finite, got nan"),
+        ({"offset": -torch.inf}, "offset must be finite, got -inf"),
+    ],
+)
+def test_refuses_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^FocalWeightedLoss: {re.escape(message)}$"):
+        FocalWeightedLoss(**options)

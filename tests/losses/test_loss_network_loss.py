@@ -123,6 +123,10 @@ def test_representation() -> None:
     ("options", "message"),
     [
         ({"hidden": 0}, "LossNetwork: hidden must be at least 1, got 0"),
+        ({"leak": 5}, "LossNetwork: leak must lie in [0, 1], got 5"),
+        ({"leak": float("nan")}, "LossNetwork: leak must lie in [0, 1], got nan"),
+        ({"smoothness": -1}, "LossNetwork: smoothness must be positive and finite, got -1"),
+        ({"smoothness": float("inf")}, "LossNetwork: smoothness must be positive and finite, got inf"),
         (
             {"activation": "tanh"},
             "LossNetwork: activation must be one of 'smooth_leaky_relu', 'relu', got 'tanh'",

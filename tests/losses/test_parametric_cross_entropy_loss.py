@@ -101,3 +101,9 @@ def test_representation() -> None:
 def test_refuses_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=exactly(message)):
         ParametricCrossEntropy(**{"num_classes": 3, **options})
+
+
+def test_refuses_a_weight_that_is_no_tensor() -> None:
+    message = "ParametricCrossEntropy: weight must be a tensor, got list"
+    with pytest.raises(TypeError, match=exactly(message)):
+        ParametricCrossEntropy(2, weight=[1.0, 2.0])

@@ -3,13 +3,15 @@ from __future__ import annotations
 import re
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from lossmeta.metrics import AveragePrecision, ErrorRate
+from lossmeta import _checks
+from lossmeta.metrics import AveragePrecision, ErrorRate, average_precision
 
 
 def exactly(message: str) -> str:
@@ -96,37 +98,74 @@ def test_reset_and_state(kind: type) -> None:
     assert of(first, *batches) == expected
 
 
+def labels(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
-    ("metric", "batches", "message"),
+    ("kind", "batch", "message"),
     [
         (
             ErrorRate,
-            [(torch.zeros(3, 2), torch.zeros(2))],
-            "ErrorRate: labels must have the shape of scores [N, C, d...] without C, "
-            "got [2] for scores [3, 2]",
+            (torch.zeros(3, 2), labels(0, 0)),
+            "labels must have the shape of scores [N, C, d...] without C, got [2] for scores [3, 2]",
+        ),
+        (ErrorRate, (torch.zeros(1, 0), labels(0)), "scores must have at least one class, got [1, 0]"),
+        (ErrorRate, (torch.zeros(2, 2), torch.zeros(2)), "labels must be int64, got float32"),
+        (ErrorRate, (torch.zeros(2, 2), labels(0, 5)), "labels must lie in [0, 2), got 5 at index 1"),
+        (ErrorRate, (torch.zeros(3, 2), labels(0, -100, -1)), "labels must lie in [0, 2), got -1 at index 2"),
+        (
+            ErrorRate,
+            (torch.zeros(2, 2, device="meta"), labels(0, 1)),
+            "labels and scores must be on the same device, got cpu and meta; move one with .to()",
         ),
         (
             AveragePrecision,
-            [(torch.zeros(3, 2), torch.zeros(3, 2))],
-            "AveragePrecision: scores must be [N] or [N, C] and labels [N], got [3, 2] and [3, 2]",
+            (torch.zeros(3, 2), torch.zeros(3, 2)),
+            "scores must be [N] or [N, C] and labels [N], got [3, 2] and [3, 2]",
         ),
+        (AveragePrecision, (torch.zeros(1), labels(0)), "scores must stay [N, 3], got [N]"),
+        (AveragePrecision, (torch.zeros(2, 3), torch.zeros(2)), "labels must be int64, got float32"),
+        (AveragePrecision, (torch.full((1, 3), torch.nan), labels(0)), "scores must not be NaN"),
+        (AveragePrecision, (torch.zeros(2, 3), labels(0, 3)), "labels must lie in [0, 3), got 3 at index 1"),
         (
             AveragePrecision,
-            [(torch.zeros(1, 2), torch.zeros(1)), (torch.zeros(1), torch.zeros(1))],
-            "AveragePrecision: scores must stay [N, 2], got [N]",
+            (torch.zeros(2, 3, device="meta"), labels(0, 1)),
+            "labels and scores must be on the same device, got cpu and meta; move one with .to()",
         ),
-        (
-            AveragePrecision,
-            [(torch.tensor([torch.nan]), torch.zeros(1))],
-            "AveragePrecision: scores must not be NaN",
-        ),
-        (
-            AveragePrecision,
-            [(torch.zeros(2, 3), torch.tensor([0, 3]))],
-            "AveragePrecision: labels must lie in [0, 3), got a range of [0, 3]",
-        ),
+        (ErrorRate, (np.zeros((1, 2)), labels(0)), "scores must be a tensor, got ndarray"),
+        (AveragePrecision, (torch.zeros(1, 3), [0]), "labels must be a tensor, got list"),
     ],
 )
-def test_refuses_bad_input(metric: type, batches: list, message: str) -> None:
-    with pytest.raises(ValueError, match=exactly(message)):
-        of(metric(), *batches)
+def test_bad_input_is_refused_before_it_counts(kind: type, batch: tuple, message: str) -> None:
+    torch.manual_seed(0)
+    metric = kind()
+    expected = of(metric, (torch.rand(9, 3), torch.randint(3, (9,))))
+    with pytest.raises((TypeError, ValueError), match=exactly(f"{kind.__name__}: {message}")):
+        metric.update(*batch)
+    assert metric.compute().item() == expected
+
+
+def test_binary_labels_are_0_and_1() -> None:
+    with pytest.raises(
+        ValueError, match=exactly("AveragePrecision: labels must lie in [0, 2), got 2 at index 0")
+    ):
+        AveragePrecision().update(torch.zeros(1), labels(2))
+
+
+def test_what_cannot_be_looked_at_is_told_with_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: an error rate of NaN from then on; average precision looks at everything when it is computed."""
+    for module in (_checks, average_precision):
+        monkeypatch.setattr(module, "may_look", lambda tensor: False)
+    bad, good = (torch.zeros(2, 3), labels(0, 3)), (torch.zeros(2, 3), labels(0, 1))
+    assert torch.tensor(of(ErrorRate(), good, bad, good)).isnan()
+    metric = ErrorRate()
+    of(metric, bad)
+    metric.reset()
+    assert of(metric, good) == 0.5
+    with pytest.raises(
+        ValueError, match=exactly("AveragePrecision: labels must lie in [0, 3), got 3 at index 3")
+    ):
+        of(AveragePrecision(), good, bad)
+    with pytest.raises(ValueError, match=exactly("AveragePrecision: scores must not be NaN")):
+        of(AveragePrecision(), good, (torch.full((1, 3), torch.nan), labels(0)))
