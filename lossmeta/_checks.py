@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,12 +9,6 @@ from lossmeta.ops import _operator
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOAT_NAMES = "float32, float64, bfloat16 or float16"
-
-
-def check_tensors(name: str, **arguments: Any) -> None:
-    for argument, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
 
 
 def check_float(name: str, **arguments: Tensor) -> None:

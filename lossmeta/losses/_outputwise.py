@@ -12,11 +12,10 @@ from lossmeta._checks import (
     FLOATS,
     check_float,
     check_same_device,
-    check_tensors,
     dtype_name,
     outside,
 )
-from lossmeta.ops._arguments import REDUCTIONS, choice
+from lossmeta.ops._arguments import REDUCTIONS, check_tensors, choice
 from lossmeta.ops._operator import accumulation_dtype
 
 LINKS = {"softmax": "softmax", "identity": "identity"}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lossmeta._checks import check_tensors
 from lossmeta.losses._parameters import register
-from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, choice
+from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, check_tensors, choice
 from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_int64, check_same_device, check_tensors, outside
+from lossmeta._checks import check_int64, check_same_device, outside
+from lossmeta.ops._arguments import check_tensors
 
 
 class ErrorRate:

@@ -139,7 +139,9 @@ def _reference(
     w1, w2, w3 = (w.to(dtype) for w in (input_weight, hidden_weight, output_weight))
     valid = None
     if not target.dtype.is_floating_point:
-        valid = (target >= 0) & (target < classes)
+        inside = (target >= 0) & (target < classes)
+        ignored = target == ignore_index
+        valid = inside & ~ignored
         # What an ignored row holds, NaN perhaps, must not reach the weights' gradients.
         pred = pred.where(valid[:, None], 0.0)
         target = one_hot(target.where(valid, 0), classes)
@@ -163,7 +165,8 @@ def _reference(
         slope = f * (slope - (f * slope).sum(-1, keepdim=True))
     if valid is None:
         return loss, slope
-    return loss.where(valid, 0.0), slope.where(valid[:, None], 0.0)
+    # Labels out of range are seen by their loss.
+    return loss.where(valid, torch.where(ignored, 0.0, torch.nan)), slope.where(valid[:, None], 0.0)
 
 
 def _fake(

@@ -179,7 +179,8 @@ def _reference(
     if labels is None:
         rows, valid = phi, None
     else:
-        valid = (labels >= 0) & (labels < phi.shape[-1]) & (labels != ignore_index)
+        ignored = labels == ignore_index
+        valid = (labels >= 0) & (labels < phi.shape[-1]) & ~ignored
         safe = labels.where(valid, 0)
         columns = phi.shape[-1]
         rows = phi.gather(1, safe[..., None].expand(-1, -1, columns)) if batch else phi[safe].movedim(-1, 1)
@@ -189,7 +190,7 @@ def _reference(
     scale = torch.ones_like(z) if weight is None or labels is None else weight.to(dtype)[safe]
     loss = -scale * (z.sigmoid() if sigmoid else z)
     if valid is not None:
-        loss = loss.where(valid, 0)
+        loss = loss.where(valid, torch.where(ignored, 0.0, torch.nan))  # labels out of range are seen
         scale = scale.where(valid, 0)
     return _reduced(loss, scale, reduction, batch)
 

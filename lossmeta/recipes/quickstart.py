@@ -93,9 +93,9 @@ def penalise_confusions(loss: ParametricCrossEntropy, logits: Tensor, labels: Te
 
     Our reading of the row "confusion matrix" in ALA's Table 1, which the paper does not spell out:
     :math:`\Phi = I - s` with :math:`s_{ij} = \frac12 (e^{-C_{ij}} + e^{-C_{ji}})` off the diagonal, where
-    :math:`e^{-C_{ij}}` is the geometric mean of the probability that images of class i give to class j. It is not scaled
-    up: where a row of s sums to more than 1, the wrong classes earn more than the right one, and training fails (with
-    the largest s scaled to 1 this recipe ends at 50 ± 37 % test error).
+    :math:`e^{-C_{ij}}` is the geometric mean of the probability that images of class i give to class j. It is not
+    scaled up: where a row of s sums to more than 1, the wrong classes earn more than the right one, and training fails
+    (with the largest s scaled to 1 this recipe ends at 50 ± 37 % test error).
     """
     sums, counts = class_confusion(logits, labels)
     probability = (-sums / counts[:, None]).exp().nan_to_num(0)  # 0 for a class that the set lacks

@@ -271,6 +271,21 @@ def test_gradients_of_the_table_are_those_of_what_it_returns() -> None:
 # ---- Values that are not ordinary.
 
 
+def test_reference_ignores_what_it_is_told_to_and_shows_bad_labels() -> None:
+    torch.manual_seed(0)
+    pred, w = torch.randn(4, 3, dtype=torch.float64), weights(8)
+    target = torch.tensor([0, 1, -100, 2])
+    options = (True, True, 0.01, 10.0, False, 1, 0)
+    loss, slope = _operator.reference(pred, target, *w, *options)
+    assert loss.isnan().tolist() == [False, False, True, False]
+    assert loss[1] == 0
+    assert not slope[1:3].any()
+    kernel, kernel_slope = loss_network(
+        pred[[0, 1, 3]], target[[0, 1, 3]], *w, link="softmax", ignore_index=1, exact=True
+    )
+    assert_close((loss[[0, 1, 3]], slope[[0, 1, 3]]), (kernel, kernel_slope))
+
+
 def test_empty() -> None:
     for target in (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5)):
         pred, w = torch.zeros(0, 5, requires_grad=True), weights(3, torch.float32)

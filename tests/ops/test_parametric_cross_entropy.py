@@ -332,6 +332,16 @@ def test_reference_differentiates_where_phi_is_zero(zeros: str) -> None:
     )
 
 
+def test_reference_shows_labels_out_of_range() -> None:
+    # As the CUDA kernel does, where raising would wait for the device.
+    logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 7, -100])
+    loss = _operator.reference(logits, target, torch.eye(5), None, -100, True, 0)
+    assert loss.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(loss.nan_to_num().sum(), logits)
+    assert grad.isfinite().all()
+    assert not grad[1:].any()
+
+
 def test_meta_gradient_of_the_identity() -> None:
     # dL_val / dPhi through one SGD step, which is how Phi is learned from where it starts.
     features, target = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
