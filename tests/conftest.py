@@ -1,8 +1,9 @@
-"""Settings of every test: hypothesis profiles, the number of threads, and tests that need a CUDA device."""
+"""Settings of every test: hypothesis profiles, random numbers, threads, and tests that need a CUDA device."""
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,9 @@ settings.load_profile(
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
+def _own_random_numbers_and_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test gives the same result alone, in any order and on any machine."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
     before = torch.get_num_threads()
     yield
     if torch.get_num_threads() != before:
