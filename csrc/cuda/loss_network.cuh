@@ -66,7 +66,7 @@ __device__ A larger(A x, A y) {
 
 template <class Kernel>
 void allow_shared(Kernel* kernel, int64_t bytes) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
 // ---- The network.

@@ -164,12 +164,21 @@ inline cudaStream_t current_stream(const Tensor& t) {
   if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) != 0) fail("no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
-// Runs the kernel on the device and current stream of `tensor`.
-#define LOSSMETA_RUN(name, arguments, tensor)                                         \
-  do {                                                                                \
-    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
-    ::lossmeta::cuda::name(arguments, ::lossmeta::current_stream(tensor));            \
-  } while (0)
+
+// f() on the device of `tensor`. What CUDA answers to a launch that fails becomes the operator's error.
+template <class F>
+auto on_device(const char* op, const Tensor& tensor, const F& f) {
+  const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+  try {
+    return f();
+  } catch (const std::runtime_error& error) {
+    fail(op, ": CUDA launch failed: ", error.what());
+  }
+}
+// Runs the kernel of the operator `op` on the device and current stream of `tensor`.
+#define LOSSMETA_RUN(name, arguments, tensor) \
+  ::lossmeta::on_device(                      \
+      op, tensor, [&] { return ::lossmeta::cuda::name(arguments, ::lossmeta::current_stream(tensor)); })
 #else
 #define LOSSMETA_RUN(name, arguments, tensor) ::lossmeta::cpu::name(arguments)
 #endif
