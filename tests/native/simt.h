@@ -214,6 +214,7 @@ SIMT_VECTOR4(uint)
 // ---- The runtime calls that launchers make; every stream is the host's own order. ----
 
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 // Says more than CUDA does: why the last call that failed did so.
@@ -221,6 +222,21 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error ? simt::last_failure.c_str() : "no error";
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
+
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= simt::devices)
+    return simt::refuse(cudaErrorInvalidValue, "no device %d", device);
+  simt::device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = simt::device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = int(simt::max_shared_bytes[device]);
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaMemsetAsync(void* target, int byte, std::size_t bytes, cudaStream_t = nullptr) {
   if (simt::broken) return simt::refuse(simt::broken, "cudaMemsetAsync fails");
@@ -236,9 +252,9 @@ inline cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || std::size_t(bytes) > simt::max_shared_bytes)
+  if (bytes < 0 || std::size_t(bytes) > simt::max_shared_bytes[simt::device])
     return simt::refuse(cudaErrorInvalidValue, "a block may have at most %zu bytes of shared memory, got %d",
-                        simt::max_shared_bytes, bytes);
+                        simt::max_shared_bytes[simt::device], bytes);
   std::size_t& limit = simt::shared_limits()[reinterpret_cast<const void*>(kernel)];
   limit = std::size_t(bytes) > simt::default_shared_bytes ? std::size_t(bytes) : simt::default_shared_bytes;
   return cudaSuccess;

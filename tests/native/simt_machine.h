@@ -227,7 +227,11 @@ struct Warp {
 };
 
 constexpr unsigned max_threads = 1024;
-constexpr std::size_t default_shared_bytes = 48 << 10, max_shared_bytes = 227 << 10;
+// The devices differ in the shared memory that a block may have: that of sm_90 and sm_100, of sm_80, of sm_86 and sm_89.
+constexpr std::size_t default_shared_bytes = 48 << 10;
+constexpr std::size_t max_shared_bytes[] = {227 << 10, 163 << 10, 99 << 10};
+constexpr int devices = 3;
+inline int device = 0;
 
 inline std::vector<Thread> threads(max_threads);
 inline Warp warps[max_threads / 32];
@@ -397,9 +401,9 @@ inline void interleave() {
 
 // ---- Launches. ----
 
-inline std::map<const void*, std::size_t>& shared_limits() {  // raised by cudaFuncSetAttribute
-  static std::map<const void*, std::size_t> limits;
-  return limits;
+inline std::map<const void*, std::size_t>& shared_limits() {  // of the device, raised by cudaFuncSetAttribute
+  static std::map<const void*, std::size_t> limits[devices];
+  return limits[device];
 }
 
 inline void run_block() {
@@ -456,7 +460,7 @@ cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, d
   if (shared_bytes > allowed)
     return refuse(cudaErrorInvalidValue, "%s: dynamic shared memory must be at most %zu bytes, got %zu%s",
                   name, allowed, shared_bytes,
-                  shared_bytes <= max_shared_bytes ? "; cudaFuncSetAttribute raises the limit" : "");
+                  shared_bytes <= max_shared_bytes[device] ? "; cudaFuncSetAttribute raises the limit" : "");
   kernel_name = name;
   std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
   run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });

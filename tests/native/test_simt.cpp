@@ -503,6 +503,17 @@ TEST(shared_memory_limits) {
   CHECK(raise(227 << 10) == cudaSuccess);
   LOSSMETA_LAUNCH(nothing, 1, 1, 227 << 10, nullptr, 0);
   CHECK_THROWS("at most 232448 bytes, got 232449", LOSSMETA_LAUNCH(nothing, 1, 1, 232449, nullptr, 0));
+  CHECK(cudaSetDevice(3) == cudaErrorInvalidValue);
+  const int other[] = {163 << 10, 99 << 10};
+  for (int device : {1, 2}) {
+    CHECK(cudaSetDevice(device) == cudaSuccess);
+    CHECK_THROWS("at most 49152 bytes",
+                 LOSSMETA_LAUNCH(nothing, 1, 1, 49153, nullptr, 0));  // raised for device 0
+    CHECK(raise(other[device - 1] + 1) == cudaErrorInvalidValue);
+    CHECK(raise(other[device - 1]) == cudaSuccess);
+    LOSSMETA_LAUNCH(nothing, 1, 1, other[device - 1], nullptr, 0);
+  }
+  cudaSetDevice(0);
 }
 
 TEST(a_failed_launch_is_an_exception_that_is_reported_once) {
