@@ -5,7 +5,8 @@ namespace {
 
 constexpr int long_row = 1024, row_threads = 256, block_lanes = 512;
 
-// Gradients of the weights are summed by at most this many blocks, on every device: the result does not depend on it.
+// Gradients of the weights are summed by at most this many blocks: the result depends on the device only through the
+// tile that its shared memory holds.
 constexpr int64_t gradient_blocks = 512, forward_blocks = 2048;
 
 // Where a call keeps what in the workspace, in elements of A.

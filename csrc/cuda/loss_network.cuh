@@ -11,7 +11,7 @@ int64_t table_workspace(const LossNetwork& a);  // of the table's kernels, in el
 
 namespace {
 
-constexpr int max_shared_bytes = 227 << 10, max_network_threads = 256;
+constexpr int max_network_threads = 256;
 // Blocks of the backward pass that the registers of a processor hold.
 template <class A>
 constexpr int network_blocks = sizeof(A) == 4 ? 2 : 1;
@@ -64,9 +64,22 @@ __device__ A larger(A x, A y) {
   return x > y || x != x ? x : y;
 }
 
+// Dynamic shared memory that a block may have on the current device: 226 KiB on sm_90 and sm_100, 162 on sm_80, 98 on
+// sm_86 and sm_89. 1 KiB is left for what kernels declare. No call here waits for the device.
+inline int shared_limit() {
+  thread_local int known = -1, bytes = 0;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device));
+  if (device != known) {
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    known = device;
+  }
+  return bytes - 1024;
+}
+
 template <class Kernel>
 void allow_shared(Kernel* kernel, int64_t bytes) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
 // ---- The network.
@@ -91,7 +104,7 @@ struct Network {
   const A* hidden_weight;  // [H, H]
   const A* output_weight;  // [H]
   int width, padded;       // H, and H rounded up to whole quads
-  int tile;                // elements handled together, a power of two >= 8
+  int tile;                // elements handled together, a power of two >= 4
   bool softplus;
   math::HiddenActivation<A> activation;
 
@@ -104,7 +117,10 @@ struct Network {
         tile(64),
         softplus(a.softplus),
         activation(a) {
-    while (tile > 8 && 5 * padded * stride() * int(sizeof(A)) > 128 << 10) tile /= 2;
+    // With 4 elements, loss_network_cuda_width units fit 98 KiB.
+    while (tile > 4 &&
+           (5 * padded * stride() * int(sizeof(A)) > 128 << 10 || shared_bytes(true, false) > shared_limit()))
+      tile /= 2;
   }
 
   // Rows of a tile's activations are shifted by four banks: a column of quads is read without conflicts.
@@ -116,7 +132,7 @@ struct Network {
     return int(sizeof(A)) * (3 * padded + (resident ? padded * padded : 0) + activations + elements);
   }
   // Whether W2 fits beside the activations; if not it is read through the caches.
-  bool resident(bool backward) const { return shared_bytes(backward, true) <= max_shared_bytes - 1024; }
+  bool resident(bool backward) const { return shared_bytes(backward, true) <= shared_limit(); }
   int threads() const {
     const int tasks = padded / 4 * (tile / 4),
               rounds = (tasks + max_network_threads - 1) / max_network_threads;

@@ -128,15 +128,17 @@ struct Table {
   explicit Table(const LossNetwork& a)
       : global(static_cast<const A*>(a.table)), intervals(int(a.intervals)), h(A(1) / A(a.intervals)) {}
 
-  __device__ void load(A* shared) {
-    c = reinterpret_cast<Quad<A>*>(shared), v = shared + 4 * intervals;
+  // `values`: v is wanted, behind c.
+  __device__ void load(A* shared, bool values) {
+    c = reinterpret_cast<Quad<A>*>(shared), v = values ? shared + 4 * intervals : nullptr;
     for (int i = threadIdx.x; i < intervals; i += blockDim.x) {
-      v[i] = global[i];
+      if (values) v[i] = global[i];
       for (int k = 0; k < 4; ++k) c[i].v[k] = global[(k + 1) * intervals + i];
     }
     __syncthreads();
   }
   __device__ Point<A> other(int i) const { return {v[i], c[i]}; }
+  __device__ Point<A> other_slope(int i) const { return {A(0), c[i]}; }
   __device__ Point<A> own(int i) const {
     const A* const from = global + coefficients * intervals + i;
     return {from[0], {from[intervals], from[2 * intervals], from[3 * intervals], from[4 * intervals]}};
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(row_threads, Row::blocks)
   using A = accumulate_t<T>;
   LOSSMETA_DYNAMIC_SHARED(A, shared);
   if (gate.closed()) return;
-  p.table.load(shared);
+  p.table.load(shared, true);
   constexpr int block_rows = row_threads / Row::lanes;
   const int lane = threadIdx.x % Row::lanes;
   const int64_t classes = p.rows.classes;
@@ -262,11 +264,11 @@ __global__ void __launch_bounds__(row_threads, Row::blocks)
   using A = accumulate_t<T>;
   LOSSMETA_DYNAMIC_SHARED(A, shared);
   if (gate.closed()) return;
-  p.table.load(shared);
+  p.table.load(shared, false);
   Bins<A> bins{nullptr, p.table.intervals, 0};
   int shift;
   if (sums && fixed.template find_shift<row_threads>(shift)) {
-    bins.low = reinterpret_cast<unsigned*>(shared + coefficients * p.table.intervals);
+    bins.low = reinterpret_cast<unsigned*>(shared + 4 * p.table.intervals);
     bins.scale = scaled(A(1), shift);
     bins.clear();
   }
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(row_threads, Row::blocks)
 
     // d_j and g_j, of an element with v_j
     const auto gradient = [&](bool is_own, const Place<A>& place, A v, A centred, A& g) {
-      const Point<A> other = p.table.other(place.interval);
+      const Point<A> other = p.table.other_slope(place.interval);
       const A slope = is_own ? own_slope : other.slope(place.t);
       const A curvature = is_own ? own_curvature : other.curvature(place.t, A(p.table.intervals));
       g = slope * p.inverse_classes;
@@ -451,6 +453,12 @@ int row_blocks(int64_t samples, int limit) {
   return int(wanted < limit ? wanted : limit);
 }
 
+// Shared memory of a block for each interval: of the forward pass, and of the backward one with sums.
+template <class A>
+constexpr int64_t forward_bytes = coefficients * sizeof(A);
+template <class A>
+constexpr int64_t backward_bytes = 4 * sizeof(A) + 2 * coefficients * sizeof(long long);
+
 template <class T>
 void table_forward(const LossNetwork& a, cudaStream_t stream) {
   using A = accumulate_t<T>;
@@ -458,7 +466,7 @@ void table_forward(const LossNetwork& a, cudaStream_t stream) {
   choose_row<T>(a, [&](auto tag) {
     using Row = typename decltype(tag)::type;
     const auto kernel = table_forward_kernel<T, Row>;
-    const int bytes = int(coefficients * a.intervals * sizeof(A));
+    const int64_t bytes = a.intervals * forward_bytes<A>;
     allow_shared(kernel, bytes);
     LOSSMETA_LAUNCH(kernel, row_blocks<Row>(a.samples, forward_blocks), row_threads, bytes, stream,
                     table_gate<A>(a), TableRows<T>(a));
@@ -481,7 +489,7 @@ void table_backward(const LossNetwork& a, cudaStream_t stream) {
     choose_row<T>(a, [&](auto tag) {
       using Row = typename decltype(tag)::type;
       const auto kernel = table_backward_kernel<T, Row>;
-      const int bytes = int(coefficients * a.intervals * sizeof(A) + (sums ? cells * sizeof(long long) : 0));
+      const int64_t bytes = a.intervals * (sums ? backward_bytes<A> : 4 * sizeof(A));
       allow_shared(kernel, bytes);
       LOSSMETA_LAUNCH(kernel, row_blocks<Row>(a.samples, sums ? sum_blocks : forward_blocks), row_threads,
                       bytes, stream, gate, TableRows<T>(a), sums, fixed);
@@ -498,6 +506,10 @@ void table_backward(const LossNetwork& a, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t loss_network_intervals(DType dtype) {
+  return shared_limit() / (dtype == DType::float64 ? backward_bytes<double> : backward_bytes<float>);
+}
 
 int64_t table_workspace(const LossNetwork& a) {
   return a.dtype == DType::float64 ? table_plan<double>(a).size : table_plan<float>(a).size;

@@ -155,8 +155,9 @@ template <class T, class Pair>
 void launch_pair_gradient(const T* x, T* grad, accumulate_t<T>* partial, int64_t count, int64_t dims,
                           const Pair& pair, cudaStream_t stream) {
   const unsigned blocks = unsigned((count + gradient_rows - 1) / gradient_rows);
-  const unsigned parts = grad ? unsigned((dims + block_dims - 1) / block_dims) : 1;
-  if (blocks == 0 || parts == 0) return;
+  // The sums are wanted even of embeddings without dimensions.
+  const unsigned parts = grad && dims > 0 ? unsigned((dims + block_dims - 1) / block_dims) : 1;
+  if (blocks == 0) return;
   LOSSMETA_LAUNCH((pair_gradient_kernel<T, Pair>), dim3(blocks, parts), gradient_threads, 0, stream, x, grad,
                   partial, count, dims, pair);
 }

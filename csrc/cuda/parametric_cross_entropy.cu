@@ -320,7 +320,7 @@ void forward(const ParametricCrossEntropy& a, cudaStream_t stream) {
   };
   if (total == 0) {
     if (a.models == 0) return;
-    cudaMemsetAsync(counters, 0, size_t(a.models) * sizeof(unsigned), stream);
+    check_cuda(cudaMemsetAsync(counters, 0, size_t(a.models) * sizeof(unsigned), stream));
   } else if (a.inner > 1) {
     LOSSMETA_LAUNCH(forward_lanes<T>, (total + 31) / 32, block_threads, 0, stream, p, losses, counters);
   } else {

@@ -68,7 +68,7 @@ struct LossNetwork {
   void* grad_input_weight;   // backward: [H, 2]; the three weights' gradients are all given or all null
   void* grad_hidden_weight;  // backward: [H, H]
   void* grad_output_weight;  // backward: [H]
-  void* workspace;           // CUDA: loss_network_workspace(...) elements of A; the CPU allocates its own
+  void* workspace;  // CUDA: cuda::loss_network_workspace(...) elements of A; the CPU allocates its own
 };
 
 // The stated error of the table's slope, relative to the largest slope on [0, 1].
@@ -77,23 +77,16 @@ constexpr double loss_network_table_bound = 1e-5;
 inline int64_t loss_network_nodes(int64_t intervals) { return 2 * (intervals + 3); }
 inline int64_t loss_network_table_size(int64_t intervals) { return 2 * 5 * intervals + 1; }
 
-// What the CUDA kernels can take: H, and M of the table.
+// The widest network that the CUDA kernels can take, on every device.
 inline int64_t loss_network_cuda_width(DType dtype) { return dtype == DType::float64 ? 256 : 512; }
-constexpr int64_t loss_network_cuda_intervals = 1024;
 
 namespace cuda {
+// The largest M of a table that fits the shared memory of the current device.
+int64_t loss_network_intervals(DType);
+// Scratch that a call with these arguments wants on the current device, results included, in elements of A: a forward
+// call where loss is given, else a backward one.
 int64_t loss_network_workspace(const LossNetwork&);
-}
-
-// Scratch that the kernels want for a call with these arguments, results included, in elements of A: a forward call
-// where loss is given, else a backward one.
-inline int64_t loss_network_workspace([[maybe_unused]] const LossNetwork& a) {
-#ifdef LOSSMETA_BACKEND_CUDA
-  return cuda::loss_network_workspace(a);
-#else
-  return 0;
-#endif
-}
+}  // namespace cuda
 
 namespace math {
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #if defined(__linux__)
@@ -80,13 +81,27 @@ inline ScalarType accumulation_type(DType dtype) {
   return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// As torch writes it, e.g. cuda:1.
+inline std::string device_name(const Tensor& t) {
+  using torch::headeronly::DeviceType;
+  int32_t type = 0;
+  aoti_torch_get_device_type(t.get(), &type);
+  switch (DeviceType(type)) {
+    case DeviceType::CPU: return "cpu";
+    case DeviceType::CUDA: return "cuda:" + std::to_string(t.get_device_index());
+    case DeviceType::Meta: return "meta";
+    default: return "device type " + std::to_string(type) + ":" + std::to_string(t.get_device_index());
+  }
+}
+
 inline void check_same_device(const Tensor& t, const Tensor& reference, const char* op, const char* argument,
                               const char* reference_argument) {
   int32_t a = 0, b = 0;
   aoti_torch_get_device_type(t.get(), &a);
   aoti_torch_get_device_type(reference.get(), &b);
   LOSSMETA_CHECK(a == b && t.get_device_index() == reference.get_device_index(), op, ": ", argument, " and ",
-                 reference_argument, " must be on the same device; move one with .to()");
+                 reference_argument, " must be on the same device, got ", device_name(t), " and ",
+                 device_name(reference), "; move one with .to()");
 }
 
 // Of an expanded tensor several elements are one place in memory.
@@ -164,12 +179,21 @@ inline cudaStream_t current_stream(const Tensor& t) {
   if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) != 0) fail("no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
-// Runs the kernel on the device and current stream of `tensor`.
-#define LOSSMETA_RUN(name, arguments, tensor)                                         \
-  do {                                                                                \
-    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
-    ::lossmeta::cuda::name(arguments, ::lossmeta::current_stream(tensor));            \
-  } while (0)
+
+// f() on the device of `tensor`. What CUDA answers to a launch that fails becomes the operator's error.
+template <class F>
+auto on_device(const char* op, const Tensor& tensor, const F& f) {
+  const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+  try {
+    return f();
+  } catch (const std::runtime_error& error) {
+    fail(op, ": CUDA launch failed: ", error.what());
+  }
+}
+// Runs the kernel of the operator `op` on the device and current stream of `tensor`.
+#define LOSSMETA_RUN(name, arguments, tensor) \
+  ::lossmeta::on_device(                      \
+      op, tensor, [&] { return ::lossmeta::cuda::name(arguments, ::lossmeta::current_stream(tensor)); })
 #else
 #define LOSSMETA_RUN(name, arguments, tensor) ::lossmeta::cpu::name(arguments)
 #endif

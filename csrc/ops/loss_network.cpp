@@ -7,7 +7,6 @@ namespace {
 
 constexpr const char* op = "loss_network";
 constexpr int64_t min_intervals = 16, max_intervals = 1024;
-static_assert(max_intervals <= loss_network_cuda_intervals, "a table must fit the CUDA kernels");
 constexpr int64_t elements_per_node = 4;  // below this the table costs more than it saves
 
 // Checks the arguments that forward and backward share and fills in the problem.
@@ -79,6 +78,12 @@ struct Arguments {
     const bool tabulates = table_size > 0 && indices && softmax && smooth &&
                            a.samples * a.classes >= elements_per_node * loss_network_nodes(table_size);
     a.intervals = tabulates ? table_size : 0;
+#ifdef LOSSMETA_BACKEND_CUDA
+    if (!a.intervals) return;
+    const int64_t fitting = on_device(op, pred, [&] { return cuda::loss_network_intervals(a.dtype); });
+    LOSSMETA_CHECK(a.intervals <= fitting, op, ": on this device table_size must be at most ", fitting,
+                   " for ", dtype_name(pred), ", got ", table_size);
+#endif
   }
 
   std::vector<int64_t> table_sizes() const {
@@ -92,13 +97,18 @@ struct Arguments {
   }
 };
 
-// Scratch of the CUDA kernels.
-std::optional<Tensor> workspace(LossNetwork& a, ScalarType accumulated, const Tensor& like) {
-  const int64_t size = loss_network_workspace(a);
+// Scratch of the CUDA kernels; the CPU kernels have their own.
+std::optional<Tensor> workspace([[maybe_unused]] LossNetwork& a, [[maybe_unused]] ScalarType accumulated,
+                                [[maybe_unused]] const Tensor& like) {
+#ifdef LOSSMETA_BACKEND_CUDA
+  const int64_t size = on_device(op, like, [&] { return cuda::loss_network_workspace(a); });
   if (!size) return std::nullopt;
   Tensor scratch = empty({size}, accumulated, like);
   a.workspace = scratch.mutable_data_ptr();
   return scratch;
+#else
+  return std::nullopt;
+#endif
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& target,

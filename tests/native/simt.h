@@ -5,7 +5,8 @@
 // a seed (simt::set_seed), so a missing barrier shows as a result that changes with the seed. Not shown: a
 // plain `x += 1` by many threads (nothing interrupts a fiber between its load and its store), and weak memory
 // ordering. Blocks cannot wait for one another.
-// A block that cannot go on (divergent barrier, absent lanes) is described on stderr, and the process aborts.
+// A block that cannot go on (divergent barrier, absent lanes) is described on stderr, and the process aborts. A launch
+// that the hardware would refuse answers with an error, as there.
 //
 // What the hardware leaves undefined is all ones (NaN, -1): dynamic shared memory at the start of a block,
 // and what a shuffle reads from a lane that takes no part. `__shared__` variables are `static`: they start as
@@ -212,14 +213,33 @@ SIMT_VECTOR4(uint)
 
 // ---- The runtime calls that launchers make; every stream is the host's own order. ----
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid argument" : "no error"; }
+// Says more than CUDA does: why the last call that failed did so.
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error ? simt::last_failure.c_str() : "no error";
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
+
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= simt::devices)
+    return simt::refuse(cudaErrorInvalidValue, "no device %d", device);
+  simt::device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = simt::device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = int(simt::max_shared_bytes[device]);
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaMemsetAsync(void* target, int byte, std::size_t bytes, cudaStream_t = nullptr) {
+  if (simt::broken) return simt::refuse(simt::broken, "cudaMemsetAsync fails");
   if (bytes) std::memset(target, byte, bytes);
   return cudaSuccess;
 }
@@ -232,11 +252,10 @@ inline cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || std::size_t(bytes) > simt::max_shared_bytes) return cudaErrorInvalidValue;
+  if (bytes < 0 || std::size_t(bytes) > simt::max_shared_bytes[simt::device])
+    return simt::refuse(cudaErrorInvalidValue, "a block may have at most %zu bytes of shared memory, got %d",
+                        simt::max_shared_bytes[simt::device], bytes);
   std::size_t& limit = simt::shared_limits()[reinterpret_cast<const void*>(kernel)];
   limit = std::size_t(bytes) > simt::default_shared_bytes ? std::size_t(bytes) : simt::default_shared_bytes;
   return cudaSuccess;
 }
-
-#define LOSSMETA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  simt::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)

@@ -55,6 +55,27 @@ namespace simt {
   std::abort();
 }
 
+}  // namespace simt
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+
+namespace simt {
+
+inline cudaError_t last_error = cudaSuccess;
+inline std::string last_failure;
+inline cudaError_t broken =
+    cudaSuccess;  // what launches and other calls answer without doing anything, for tests
+
+__attribute__((format(printf, 2, 3))) inline cudaError_t refuse(cudaError_t error, const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  last_failure = text;
+  return last_error = error;
+}
+
 inline unsigned checked_extent(long long n) {
   if (n < 0 || n > 0xffffffffll) fail("launch failure: extent %lld does not fit an unsigned int", n);
   return unsigned(n);
@@ -206,7 +227,11 @@ struct Warp {
 };
 
 constexpr unsigned max_threads = 1024;
-constexpr std::size_t default_shared_bytes = 48 << 10, max_shared_bytes = 227 << 10;
+// The devices differ in the shared memory that a block may have: that of sm_90 and sm_100, of sm_80, of sm_86 and sm_89.
+constexpr std::size_t default_shared_bytes = 48 << 10;
+constexpr std::size_t max_shared_bytes[] = {227 << 10, 163 << 10, 99 << 10};
+constexpr int devices = 3;
+inline int device = 0;
 
 inline std::vector<Thread> threads(max_threads);
 inline Warp warps[max_threads / 32];
@@ -376,9 +401,9 @@ inline void interleave() {
 
 // ---- Launches. ----
 
-inline std::map<const void*, std::size_t>& shared_limits() {  // raised by cudaFuncSetAttribute
-  static std::map<const void*, std::size_t> limits;
-  return limits;
+inline std::map<const void*, std::size_t>& shared_limits() {  // of the device, raised by cudaFuncSetAttribute
+  static std::map<const void*, std::size_t> limits[devices];
+  return limits[device];
 }
 
 inline void run_block() {
@@ -416,25 +441,30 @@ inline void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std:
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
-            cudaStream_t, Arguments&&... arguments) {
+cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   std::size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "kernel parameters are copied as bytes");
   if (current) fail("launch failure: %s is launched inside a kernel", name);
+  if (broken) return refuse(broken, "the launch of %s fails", name);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    fail("launch failure: %s: grid must lie in [1, 2147483647] x [1, 65535] x [1, 65535], got (%u, %u, %u)",
-         name, grid.x, grid.y, grid.z);
+    return refuse(cudaErrorInvalidConfiguration,
+                  "%s: grid must lie in [1, 2147483647] x [1, 65535] x [1, 65535], got (%u, %u, %u)", name,
+                  grid.x, grid.y, grid.z);
   if (!block.x || !block.y || !block.z || block.x > max_threads || block.y > max_threads || block.z > 64 ||
       block.x * block.y * block.z > max_threads)
-    fail("launch failure: %s: a block must have 1 to 1024 threads (z at most 64), got (%u, %u, %u)", name,
-         block.x, block.y, block.z);
+    return refuse(cudaErrorInvalidConfiguration,
+                  "%s: a block must have 1 to 1024 threads (z at most 64), got (%u, %u, %u)", name, block.x,
+                  block.y, block.z);
   auto limit = shared_limits().find(reinterpret_cast<const void*>(kernel));
   std::size_t allowed = limit == shared_limits().end() ? default_shared_bytes : limit->second;
   if (shared_bytes > allowed)
-    fail("launch failure: %s: dynamic shared memory must be at most %zu bytes, got %zu%s", name, allowed,
-         shared_bytes, shared_bytes <= max_shared_bytes ? "; cudaFuncSetAttribute raises the limit" : "");
+    return refuse(cudaErrorInvalidValue, "%s: dynamic shared memory must be at most %zu bytes, got %zu%s",
+                  name, allowed, shared_bytes,
+                  shared_bytes <= max_shared_bytes[device] ? "; cudaFuncSetAttribute raises the limit" : "");
   kernel_name = name;
   std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
   run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
+  return cudaSuccess;
 }
 
 }  // namespace simt

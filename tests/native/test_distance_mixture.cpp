@@ -64,7 +64,7 @@ struct Case {
   Case(int64_t count_, int64_t dims_, int64_t number, Reduction reduction_, bool by_label_)
       : count(count_), dims(dims_), reduction(reduction_), by_label(by_label_) {
     std::mt19937 random(11);
-    std::normal_distribution<float> normal(0, 1 / std::sqrt(float(dims)));
+    std::normal_distribution<float> normal(0, 1 / std::sqrt(float(std::max<int64_t>(dims, 1))));
     for (T& value : x) math::store(&value, A(normal(random)));
     // Coincident embeddings, and a pair below min_distance.
     for (int64_t k = 0; count > 4 && k < dims; ++k) {
@@ -151,6 +151,7 @@ struct Case {
     a.terms = terms.data();
     a.workspace = workspace.data();
     forward(a);
+    std::fill(workspace.begin(), workspace.end() - 1, A(NAN));
     a.loss = a.terms = nullptr;
     a.grad_loss = grad_loss.data();
     a.grad_terms = grad_terms.data();
@@ -189,7 +190,8 @@ void for_every_case(const Check& check) {
   struct Size {
     int64_t count, dims, number;
   };
-  for (Size s : {Size{1, 1, 1}, {5, 3, 7}, {9, 40, 300}, {70, 5, 130}, {37, 130, 260}, {40, 33, 9}})
+  for (Size s :
+       {Size{1, 1, 1}, {5, 0, 7}, {5, 3, 7}, {9, 40, 300}, {70, 5, 130}, {37, 130, 260}, {40, 33, 9}})
     for (bool by_label : {false, true})
       for (Reduction r : {Reduction::none, Reduction::mean, Reduction::sum}) {
         check(Case<float>(s.count, s.dims, s.number, r, by_label));

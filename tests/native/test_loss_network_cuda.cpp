@@ -363,6 +363,27 @@ TEST(exact_wide_networks) {
   Case<float>(1, 10, 512).check(4e-5);
 }
 
+// On either side of each width at which the tile, or where W2 lies, changes.
+TEST(exact_on_devices_with_less_shared_memory) {
+  struct Device {
+    int number;
+    std::vector<int64_t> floats, doubles;
+  };
+  for (const Device& device :
+       {Device{0, {96, 97, 324, 325, 512}, {48, 49, 256}},
+        {1,
+         {88, 89, 96, 97, 124, 125, 160, 161, 180, 181, 324, 325, 512},
+         {44, 45, 48, 49, 72, 73, 96, 97, 120, 121, 160, 161, 256}},
+        {2,
+         {56, 57, 64, 65, 84, 85, 116, 117, 124, 125, 132, 133, 224, 225, 372, 373, 512},
+         {28, 29, 32, 33, 40, 48, 49, 60, 61, 68, 69, 88, 89, 112, 113, 184, 185, 256}}}) {
+    cudaSetDevice(device.number);
+    for (int64_t h : device.floats) Case<float>(1, 10, h).check(4e-5);
+    for (int64_t h : device.doubles) Case<double>(1, 10, h).check();
+  }
+  cudaSetDevice(0);
+}
+
 TEST(exact_many_tiles_for_each_block) { Case<float>(7000, 5, 4).check(); }
 
 TEST(exact_only_what_is_asked_for) {
@@ -446,10 +467,34 @@ TEST(table_rows_of_every_kind) {
 
 TEST(table_widths_and_intervals) {
   for (int64_t h : {1, 7, 40}) check_table(tabulated<float>(20, 33, h, 512, true));
-  check_table(tabulated<float>(5, 33, 7, loss_network_cuda_intervals));
-  check_table(tabulated<double>(5, 33, 7, loss_network_cuda_intervals));
   check_table(tabulated<float>(0, 33));
   check_table(tabulated<float>(1, 33));
+}
+
+TEST(table_of_the_largest_size_on_every_device) {
+  for (int device = 0; device < simt::devices; ++device) {
+    cudaSetDevice(device);
+    for (DType dtype : {DType::float32, DType::bfloat16}) CHECK(cuda::loss_network_intervals(dtype) >= 1024);
+    CHECK(cuda::loss_network_intervals(DType::float64) >= (device == 2 ? 896 : 1024));
+    for (int64_t c : {33, 1100}) {
+      check_table(tabulated<float>(5, c, 7, cuda::loss_network_intervals(DType::float32)));
+      check_table(tabulated<double>(5, c, 7, cuda::loss_network_intervals(DType::float64)));
+    }
+  }
+  cudaSetDevice(0);
+}
+
+TEST(table_on_devices_with_less_shared_memory) {
+  const auto check = [](auto k) {
+    for (auto& w : k.w1) w *= 0.05f;  // a table with few nodes is accepted
+    check_table(k);
+  };
+  for (int device : {1, 2}) {
+    cudaSetDevice(device);
+    for (int64_t h : {40, 60, 117, 512}) check(tabulated<float>(5, 33, h, 32));
+    for (int64_t h : {29, 40, 256}) check(tabulated<double>(5, 33, h, 32));
+  }
+  cudaSetDevice(0);
 }
 
 TEST(table_seeds) {

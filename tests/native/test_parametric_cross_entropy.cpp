@@ -225,3 +225,21 @@ TEST(cuda_many_losses) {
     Case<float>({2, 20000, 2, 1}, reduction, true, false, true, true)
         .check(cuda_forward, cuda_backward, "parts ", 0);
 }
+
+TEST(cuda_calls_that_fail) {
+  ParametricCrossEntropy a{};
+  a.models = 1, a.classes = 2, a.inner = 1;
+  std::vector<float> statistics(1), reduced(1);
+  std::vector<unsigned char> scratch(parametric_cross_entropy_scratch(a, false));
+  a.reduction = Reduction::sum, a.statistics = statistics.data(), a.reduced = reduced.data();
+  a.scratch = scratch.data();
+  simt::broken = cudaErrorInvalidValue;
+  std::string message;
+  try {
+    cuda_forward(a);
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  simt::broken = cudaSuccess;
+  CHECK(message == "cudaMemsetAsync fails", message);
+}

@@ -38,6 +38,17 @@ static void check_contains(const std::string& text, const std::string& part) {
   CHECK(text.find(part) != std::string::npos, "no `", part, "` in: ", text);
 }
 
+template <class Run>
+static std::string message_of_exception(Run run) {
+  try {
+    run();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+#define CHECK_THROWS(part, ...) check_contains(message_of_exception([&] { __VA_ARGS__; }), part)
 #define CHECK_ABORT(part, ...) check_contains(message_of_abort([&] { __VA_ARGS__; }), part)
 
 // ---- Indices ----
@@ -467,31 +478,51 @@ TEST(arguments_are_converted_to_the_parameters) {
   CHECK(out == 7.5, out);
 }
 
-// ---- What aborts ----
+// ---- What fails or aborts ----
 
 __global__ void nothing(int) {}
 
 TEST(launch_failures) {
-  CHECK_ABORT("grid must lie in", LOSSMETA_LAUNCH(nothing, 0, 32, 0, nullptr, 0));
-  CHECK_ABORT("grid must lie in", LOSSMETA_LAUNCH(nothing, 0x80000000u, 32, 0, nullptr, 0));
-  CHECK_ABORT("got (1, 65536, 1)", LOSSMETA_LAUNCH(nothing, dim3(1, 65536), 32, 0, nullptr, 0));
-  CHECK_ABORT("got (1, 1, 65536)", LOSSMETA_LAUNCH(nothing, dim3(1, 1, 65536), 32, 0, nullptr, 0));
+  CHECK_THROWS("grid must lie in", LOSSMETA_LAUNCH(nothing, 0, 32, 0, nullptr, 0));
+  CHECK_THROWS("grid must lie in", LOSSMETA_LAUNCH(nothing, 0x80000000u, 32, 0, nullptr, 0));
+  CHECK_THROWS("got (1, 65536, 1)", LOSSMETA_LAUNCH(nothing, dim3(1, 65536), 32, 0, nullptr, 0));
+  CHECK_THROWS("got (1, 1, 65536)", LOSSMETA_LAUNCH(nothing, dim3(1, 1, 65536), 32, 0, nullptr, 0));
   CHECK_ABORT("does not fit an unsigned int", LOSSMETA_LAUNCH(nothing, 1ll << 32, 32, 0, nullptr, 0));
-  CHECK_ABORT("nothing: a block must have 1 to 1024", LOSSMETA_LAUNCH(nothing, 1, 1025, 0, nullptr, 0));
-  CHECK_ABORT("got (33, 32, 1)", LOSSMETA_LAUNCH(nothing, 1, dim3(33, 32), 0, nullptr, 0));
-  CHECK_ABORT("got (1, 1, 65)", LOSSMETA_LAUNCH(nothing, 1, dim3(1, 1, 65), 0, nullptr, 0));
+  CHECK_THROWS("nothing: a block must have 1 to 1024", LOSSMETA_LAUNCH(nothing, 1, 1025, 0, nullptr, 0));
+  CHECK_THROWS("got (33, 32, 1)", LOSSMETA_LAUNCH(nothing, 1, dim3(33, 32), 0, nullptr, 0));
+  CHECK_THROWS("got (1, 1, 65)", LOSSMETA_LAUNCH(nothing, 1, dim3(1, 1, 65), 0, nullptr, 0));
 }
 
 TEST(shared_memory_limits) {
   LOSSMETA_LAUNCH(nothing, 1, 1024, 48 << 10, nullptr, 0);
-  CHECK_ABORT("cudaFuncSetAttribute raises", LOSSMETA_LAUNCH(nothing, 1, 1, (48 << 10) + 1, nullptr, 0));
+  CHECK_THROWS("cudaFuncSetAttribute raises", LOSSMETA_LAUNCH(nothing, 1, 1, (48 << 10) + 1, nullptr, 0));
   auto raise = [](int bytes) {
     return cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   };
   CHECK(raise((227 << 10) + 1) == cudaErrorInvalidValue);
   CHECK(raise(227 << 10) == cudaSuccess);
   LOSSMETA_LAUNCH(nothing, 1, 1, 227 << 10, nullptr, 0);
-  CHECK_ABORT("at most 232448 bytes, got 232449", LOSSMETA_LAUNCH(nothing, 1, 1, 232449, nullptr, 0));
+  CHECK_THROWS("at most 232448 bytes, got 232449", LOSSMETA_LAUNCH(nothing, 1, 1, 232449, nullptr, 0));
+  CHECK(cudaSetDevice(3) == cudaErrorInvalidValue);
+  const int other[] = {163 << 10, 99 << 10};
+  for (int device : {1, 2}) {
+    CHECK(cudaSetDevice(device) == cudaSuccess);
+    CHECK_THROWS("at most 49152 bytes",
+                 LOSSMETA_LAUNCH(nothing, 1, 1, 49153, nullptr, 0));  // raised for device 0
+    CHECK(raise(other[device - 1] + 1) == cudaErrorInvalidValue);
+    CHECK(raise(other[device - 1]) == cudaSuccess);
+    LOSSMETA_LAUNCH(nothing, 1, 1, other[device - 1], nullptr, 0);
+  }
+  cudaSetDevice(0);
+}
+
+TEST(a_failed_launch_is_an_exception_that_is_reported_once) {
+  cudaGetLastError();
+  CHECK_THROWS("a block must have", LOSSMETA_LAUNCH(nothing, 1, 1025, 0, nullptr, 0));
+  CHECK(cudaGetLastError() == cudaSuccess);
+  simt::refuse(cudaErrorInvalidValue, "left behind by others");
+  LOSSMETA_LAUNCH(nothing, 1, 1, 0, nullptr, 0);
+  CHECK(cudaGetLastError() == cudaErrorInvalidValue, "not ours to take");
 }
 
 __global__ void divergent(int kind, int* out) {

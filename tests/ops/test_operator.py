@@ -46,6 +46,16 @@ def test_fallback_runs_the_reference_and_says_so() -> None:
     assert_close(only_phi[1], kernel[1])
 
 
+def test_a_kernel_names_both_devices() -> None:
+    on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # past the check that the fake kernel makes
+    statistics = torch.ops.lossmeta.pwl_statistics.default
+    with pytest.raises(
+        RuntimeError,
+        match=r"^pwl_statistics: knots and theta must be on the same device, got meta and cpu; move one",
+    ):
+        statistics.redispatch(on_cpu, torch.zeros(4), None, torch.zeros(2, device="meta"))
+
+
 class OnDevice(Tensor):
     """A CPU tensor that says that it lies on a GPU."""
 
