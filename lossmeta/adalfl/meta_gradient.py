@@ -1,0 +1,463 @@
+"""The derivative of a validation loss through one training step, with respect to what the training loss has learned."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lossmeta.adalfl.step_jacobian import StepJacobian, parameters_of
+
+Batch = tuple[Any, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+BACKENDS = ("auto", "double_backward", "jvp", "finite_difference")
+
+
+@dataclass
+class MetaGradient:
+    """What one training step has shown.
+
+    Attributes:
+        loss: the learned loss on the training batch, before the step.
+        task_loss: the task loss on the validation batch, after it.
+        gradients: of ``task_loss``, one per parameter of the loss; ``None`` where it does not depend on it.
+        learning_rate_gradients: of ``task_loss``, one per group of the optimizer; empty unless asked for.
+        slope_ratio: mean absolute slope of the learned loss over that of the task loss, at the training batch: how much
+            of a gain is only a larger learning rate. ``None`` unless asked for.
+        backend: what computed it.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    gradients: list[Tensor | None]
+    learning_rate_gradients: list[Tensor]
+    slope_ratio: Tensor | None
+    backend: str
+
+
+def meta_gradient(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: nn.Module,
+    task_loss: Loss,
+    train_batch: Batch,
+    valid_batch: Batch,
+    *,
+    backend: str = "auto",
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    approximate: bool = False,
+    learning_rates: bool = False,
+) -> MetaGradient:
+    r"""Takes one training step with ``loss`` and differentiates what it achieved (AdaLFL, Eq. 5 to 9).
+
+    For :math:`\theta' = \theta - \mathrm{step}(g)`, :math:`g = \partial_\theta \mathcal M_\phi(y, f_\theta(x))`, with
+    :math:`v = \nabla \mathcal L_T(\theta')` on the validation batch,
+    :math:`w = (\partial\,\mathrm{step}/\partial g)^\top v` and :math:`u = J_\theta f\, w`,
+
+    .. math:: \frac{\partial \mathcal L_T(\theta')}{\partial \phi} =
+              - \frac{\partial}{\partial \phi} \left\langle \frac{\partial \mathcal M_\phi}{\partial f}, u \right\rangle
+
+    so that only the loss needs second derivatives. Weights, optimizer state, buffers and random state end as one plain
+    training step leaves them; if anything fails, as they were.
+
+    Args:
+        model: called as ``model(inputs)``, or ``model(*inputs)`` and ``model(**inputs)`` for a sequence or mapping.
+        optimizer: of all the model's trainable parameters and no others; SGD, Adam, AdamW, RMSprop or Adagrad.
+        loss: module ``loss(prediction, target) -> []`` with the parameters :math:`\phi`.
+        task_loss: function of the same arguments, what the validation batch is judged by.
+        train_batch: inputs and target of the step.
+        valid_batch: inputs and target of the task loss.
+        backend: how :math:`u` is computed. ``"double_backward"``: exact, through the graph of the training step.
+            ``"jvp"``: exact, by forward-mode differentiation; least memory. ``"finite_difference"``: one forward pass
+            more, for models that forward mode does not know, such as compiled ones (relative error in float32 about
+            1e-3 on smooth models). ``"auto"``: see :func:`choose_backend`.
+        clip_norm: largest norm of the whole gradient; larger ones are scaled down.
+        clip_value: largest absolute value of an element of the gradient.
+        approximate: take the step of an optimizer not named above for ``lr * g``.
+        learning_rates: also differentiate with respect to the learning rates of the optimizer's groups.
+
+    Raises:
+        ValueError: for a model and an optimizer whose parameters differ, and a prediction or loss of the wrong shape.
+        TypeError: for an optimizer of another kind, and a prediction that is no tensor.
+        RuntimeError: if the learned loss is not finite, before the step.
+
+    Example:
+        >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+        >>> result = meta_gradient(model, optimizer, loss, torch.nn.functional.cross_entropy, *batches)
+        >>> [g.shape for g in result.gradients]
+        [torch.Size([40, 2]), torch.Size([40, 40]), torch.Size([1, 40])]
+    """
+    step = DifferentiableStep(
+        model,
+        optimizer,
+        loss,
+        task_loss,
+        backend=backend,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        approximate=approximate,
+        learning_rates=learning_rates,
+    )
+    return step(train_batch, valid_batch)
+
+
+def choose_backend(model: nn.Module) -> tuple[str, str]:
+    """The back-end that ``"auto"`` takes for a model, and why."""
+    if isinstance(model, DistributedDataParallel):
+        return "finite_difference", "the model is wrapped in DistributedDataParallel"
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
+            return "finite_difference", "the model is compiled"
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            return "finite_difference", f"{type(module).__name__} has no forward-mode derivative"
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return "finite_difference", "for convolutions one forward pass costs least"
+    return "double_backward", "the model is small and exactness is cheap"
+
+
+class DifferentiableStep:
+    """:func:`meta_gradient` as an object that is called once per training step; it keeps its buffers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: nn.Module,
+        task_loss: Loss,
+        *,
+        backend: str = "auto",
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        approximate: bool = False,
+        learning_rates: bool = False,
+        autocast: torch.dtype | None = None,
+        log_slope: bool = False,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"AdaLFL: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+            )
+        self.reason = "as asked for"
+        if backend == "auto":
+            backend, self.reason = choose_backend(model)
+        self.backend = backend
+        self.model, self.optimizer, self.loss, self.task_loss = model, optimizer, loss, task_loss
+        self.clip_norm, self.clip_value, self.approximate = clip_norm, clip_value, approximate
+        self.learning_rates = learning_rates
+        self.autocast = autocast
+        self.log_slope = log_slope
+        self.distributed = isinstance(model, DistributedDataParallel)
+        self.plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.phi = [p for p in loss.parameters() if p.requires_grad]
+        self.names = _names(self.plain, optimizer)
+        self.device = next(iter(self.names)).device
+        self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.names}
+        self._seen: set[Any] = set()
+
+    # ---- One step.
+
+    def __call__(self, train_batch: Batch, valid_batch: Batch) -> MetaGradient:
+        inputs, target = train_batch
+        random = _random_state(self.device)
+        buffers = _cloned(self.plain.buffers())
+        # Batches of shapes that have passed do not fail later than before the step.
+        shapes = _shapes(train_batch), _shapes(valid_batch)
+        saved = None if shapes in self._seen else copy.deepcopy(self.optimizer.state_dict())
+        stepped = False
+        try:
+            prediction, value, slope, gradients = self._train(
+                inputs, target, double=self.backend == "double_backward"
+            )
+            self._clip()
+            jacobian = StepJacobian(self.optimizer, approximate=self.approximate)
+            moved = [p for p, *_ in jacobian.stepped]
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._before.values()), list(self._before))
+                stepped = True
+                self.optimizer.step()
+            with self._undone():
+                task_value, v = self._validate(*valid_batch, moved)
+            before = [self._before[p] for p in moved]
+            w = self._unclipped(jacobian.products(v, before), moved)
+            rates = self._learning_rate_gradients(v, jacobian, before) if self.learning_rates else []
+            if gradients is None:
+                u = self._push_forward(inputs, dict(zip(moved, w, strict=True)), prediction, random, buffers)
+                phi = torch.autograd.grad(slope, self.phi, u, allow_unused=True)
+            else:
+                phi = torch.autograd.grad([gradients[p] for p in moved], self.phi, w, allow_unused=True)
+        except BaseException:
+            self._restore(stepped, saved, random, buffers)
+            raise
+        self._seen.add(shapes)
+        results = self._averaged([None if g is None else g.neg_() for g in phi])
+        return MetaGradient(
+            value, task_value, results, rates, self._slope_ratio(prediction, target, slope), self.backend
+        )
+
+    def plain_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
+        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+        try:
+            prediction, value, slope, _ = self._train(*batch, double=False, create_graph=False)
+            self._clip()
+        except BaseException:
+            self._restore(False, None, random, buffers)
+            raise
+        self.optimizer.step()
+        return value, self._slope_ratio(prediction, batch[1], slope)
+
+    def _train(
+        self, inputs: Any, target: Tensor, *, double: bool, create_graph: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, dict[Tensor, Tensor] | None]:
+        """Forward and backward of the training loss: its gradients are left in ``.grad``, and for double_backward also
+        returned with the graph that leads to the loss's parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        leaves: dict[Tensor, Tensor] = {}
+        with torch.enable_grad():
+            if double:  # the graph must not notice that parameters and buffers change: it is made of copies
+                leaves = {p: p.detach().clone().requires_grad_() for p in self.names}
+                buffers = {name: b.clone() for name, b in self.plain.named_buffers()}
+                state = {**buffers, **{self.names[p]: leaf for p, leaf in leaves.items()}}
+                prediction = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
+                _copy_back(self.plain.buffers(), list(buffers.values()))
+            else:
+                prediction = self._call(self.model, inputs)
+            f = prediction.detach().requires_grad_()
+            value = self.loss(f, target)
+            if value.dim():
+                raise ValueError(
+                    f"AdaLFL: loss must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
+                )
+            if self.device.type == "cpu" and not math.isfinite(value.item()):
+                raise RuntimeError(
+                    f"AdaLFL: the learned loss is {value.item()} on this batch; the step was not taken. Lower the "
+                    "learning rates, or load an earlier state"
+                )
+            (slope,) = torch.autograd.grad(value, f, create_graph=create_graph)
+            if not double:
+                prediction.backward(slope.detach().to(prediction.dtype))
+                return prediction.detach(), value.detach(), slope, None
+            gradients = torch.autograd.grad(
+                prediction,
+                list(leaves.values()),
+                slope.to(prediction.dtype),
+                create_graph=True,
+                allow_unused=True,
+            )
+        with_graph = {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
+        for p, g in with_graph.items():
+            p.grad = g.detach().clone()
+        return prediction.detach(), value.detach(), slope, with_graph
+
+    def _validate(self, inputs: Any, target: Tensor, moved: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The task loss after the step and its gradients."""
+        with torch.enable_grad():
+            value = self.task_loss(self._call(self.plain, inputs), target)
+            if value.dim():
+                raise ValueError(f"AdaLFL: task_loss must reduce to a scalar, got {list(value.shape)}")
+            v = torch.autograd.grad(value, moved, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(moved, v, strict=True)]
+        return value.detach(), self._averaged(filled)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _push_forward(
+        self, inputs: Any, w: dict[Tensor, Tensor], prediction: Tensor, random: Any, buffers: list[Tensor]
+    ) -> Tensor:
+        """u = J w at the parameters before the step, with the random numbers and buffers of the training pass."""
+        with self._undone():
+            _set_random_state(self.device, random)
+            names = [name for name, _ in self.plain.named_buffers()]
+            state = dict(zip(names, _cloned(buffers), strict=True))
+            if self.backend == "jvp":
+                with forward_ad.dual_level():
+                    for p, name in self.names.items():
+                        old = self._before[p]
+                        state[name] = forward_ad.make_dual(old, w[p]) if p in w else old
+                    output = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
+                    u = forward_ad.unpack_dual(output).tangent
+                return torch.zeros_like(prediction) if u is None else u
+            # f(theta + e w) - f(theta) on the output itself: after the loss float32 would have cancelled.
+            scale = _norm(list(w.values()))
+            size = _norm([self._before[p] for p in w]) * _DIFFERENCE[prediction.dtype]
+            step = torch.where(scale > 0, size / scale, 0)
+            torch._foreach_mul_(list(w.values()), step)
+            torch._foreach_add_(list(w.values()), [self._before[p] for p in w])
+            for p, name in self.names.items():
+                state[name] = w[p] if p in w else self._before[p]
+            output = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
+            return (output - prediction) / step.where(step > 0, 1)
+
+    # ---- Clipping.
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        self._inside: list[Tensor] | None = None
+        self._scale: Tensor | None = None
+        if self.clip_value is not None:
+            self._inside = [g.abs() <= self.clip_value for g in gradients]
+            torch._foreach_clamp_min_(gradients, -self.clip_value)
+            torch._foreach_clamp_max_(gradients, self.clip_value)
+        if self.clip_norm is not None:
+            norm = _norm(gradients)
+            # As torch.nn.utils.clip_grad_norm_.
+            self._scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            self._direction = [g / (norm + 1e-6) for g in gradients]
+            self._norm = norm
+            torch._foreach_mul_(gradients, self._scale)
+
+    @torch.no_grad()
+    def _unclipped(self, w: list[Tensor], moved: list[Tensor]) -> list[Tensor]:
+        """The transposed derivative of the clipping, times w."""
+        if self._scale is not None:
+            # clip / (n + e) g: its derivative is s (I - g g' / (n (n + e))), where it clips.
+            along = sum((d * x).sum() for d, x in zip(self._direction, w, strict=True))
+            clipped = self._scale < 1
+            back = along * (self._norm + 1e-6) / self._norm.where(self._norm > 0, 1)
+            w = [
+                self._scale * (x - (back * d).where(clipped, 0))
+                for x, d in zip(w, self._direction, strict=True)
+            ]
+        if self._inside is not None:
+            w = [x * inside for x, inside in zip(w, self._inside, strict=True)]
+        return w
+
+    # ---- Learning rates.
+
+    @torch.no_grad()
+    def _learning_rate_gradients(
+        self, v: list[Tensor], jacobian: StepJacobian, before: list[Tensor]
+    ) -> list[Tensor]:
+        """-<v, d step / d lr> per group: every step is proportional to its learning rate."""
+        groups = self.optimizer.param_groups
+        sums = [torch.zeros((), device=self.device, dtype=v[0].dtype) for _ in groups]
+        index = {id(group): i for i, group in enumerate(groups)}
+        for g, old, (parameter, group, *_) in zip(v, before, jacobian.stepped, strict=True):
+            sums[index[id(group)]] -= (g * (old - parameter)).sum() / group["lr"]
+        return sums
+
+    # ---- Small things.
+
+    def _call(self, model: Callable[..., Any], inputs: Any) -> Tensor:
+        context = (
+            nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
+        )
+        with context:
+            if isinstance(inputs, Mapping):
+                output = model(**inputs)
+            elif isinstance(inputs, Sequence):
+                output = model(*inputs)
+            else:
+                output = model(inputs)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"AdaLFL: the model must return a tensor, got {type(output).__name__}")
+        return output
+
+    def _averaged(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Over the processes of a DistributedDataParallel model, in one message."""
+        present = [t for t in tensors if t is not None]
+        if self.distributed and present:
+            flat = torch.cat([t.flatten() for t in present])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            for t, part in zip(present, flat.split([t.numel() for t in present]), strict=True):
+                t.copy_(part.view_as(t))
+        return list(tensors)
+
+    def _slope_ratio(self, prediction: Tensor, target: Tensor, slope: Tensor) -> Tensor | None:
+        if not self.log_slope:
+            return None
+        with torch.enable_grad():
+            f = prediction.detach().requires_grad_()
+            (plain,) = torch.autograd.grad(self.task_loss(f, target), f)
+        return slope.detach().abs().mean() / plain.abs().mean()
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Buffers and random state are afterwards what they were before."""
+        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+        try:
+            yield
+        finally:
+            _set_random_state(self.device, random)
+            _copy_back(self.plain.buffers(), buffers)
+
+    @torch.no_grad()
+    def _restore(self, stepped: bool, saved: Any, random: Any, buffers: list[Tensor]) -> None:
+        if stepped:
+            torch._foreach_copy_(list(self._before), list(self._before.values()))
+            if saved is not None:
+                self.optimizer.load_state_dict(saved)
+        _copy_back(self.plain.buffers(), buffers)
+        _set_random_state(self.device, random)
+
+
+# Relative to the parameters: rounding and curvature cost about as much.
+_DIFFERENCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
+    """The name of each parameter of the optimizer, which are those of the model."""
+    named = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    owned = {p for p, _ in parameters_of(optimizer)}
+    for p, name in named.items():
+        if p not in owned:
+            raise ValueError(
+                f"AdaLFL: the optimizer must have all trainable parameters of the model, but {name} is missing; "
+                "add it, or freeze it with requires_grad_(False)"
+            )
+    for p in owned:
+        if p.requires_grad and p not in named:
+            raise ValueError(
+                "AdaLFL: the optimizer must have parameters of the model only, got another one of shape "
+                f"{list(p.shape)}; the loss needs an optimizer of its own"
+            )
+    if not named:
+        raise ValueError("AdaLFL: the model must have trainable parameters, got none")
+    return named
+
+
+def _shapes(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.shape, batch.dtype
+    if isinstance(batch, Mapping):
+        return tuple((k, _shapes(v)) for k, v in batch.items())
+    return tuple(map(_shapes, batch)) if isinstance(batch, Sequence) and not isinstance(batch, str) else batch
+
+
+def _cloned(tensors: Any) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+@torch.no_grad()
+def _copy_back(tensors: Any, values: list[Tensor]) -> None:
+    for t, value in zip(tensors, values, strict=True):
+        t.copy_(value)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,189 @@
+"""AdaLFL's online learner (Algorithm 2): a loss that is updated after every training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lossmeta.adalfl.meta_gradient import Batch, DifferentiableStep, Loss
+
+
+@dataclass
+class StepReport:
+    """What one call of :meth:`OnlineLearner.step` did.
+
+    Attributes:
+        loss: the learned loss on the training batch, before the step.
+        task_loss: the task loss on the validation batch after it, or ``None`` without a meta-update.
+        slope_ratio: mean absolute slope of the learned loss over that of the task loss; how much of a gain is only a
+            larger learning rate. ``None`` unless ``log_slope``.
+        skipped: why a meta-update was due but not taken, or ``None``.
+    """
+
+    loss: Tensor
+    task_loss: Tensor | None
+    slope_ratio: Tensor | None
+    skipped: str | None
+
+
+class OnlineLearner:
+    r"""Trains a model with a learned loss, and the loss by what each step achieved (AdaLFL, Algorithm 2).
+
+    .. math:: \theta_{t+1} = \theta_t - \mathrm{step}(\nabla_\theta \mathcal M_{\phi_t}), \qquad
+              \phi_{t+1} = \phi_t - \eta\,\nabla_\phi \mathcal L_T(\theta_{t+1})
+
+    It takes the place of ``loss.backward(); optimizer.step()`` in a training loop. Weights, optimizer state, BatchNorm
+    buffers and random state end as a plain step with that loss leaves them. Anything differentiable can be learned:
+    the network of :class:`~lossmeta.losses.LossNetwork`, the coefficients of a Taylor loss, the class correlations of
+    :class:`~lossmeta.losses.ParametricCrossEntropy` with ``learnable=True``, or several of them in one module.
+
+    Args:
+        model: the model, in training mode; may be wrapped in ``DistributedDataParallel``.
+        optimizer: the model's, over all its trainable parameters; SGD, Adam, AdamW, RMSprop or Adagrad.
+        loss: module ``loss(prediction, target) -> []``; initialise it first, see :func:`initialize`.
+        task_loss: function of the same arguments, what is really to be lowered.
+        meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-5. Its groups may hold the parameters
+            of several losses with rates of their own.
+        meta_every: training steps per meta-update.
+        learning_rate: step size of the learning rate's own update (Algorithm 4), together with the loss's or, for a
+            loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient.
+        min_slope: meta-updates under which the slope ratio fell below this are undone, so that the loss does not stop
+            the training early; ``None`` lets it.
+        backend: see :func:`meta_gradient`.
+        clip_norm: see :func:`meta_gradient`.
+        clip_value: see :func:`meta_gradient`.
+        approximate: see :func:`meta_gradient`.
+        autocast: dtype under which the model runs, ``torch.bfloat16``.
+        log_slope: whether to report the slope ratio of every step.
+
+    Raises:
+        ValueError: for options out of range, and for a model and an optimizer whose parameters differ.
+
+    Example:
+        >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
+        >>> learner = OnlineLearner(
+        ...     model, torch.optim.SGD(model.parameters(), lr=0.1), loss, torch.nn.functional.cross_entropy
+        ... )
+        >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+        >>> learner.step(*batches).skipped is None
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: nn.Module,
+        task_loss: Loss,
+        *,
+        meta_optimizer: Optimizer | None = None,
+        meta_every: int = 1,
+        learning_rate: float = 0.0,
+        min_slope: float | None = None,
+        backend: str = "auto",
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        approximate: bool = False,
+        autocast: torch.dtype | None = None,
+        log_slope: bool = False,
+    ) -> None:
+        if meta_every < 1:
+            raise ValueError(f"OnlineLearner: meta_every must be at least 1, got {meta_every}")
+        if not learning_rate >= 0:
+            raise ValueError(f"OnlineLearner: learning_rate must not be negative, got {learning_rate}")
+        phi = [p for p in loss.parameters() if p.requires_grad]
+        if not phi and not learning_rate:
+            raise ValueError("OnlineLearner: loss must have parameters to learn, got none")
+        self.loss = loss
+        self.optimizer = optimizer
+        self.meta_optimizer = meta_optimizer or (Adam(phi, lr=1e-5) if phi else None)
+        self.meta_every = meta_every
+        self.learning_rate = learning_rate
+        self.min_slope = min_slope
+        self.steps = 0
+        self.skipped = 0
+        self._accepted: list[Tensor] | None = None
+        self._step = DifferentiableStep(
+            model,
+            optimizer,
+            loss,
+            task_loss,
+            backend=backend,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            approximate=approximate,
+            learning_rates=learning_rate > 0,
+            autocast=autocast,
+            log_slope=log_slope or min_slope is not None,
+        )
+
+    @property
+    def backend(self) -> str:
+        """How the meta-gradient is computed, and why so."""
+        return f"{self._step.backend}: {self._step.reason}"
+
+    def step(self, train_batch: Batch, valid_batch: Batch | None = None) -> StepReport:
+        """One training step, and where it is due a meta-update.
+
+        Args:
+            train_batch: inputs and target.
+            valid_batch: inputs and target of the task loss; the training batch again where there is none (the paper's
+                appendix D.4 compares the two). Not needed for steps without a meta-update.
+
+        Raises:
+            RuntimeError: if the learned loss is not finite; weights, optimizer and loss are as before.
+        """
+        due = self.steps % self.meta_every == 0
+        if not due:
+            loss, ratio = self._step.plain_step(train_batch)
+            self.steps += 1
+            return StepReport(loss, None, ratio, None)
+        result = self._step(train_batch, train_batch if valid_batch is None else valid_batch)
+        self.steps += 1
+        skipped = self._update(result.gradients, result.learning_rate_gradients, result.slope_ratio)
+        self.skipped += skipped is not None
+        return StepReport(result.loss, result.task_loss, result.slope_ratio, skipped)
+
+    def _update(
+        self, gradients: list[Tensor | None], rates: list[Tensor], slope_ratio: Tensor | None
+    ) -> str | None:
+        phi = self._step.phi
+        if self.min_slope is not None and slope_ratio is not None:
+            if self._accepted is not None and slope_ratio < self.min_slope:
+                with torch.no_grad():
+                    torch._foreach_copy_(phi, self._accepted)
+                return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
+            self._accepted = [p.detach().clone() for p in phi]
+        present = [g for g in (*gradients, *rates) if g is not None]
+        if not all(bool(g.isfinite().all()) for g in present):
+            return "the meta-gradient is not finite"
+        if self.meta_optimizer is not None:
+            for p, g in zip(phi, gradients, strict=True):
+                p.grad = g
+            self.meta_optimizer.step()
+            self.meta_optimizer.zero_grad(set_to_none=True)
+        for group, g in zip(self.optimizer.param_groups, rates, strict=False):
+            # A rate of 0 could never be left again: its gradient is that of the step per unit of the rate.
+            group["lr"] = max(float(group["lr"]) - self.learning_rate * g.item(), 1e-3 * float(group["lr"]))
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model and its optimizer, which are the caller's to save."""
+        return {
+            "loss": self.loss.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "accepted": self._accepted,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss.load_state_dict(state["loss"])
+        if self.meta_optimizer:
+            self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self._accepted = state["accepted"]

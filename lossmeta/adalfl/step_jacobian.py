@@ -1,0 +1,173 @@
+"""The derivative of an optimizer's step with respect to the gradient that it was given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+# One entry per parameter that took a step: (parameter, its group, its state now, whether the step was its first).
+Stepped = tuple[Tensor, dict[str, Any], dict[str, Any], bool]
+
+
+class StepJacobian:
+    r"""The diagonal of :math:`\partial\,\mathrm{step}/\partial g` for ``optimizer``'s next step (DESIGN of the method).
+
+    With :math:`\theta' = \theta - \mathrm{step}(g)`, the steps of SGD, Adam, AdamW, RMSprop and Adagrad depend on each
+    element of the gradient by itself, in closed form; the state from before the step is a constant. Make one before
+    the step; after it, ``products(v)`` are the derivatives times ``v``.
+
+    Where a second moment and the gradient are both 0 the derivative is defined as 0: unrolling gives NaN there.
+
+    Args:
+        optimizer: one of the above, with any of their options. Not a subclass: what it changes is not known here.
+        approximate: take any other optimizer's step for ``lr * g``, SGD's.
+
+    Raises:
+        TypeError: for any other optimizer, unless ``approximate``.
+        ValueError: for sparse or complex gradients, a parameter in two groups, and hooks on the optimizer's step, which
+            may change it.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, approximate: bool = False) -> None:
+        self.rule = _RULES.get(type(optimizer))
+        if self.rule is None:
+            if not approximate:
+                names = ", ".join(kind.__name__ for kind in _RULES)
+                raise TypeError(
+                    f"AdaLFL: optimizer must be one of {names}, got {type(optimizer).__name__}; "
+                    "approximate=True takes its step for lr * g"
+                )
+            self.rule = _identity
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise ValueError("AdaLFL: optimizer must have no step hooks, whose effect is not known, got some")
+        self.adaptive = type(optimizer) in (Adam, AdamW, RMSprop, Adagrad)
+        self.stepped: list[Stepped] = []
+        for parameter, group in parameters_of(optimizer):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if grad.is_sparse or grad.is_complex():
+                raise ValueError(
+                    f"AdaLFL: gradients must be dense and real, got {'sparse' if grad.is_sparse else 'complex'}"
+                )
+            state = optimizer.state[parameter]
+            self.stepped.append((parameter, group, state, _is_first(state)))
+        if self.adaptive and any(first for *_, first in self.stepped):
+            warnings.warn(
+                f"AdaLFL: the first step of {type(optimizer).__name__} hardly depends on the size of the gradient, so "
+                "that nearly nothing is learned from it; start with SGD, or let the optimizer take some steps first",
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
+    def products(self, vectors: list[Tensor], before: list[Tensor]) -> list[Tensor]:
+        """The derivative times ``vectors``, after the step. ``before``: the parameters before it. In the order of
+        ``stepped``; the gradients must still be those of the step."""
+        return [
+            v * self.rule(parameter.grad, old, group, state, first)  # type: ignore[misc]
+            for v, old, (parameter, group, state, first) in zip(vectors, before, self.stepped, strict=True)
+        ]
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """The optimizer's parameters, each with its group."""
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in seen:
+                raise ValueError("AdaLFL: a parameter must be in one group of the optimizer, got one in two")
+            seen.add(id(parameter))
+            yield parameter, group
+
+
+def _is_first(state: dict[str, Any]) -> bool:
+    # Adagrad makes its state when it is made, the others with their first step.
+    return not state or ("sum" in state and float(state["step"]) == 0)
+
+
+def _count(state: dict[str, Any]) -> Any:
+    """The number of steps: exactly, or where it lives on a GPU a tensor, for reading it would wait."""
+    step = state["step"]
+    return float(step) if step.device.type == "cpu" else step
+
+
+# ---- One rule per optimizer: the derivative as a number or a tensor, from the gradient g, the parameter before the
+# step, the group's options and the state after the step.
+
+
+def _signed(g: Tensor, before: Tensor, group: dict[str, Any], decays: bool = True) -> tuple[Tensor, float]:
+    """The gradient that enters the moments, and its derivative in g."""
+    sign = -1.0 if group.get("maximize") else 1.0
+    decay = group["weight_decay"] if decays else 0
+    total = -g if sign < 0 else g
+    return (total.add(before, alpha=decay) if decay else total), sign
+
+
+def _identity(g: Tensor, before: Tensor, group: dict[str, Any], state: dict[str, Any], first: bool) -> Any:
+    return float(group["lr"])
+
+
+def _sgd(g: Tensor, before: Tensor, group: dict[str, Any], state: dict[str, Any], first: bool) -> Any:
+    sign = -1.0 if group["maximize"] else 1.0
+    momentum = group["momentum"]
+    # The first step puts the gradient into the buffer whole.
+    share = 1.0 if not momentum or first else 1.0 - group["dampening"]
+    if momentum and group["nesterov"]:
+        share = 1.0 + momentum * share
+    return float(group["lr"]) * sign * share
+
+
+def _adam(g: Tensor, before: Tensor, group: dict[str, Any], state: dict[str, Any], first: bool) -> Any:
+    decoupled = group.get("decoupled_weight_decay", False)
+    total, sign = _signed(g, before, group, decays=not decoupled)
+    beta1, beta2 = (float(b) for b in group["betas"])
+    step = _count(state)
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    moment = state["exp_avg_sq"]
+    follows: Tensor | float = 1.0
+    if group["amsgrad"]:
+        follows = (state["max_exp_avg_sq"] == moment).to(g.dtype)  # the largest so far, or this one
+        moment = state["max_exp_avg_sq"]
+    root = (moment / correction2).sqrt()
+    denominator = root + group["eps"]
+    slope = (1 - beta1) / correction1 / denominator
+    root_slope = follows * (1 - beta2) / correction2 * total / root
+    slope = slope - state["exp_avg"] / correction1 / denominator**2 * root_slope
+    return float(group["lr"]) * sign * slope.where(moment > 0, 0)
+
+
+def _rmsprop(g: Tensor, before: Tensor, group: dict[str, Any], state: dict[str, Any], first: bool) -> Any:
+    total, sign = _signed(g, before, group)
+    share = 1 - float(group["alpha"])
+    variance = state["square_avg"]
+    deviation = total
+    if group["centered"]:
+        variance = variance - state["grad_avg"] ** 2
+        deviation = total - state["grad_avg"]
+    root = variance.sqrt()
+    denominator = root + group["eps"]
+    slope = 1 / denominator - total / denominator**2 * (share * deviation / root)
+    return float(group["lr"]) * sign * slope.where(variance > 0, 0)
+
+
+def _adagrad(g: Tensor, before: Tensor, group: dict[str, Any], state: dict[str, Any], first: bool) -> Any:
+    total, sign = _signed(g, before, group)
+    rate = float(group["lr"]) / (1 + (_count(state) - 1) * group["lr_decay"])
+    root = state["sum"].sqrt()
+    denominator = root + group["eps"]
+    slope = 1 / denominator - total**2 / (root * denominator**2)
+    return rate * sign * slope.where(state["sum"] > 0, 0)
+
+
+_RULES: dict[type, Callable[..., Any]] = {
+    SGD: _sgd,
+    Adam: _adam,
+    AdamW: _adam,
+    RMSprop: _rmsprop,
+    Adagrad: _adagrad,
+}

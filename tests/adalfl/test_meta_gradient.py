@@ -1,0 +1,348 @@
+"""The meta-gradient against full unrolling of the model and of the optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from lossmeta.adalfl import meta_gradient
+from lossmeta.losses import LossNetwork
+
+pytestmark = pytest.mark.filterwarnings("ignore:AdaLFL. the first step")
+
+EXACT = ["double_backward", "jvp"]
+
+
+class LossOfEager(nn.Module):
+    """The learned loss in plain PyTorch, which can be unrolled."""
+
+    def __init__(self, loss: LossNetwork) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        w1, w2, w3 = self.loss.parameters()
+
+        def activation(x: Tensor) -> Tensor:
+            return 0.99 * F.softplus(x, 10.0, 1000.0) + 0.01 * x
+
+        y = F.one_hot(target, pred.shape[1]).to(pred)
+        h = activation(torch.stack([y, pred.softmax(1)], -1) @ w1.mT)
+        return (activation(h @ w2.mT) @ w3.mT).squeeze(-1).mean(1).mean()
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(144, 3),
+    ).double()
+
+
+MODELS = {"mlp": mlp, "cnn": cnn}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": lambda p: SGD(p, 0.1),
+    "sgd, nesterov": lambda p: SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "sgd, dampening": lambda p: SGD(p, 0.1, momentum=0.9, dampening=0.3),
+    "adam": lambda p: Adam(p, 1e-2, weight_decay=1e-2),
+    "amsgrad": lambda p: Adam(p, 1e-2, amsgrad=True),
+    "adamw": lambda p: AdamW(p, 1e-2),
+    "rmsprop": lambda p: RMSprop(p, 1e-2, centered=True, momentum=0.9),
+    "adagrad": lambda p: Adagrad(p, 1e-1),
+}
+
+
+def batches(count: int = 2, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(7, 1, 8, 8, dtype=dtype), torch.randint(3, (7,))) for _ in range(count)]
+
+
+def problem(model: str, optimizer: str, history: int) -> tuple[nn.Module, Optimizer, LossNetwork]:
+    network = MODELS[model]()
+    made = OPTIMIZERS[optimizer](network.parameters())
+    for inputs, target in batches(history):
+        made.zero_grad()
+        F.cross_entropy(network(inputs), target).backward()
+        made.step()
+    return network, made, LossNetwork(8, dtype=torch.float64)
+
+
+def unrolled(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: LossNetwork,
+    train: Any,
+    valid: Any,
+    change: Callable[..., Any],
+) -> list[Tensor]:
+    """``create_graph=True`` through the model and through a differentiable optimizer step."""
+    model, optimizer = copy.deepcopy((model, optimizer))
+    named = dict(model.named_parameters())
+    inputs, target = train
+    g = torch.autograd.grad(LossOfEager(loss)(model(inputs), target), list(named.values()), create_graph=True)
+    leaves = [p.detach().clone().requires_grad_() for p in named.values()]
+    stepped = [p.clone() for p in leaves]  # no leaves: the step may write to them
+    g = change(g)
+    for p, gradient in zip(stepped, g, strict=True):
+        p.grad = gradient  # type: ignore[assignment]
+    position = {id(p): i for i, p in enumerate(named.values())}
+    state = {i: optimizer.state[p] for i, p in enumerate(named.values()) if optimizer.state[p]}
+    old = optimizer.param_groups
+    optimizer.param_groups = [{**o, "differentiable": True, "foreach": False, "fused": None} for o in old]
+    for group in optimizer.param_groups:
+        group["params"] = [stepped[position[id(p)]] for p in group["params"]]
+    fresh = isinstance(optimizer, SGD) and not state
+    if fresh:  # torch detaches the first momentum buffer; from a buffer of zeros the step is the same
+        for group in optimizer.param_groups:
+            group["dampening"] = 0
+        state = {i: {"momentum_buffer": torch.zeros_like(p)} for i, p in enumerate(stepped)}
+    optimizer.state.clear()
+    for i, s in state.items():
+        optimizer.state[stepped[i]] = s
+    optimizer.defaults["differentiable"] = True
+    for s in optimizer.state.values():  # counted in float32 the bias corrections are rounded
+        if "step" in s:
+            s["step"] = s["step"].double()
+    try:
+        torch.set_default_dtype(torch.float64)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    output = functional_call(model, dict(zip(named, stepped, strict=True)), (valid[0],))
+    return list(torch.autograd.grad(F.cross_entropy(output, valid[1]), list(loss.parameters())))
+
+
+def relative_error(actual: Any, expected: list[Tensor]) -> float:
+    return max(((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True))
+
+
+# Unrolling a first adaptive step gives NaN where a gradient is 0, as dropout leaves some of the CNN.
+CASES = [
+    (model, optimizer, history)
+    for model in MODELS
+    for optimizer in OPTIMIZERS
+    for history in (0, 3)
+    if model == "mlp" or history or optimizer.startswith("sgd")
+]
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize(("model", "optimizer", "history"), CASES)
+def test_equals_full_unrolling(model: str, optimizer: str, history: int, backend: str) -> None:
+    network, made, loss = problem(model, optimizer, history)
+    train, valid = batches()
+    random = torch.get_rng_state()
+    expected = unrolled(network, made, loss, train, valid, lambda g: g)
+    torch.set_rng_state(random)
+    result = meta_gradient(network, made, loss, F.cross_entropy, train, valid, backend=backend)
+    assert result.backend == backend
+    assert relative_error(result.gradients, expected) < 1e-10
+
+
+def test_dropout_and_batch_norm_matter() -> None:
+    # The equality above says something only if another mask would be noticed.
+    network, made, loss = problem("cnn", "sgd", 0)
+    train, valid = batches()
+    expected = unrolled(network, made, loss, train, valid, lambda g: g)
+    result = meta_gradient(network, made, loss, F.cross_entropy, train, valid, backend="jvp")
+    assert relative_error(result.gradients, expected) > 1e-3
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_norm": 1e-3}, {"clip_norm": 1e3}, {"clip_value": 1e-3}, {"clip_norm": 1e-3, "clip_value": 1e-3}],
+)
+def test_clipping(options: dict[str, float], backend: str) -> None:
+    network, made, loss = problem("mlp", "sgd, nesterov", 2)
+    train, valid = batches()
+
+    def change(g: Any) -> Any:
+        if "clip_value" in options:
+            g = [x.clamp(-options["clip_value"], options["clip_value"]) for x in g]
+        if "clip_norm" in options:
+            norm = torch.stack([x.square().sum() for x in g]).sum().sqrt()
+            g = [x * (options["clip_norm"] / (norm + 1e-6)).clamp(max=1) for x in g]
+        return g
+
+    expected = unrolled(network, made, loss, train, valid, change)
+    result = meta_gradient(network, made, loss, F.cross_entropy, train, valid, backend=backend, **options)
+    assert relative_error(result.gradients, expected) < 1e-9
+
+
+@pytest.mark.parametrize(("model", "bound"), [("mlp", 1e-3), ("cnn", 2e-2)])
+@pytest.mark.parametrize("optimizer", ["sgd, nesterov", "adam"])
+def test_finite_differences_in_float32(model: str, bound: float, optimizer: str) -> None:
+    network, made, loss = problem(model, optimizer, 3)
+    history = made.state_dict()
+    network.float()
+    loss.float()
+    made = OPTIMIZERS[optimizer](network.parameters())
+    made.load_state_dict(history)
+    train, valid = batches(dtype=torch.float32)
+    double = copy.deepcopy((network, made, loss))
+    for module in (double[0], double[2]):
+        module.double()
+    state = {k: {n: v.double() if v.dim() else v for n, v in s.items()} for k, s in double[1].state.items()}
+    double[1].state.update(state)
+    random = torch.get_rng_state()
+    expected = meta_gradient(
+        *double, F.cross_entropy, *((x.double(), y) for x, y in (train, valid)), backend="jvp"
+    ).gradients
+    torch.set_rng_state(random)
+    actual = meta_gradient(
+        network, made, loss, F.cross_entropy, train, valid, backend="finite_difference"
+    ).gradients
+    assert relative_error(actual, [e.float() for e in expected]) < bound
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "finite_difference"])
+@pytest.mark.parametrize("optimizer", ["sgd, nesterov", "adam", "rmsprop"])
+@pytest.mark.parametrize("model", MODELS)
+def test_all_else_is_as_after_a_plain_step(model: str, optimizer: str, backend: str) -> None:
+    network, made, loss = problem(model, optimizer, 2)
+    train, valid = batches()
+    plain, plain_made = copy.deepcopy((network, made))
+    random = torch.get_rng_state()
+    plain_made.zero_grad()
+    loss(plain(train[0]), train[1]).backward()
+    plain_made.step()
+    after = torch.get_rng_state()
+    torch.set_rng_state(random)
+    meta_gradient(network, made, loss, F.cross_entropy, train, valid, backend=backend)
+    assert torch.equal(torch.get_rng_state(), after)
+    for actual, expected in zip(network.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-16)
+    for p, q in zip(network.parameters(), plain.parameters(), strict=True):
+        for name, value in made.state[p].items():
+            torch.testing.assert_close(value, plain_made.state[q][name], rtol=1e-13, atol=1e-18)
+
+
+def test_learning_rates() -> None:
+    network, _, loss = problem("mlp", "sgd", 0)
+    (w1, b1), (w2, b2) = ((m.weight, m.bias) for m in (network[1], network[3]))  # type: ignore[index]
+    made = SGD([{"params": [w1, b1]}, {"params": [w2, b2], "lr": 0.3, "momentum": 0.9}], lr=0.1)
+    train, valid = batches()
+
+    def after(first: float, second: float) -> Tensor:
+        net, opt = copy.deepcopy((network, made))
+        opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = first, second
+        loss(net(train[0]), train[1]).backward()
+        opt.step()
+        return F.cross_entropy(net(valid[0]), valid[1])
+
+    h = 1e-5
+    expected = [
+        (after(0.1 + h, 0.3) - after(0.1 - h, 0.3)) / (2 * h),
+        (after(0.1, 0.3 + h) - after(0.1, 0.3 - h)) / (2 * h),
+    ]
+    result = meta_gradient(network, made, loss, F.cross_entropy, train, valid, learning_rates=True)
+    torch.testing.assert_close(result.learning_rate_gradients, expected, rtol=1e-6, atol=0)
+
+
+# ---- What fails leaves everything as it was.
+
+
+class Fails(nn.Module):
+    """A task loss, or a model, that fails on a batch of another size."""
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "finite_difference"])
+@pytest.mark.parametrize("optimizer", ["sgd, nesterov", "adam"])
+def test_a_failing_validation_undoes_the_step(optimizer: str, backend: str) -> None:
+    network, made, loss = problem("cnn", optimizer, 2)
+    before = copy.deepcopy((network.state_dict(), made.state_dict()))
+    both = batches()
+    random = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        meta_gradient(network, made, loss, Fails(), *both, backend=backend)
+    assert torch.equal(torch.get_rng_state(), random)
+    for actual, expected in zip(network.state_dict().values(), before[0].values(), strict=True):
+        assert torch.equal(actual, expected)
+    for i, state in made.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, before[1]["state"][i][name])
+
+
+def test_bad_input() -> None:
+    network, made, loss = problem("mlp", "sgd", 0)
+    train, valid = batches()
+
+    def attempt(**changes: Any) -> None:
+        arguments = {
+            "model": network, "optimizer": made, "loss": loss, "task_loss": F.cross_entropy,
+            "train_batch": train, "valid_batch": valid, **changes,
+        }  # fmt: skip
+        meta_gradient(**arguments)
+
+    parameters = list(network.parameters())
+    with pytest.raises(ValueError, match=r"but 3\.bias is missing; add it, or freeze it"):
+        attempt(optimizer=SGD(parameters[:-1], 0.1))
+    with pytest.raises(ValueError, match="of the model only, got another one of shape"):
+        attempt(optimizer=SGD([*parameters, *loss.parameters()], 0.1))
+    with pytest.raises(TypeError, match="optimizer must be one of SGD"):
+        attempt(optimizer=torch.optim.Adamax(parameters))
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'exact'"):
+        attempt(backend="exact")
+    with pytest.raises(ValueError, match=r"loss must reduce to a scalar .*, got \[7\]"):
+        attempt(loss=LossNetwork(8, reduction="none", dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"task_loss must reduce to a scalar, got \[7\]"):
+        attempt(task_loss=lambda x, y: F.cross_entropy(x, y, reduction="none"))
+    with pytest.raises(ValueError, match="got none"):
+        attempt(model=nn.Flatten(), optimizer=SGD([torch.zeros(1)], 0.1))
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x), x
+
+    with pytest.raises(TypeError, match="the model must return a tensor, got tuple"):
+        attempt(model=Pair())
+    diverged = LossNetwork(8, dtype=torch.float64)
+    with torch.no_grad():
+        diverged.output_weight.fill_(float("nan"))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError, match="the learned loss is nan on this batch; the step was not taken"):
+        attempt(loss=diverged)
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), before.values(), strict=True))
+
+
+def test_models_with_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.linear(x) * scale
+
+    network, loss = Two(), LossNetwork(8)
+    x, scale, y = torch.randn(5, 4), torch.randn(5, 1), torch.randint(3, (5,))
+    results = []
+    for inputs in ((x, scale), {"x": x, "scale": scale}):
+        model = copy.deepcopy(network)
+        optimizer = SGD(model.parameters(), 0.1)
+        results.append(
+            meta_gradient(model, optimizer, loss, F.cross_entropy, (inputs, y), (inputs, y)).gradients
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
