@@ -58,12 +58,12 @@ def initialize(
         >>> len(initialize(loss, lambda: torch.nn.Linear(4, 3), batches, batches, steps=2))
         2
     """
-    for name, value in (("steps", steps), ("inner_steps", inner_steps)):
-        if value < 1:
-            raise ValueError(f"initialize: {name} must be at least 1, got {value}")
+    for name, number in (("steps", steps), ("inner_steps", inner_steps)):
+        if number < 1:
+            raise ValueError(f"initialize: {name} must be at least 1, got {number}")
     if not learning_rate > 0:
         raise ValueError(f"initialize: learning_rate must be positive, got {learning_rate}")
-    phi = [p for p in loss.parameters() if p.requires_grad]
+    phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
     if not phi:
         raise ValueError("initialize: loss must have parameters to learn, got none")
     meta_optimizer = meta_optimizer or Adam(phi, lr=1e-3)
@@ -86,7 +86,7 @@ def initialize(
 
 def _through(
     loss: nn.Module,
-    phi: list[nn.Parameter],
+    phi: list[Tensor],
     model: nn.Module,
     chain: list[Batch],
     valid: Batch,
@@ -100,7 +100,7 @@ def _through(
     """
     model.train()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    theta = [p for p in model.parameters() if p.requires_grad]
+    theta: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
 
     def gradient(at: list[Tensor], batch: Batch, create_graph: bool) -> tuple[Tensor, ...]:
         prediction = functional_call(model, dict(zip(names, at, strict=True)), (batch[0],))

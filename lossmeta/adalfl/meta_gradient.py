@@ -162,7 +162,7 @@ class DifferentiableStep:
         self.log_slope = log_slope
         self.distributed = isinstance(model, DistributedDataParallel)
         self.plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-        self.phi = [p for p in loss.parameters() if p.requires_grad]
+        self.phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
         self.names = _names(self.plain, optimizer)
         self.device = next(iter(self.names)).device
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.names}
@@ -194,7 +194,10 @@ class DifferentiableStep:
             before = [self._before[p] for p in moved]
             w = self._unclipped(jacobian.products(v, before), moved)
             rates = self._learning_rate_gradients(v, jacobian, before) if self.learning_rates else []
-            if gradients is None:
+            phi: Sequence[Tensor | None] = ()
+            if not self.phi:
+                pass  # only the learning rate is learned
+            elif gradients is None:
                 u = self._push_forward(inputs, dict(zip(moved, w, strict=True)), prediction, random, buffers)
                 phi = torch.autograd.grad(slope, self.phi, u, allow_unused=True)
             else:
@@ -416,7 +419,7 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
     """The name of each parameter of the optimizer, which are those of the model."""
-    named = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    named: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     owned = {p for p, _ in parameters_of(optimizer)}
     for p, name in named.items():
         if p not in owned:

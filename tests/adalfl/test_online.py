@@ -1,0 +1,238 @@
+"""Algorithm 2: what is learned, guarded, saved and shared between processes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_meta_gradient import batches, cnn, mlp
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from lossmeta.adalfl import OnlineLearner, meta_gradient
+from lossmeta.losses import LossNetwork, ParametricCrossEntropy, TaylorLoss
+
+
+def learner(loss: nn.Module | None = None, model: nn.Module | None = None, **options: Any) -> OnlineLearner:
+    model = model or mlp()
+    loss = LossNetwork(8, dtype=torch.float64) if loss is None else loss
+    optimizer = SGD(model.parameters(), 0.1, momentum=0.9)
+    return OnlineLearner(model, optimizer, loss, F.cross_entropy, **options)
+
+
+def values(module: nn.Module) -> list[Tensor]:
+    return [v.clone() for v in module.state_dict().values()]
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_one_step_is_a_meta_gradient_and_adam() -> None:
+    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
+    other_model, other_loss = copy.deepcopy((model, loss))
+    train, valid = batches()
+    learner(loss, model, meta_optimizer=Adam(loss.parameters(), 1e-2)).step(train, valid)
+    optimizer, meta = SGD(other_model.parameters(), 0.1, momentum=0.9), Adam(other_loss.parameters(), 1e-2)
+    result = meta_gradient(other_model, optimizer, other_loss, F.cross_entropy, train, valid)
+    for p, g in zip(other_loss.parameters(), result.gradients, strict=True):
+        p.grad = g
+    meta.step()
+    assert equal(values(model), values(other_model))
+    assert equal(values(loss), values(other_loss))
+
+
+def test_meta_every() -> None:
+    one = learner(meta_every=3)
+    changed, tasks = [], []
+    for train, valid in zip(batches(6), batches(6), strict=True):
+        before, weights = values(one.loss), values(one._step.plain)
+        report = one.step(train, valid)
+        changed.append(not equal(before, values(one.loss)))
+        tasks.append(report.task_loss is not None)
+        assert not equal(weights, values(one._step.plain))
+    assert changed == tasks == [True, False, False, True, False, False]
+
+
+def test_plain_steps_are_those_of_the_loss() -> None:
+    one = learner(meta_every=100)
+    both = batches(3)
+    one.step(both[0], both[1])
+    model, optimizer = copy.deepcopy((one._step.plain, one.optimizer))
+    one.step(both[2])
+    optimizer.zero_grad()
+    one.loss(model(both[2][0]), both[2][1]).backward()
+    optimizer.step()
+    for a, b in zip(values(one._step.plain), values(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: TaylorLoss(order=3, dtype=torch.float64),
+        lambda: ParametricCrossEntropy(3, learnable=True, dtype=torch.float64),
+    ],
+    ids=["taylor", "phi"],
+)
+def test_learns_other_losses(loss: Any) -> None:
+    one = learner(loss())
+    before = values(one.loss)
+    assert one.step(*batches()).skipped is None
+    assert not equal(before, values(one.loss))
+
+
+def test_lowers_the_task_loss() -> None:
+    torch.manual_seed(0)
+    loss = LossNetwork(8, dtype=torch.float64)
+    one = learner(loss, meta_optimizer=Adam(loss.parameters(), 1e-2))
+    x, y = torch.randn(64, 1, 8, 8, dtype=torch.float64), torch.randint(3, (64,))
+    x = x + y[:, None, None, None]
+    history = []
+    for _ in range(100):
+        report = one.step((x[:32], y[:32]), (x[32:], y[32:]))
+        assert report.task_loss is not None
+        history.append(report.task_loss.item())
+    assert min(history) < 0.8 * history[0]
+
+
+def test_learning_rate() -> None:
+    one = learner(learning_rate=1e-3)
+    train, valid = batches()
+    before = one.optimizer.param_groups[0]["lr"]
+    model, optimizer = copy.deepcopy((one._step.plain, one.optimizer))
+    expected = meta_gradient(
+        model, optimizer, one.loss, F.cross_entropy, train, valid, learning_rates=True
+    ).learning_rate_gradients[0]
+    one.step(train, valid)
+    assert one.optimizer.param_groups[0]["lr"] == pytest.approx(before - 1e-3 * expected.item())
+    # A loss without parameters: Meta-LR alone.
+    alone = learner(nn.CrossEntropyLoss(), learning_rate=1e-3)
+    alone.step(train, valid)
+    assert alone.optimizer.param_groups[0]["lr"] != before
+    with pytest.raises(ValueError, match="loss must have parameters to learn, got none"):
+        learner(nn.CrossEntropyLoss())
+
+
+def test_a_meta_gradient_that_is_not_finite_is_skipped() -> None:
+    one = learner()
+    (x, y), (xv, yv) = batches()
+    before, weights = values(one.loss), values(one._step.plain)
+    report = one.step((x, y), (torch.full_like(xv, float("nan")), yv))
+    assert report.skipped == "the meta-gradient is not finite"
+    assert one.skipped == 1
+    assert equal(before, values(one.loss))
+    assert not equal(weights, values(one._step.plain))  # the training step itself was sound
+    assert one.step((x, y), (xv, yv)).skipped is None
+
+
+def test_slope_that_falls_too_low() -> None:
+    one = learner(min_slope=1e-9, log_slope=True)
+    train, valid = batches()
+    report = one.step(train, valid)
+    assert report.skipped is None
+    assert report.slope_ratio is not None
+    assert report.slope_ratio > 0
+    accepted = [p.clone() for p in one.loss.parameters()]
+    one.min_slope = 2 * float(report.slope_ratio)
+    one._accepted = [0.9 * p.detach() for p in accepted]
+    report = one.step(train, valid)
+    assert report.skipped is not None
+    assert "the last update is undone" in report.skipped
+    assert equal(one.loss.parameters(), one._accepted)
+
+
+def test_resumes_in_the_same_bits(tmp_path: Path) -> None:
+    pairs = list(zip(batches(6), batches(6), strict=True))
+    one = learner(model=cnn())
+    torch.manual_seed(1)
+    for pair in pairs[:3]:
+        one.step(*pair)
+    saved = {
+        "learner": one.state_dict(), "model": one._step.plain.state_dict(), "optimizer": one.optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }  # fmt: skip
+    torch.save(saved, tmp_path / "state.pt")
+    for pair in pairs[3:]:
+        one.step(*pair)
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    two = learner(model=cnn())
+    two._step.plain.load_state_dict(loaded["model"])
+    two.optimizer.load_state_dict(loaded["optimizer"])
+    two.load_state_dict(loaded["learner"])
+    torch.set_rng_state(loaded["random"])
+    for pair in pairs[3:]:
+        two.step(*pair)
+    assert two.steps == one.steps == 6
+    assert equal(values(one.loss), values(two.loss))
+    assert equal(values(one._step.plain), values(two._step.plain))
+
+
+def test_autocast() -> None:
+    model = mlp().float()
+    one = learner(LossNetwork(8), model, autocast=torch.bfloat16, backend="finite_difference")
+    train, valid = batches(dtype=torch.float32)
+    assert one.step(train, valid).skipped is None
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_says_which_backend_and_why() -> None:
+    assert learner().backend == "double_backward: the model is small and exactness is cheap"
+    assert learner(model=cnn()).backend.startswith("finite_difference: for convolutions")
+    assert learner(backend="jvp").backend == "jvp: as asked for"
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match="meta_every must be at least 1, got 0"):
+        learner(meta_every=0)
+    with pytest.raises(ValueError, match="learning_rate must not be negative, got -1"):
+        learner(learning_rate=-1.0)
+
+
+PROCESS = """
+import sys, torch, torch.distributed as dist, torch.nn.functional as F
+from torch import nn
+from lossmeta.adalfl import OnlineLearner
+from lossmeta.losses import LossNetwork
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+data = torch.load(f"{folder}/data.pt", weights_only=True)
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+loss = LossNetwork(8, dtype=torch.float64)
+model.load_state_dict(data["model"])
+loss.load_state_dict(data["loss"])
+parallel = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+learner = OnlineLearner(parallel, optimizer, loss, F.cross_entropy, backend="jvp")
+for pair in data["pairs"]:
+    learner.step(*((x[rank::2], y[rank::2]) for x, y in pair))
+torch.save([*model.state_dict().values(), *loss.state_dict().values()], f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_processes_do_what_one_does(tmp_path: Path) -> None:
+    def of_eight() -> list[tuple[Tensor, Tensor]]:
+        return [(torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(2)]
+
+    pairs = [of_eight() for _ in range(3)]
+    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
+    data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
+    torch.save(data, tmp_path / "data.pt")
+    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [p.wait() for p in processes] == [0, 0]
+    one = learner(loss, model, backend="jvp")
+    for pair in pairs:
+        one.step(*pair)
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for a, b in zip(result, (*values(model), *values(loss)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
