@@ -295,7 +295,8 @@ class DifferentiableStep:
                 return torch.zeros_like(prediction) if u is None else u
             # f(theta + e w) - f(theta) on the output itself: after the loss float32 would have cancelled.
             scale = _norm(list(w.values()))
-            size = _norm([self._before[p] for p in w]) * _DIFFERENCE[prediction.dtype]
+            # Rounding, of relative size eps / e, then costs as much as curvature, e.
+            size = _norm([self._before[p] for p in w]) * torch.finfo(prediction.dtype).eps ** 0.5
             step = torch.where(scale > 0, size / scale, 0)
             torch._foreach_mul_(list(w.values()), step)
             torch._foreach_add_(list(w.values()), [self._before[p] for p in w])
@@ -407,10 +408,6 @@ class DifferentiableStep:
                 self.optimizer.load_state_dict(saved)
         _copy_back(self.plain.buffers(), buffers)
         _set_random_state(self.device, random)
-
-
-# Relative to the parameters: rounding and curvature cost about as much.
-_DIFFERENCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
