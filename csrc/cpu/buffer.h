@@ -25,4 +25,19 @@ class Buffer {
   T* data_;
 };
 
+// `size` elements for each worker of a loop, in whole pages: the prefetcher of one core leaves the others' alone.
+template <class T>
+class WorkerBuffer {
+ public:
+  WorkerBuffer(int64_t workers, int64_t size)
+      : stride_((size * int64_t(sizeof(T)) + page - 1) / page * page / int64_t(sizeof(T))),
+        data_(workers * stride_) {}
+  T* operator[](int64_t worker) const { return data_.data() + worker * stride_; }
+
+ private:
+  static constexpr int64_t page = 4096;
+  int64_t stride_;
+  Buffer<T> data_;
+};
+
 }  // namespace lossmeta::LOSSMETA_ISA

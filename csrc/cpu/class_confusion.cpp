@@ -130,7 +130,7 @@ struct Chunks {
   const ClassConfusion& a;
   const T* logits = static_cast<const T*>(a.logits);
   int64_t width = (a.classes + V::size - 1) / V::size * V::size;  // of a padded row
-  int64_t size = a.classes * (width + 1);  // the rows; then counts
+  int64_t size = a.classes * (width + 1);                         // the rows; then counts
 
   // The maximum m of each of V::size rows, one per lane, and sum exp(x - m).
   static LOSSMETA_SIMD void normalise(const T* rows, int64_t classes, V& m, V& sum) {

@@ -16,8 +16,10 @@ void forward(const LossNetwork& a) {
   if (table_accepted<A>(a)) return;
   const NetworkWeights<A> weights(a);
   const Rows<T> p{a};
-  parallel_for(a.samples, grain_elements / a.classes + 1, [&](int64_t begin, int64_t end) {
-    const NetworkForward<A> network(weights);
+  const int64_t workers = worker_count(a.samples, grain_elements / a.classes + 1);
+  const WorkerBuffer<Vec<A>> scratch(workers, NetworkForward<A>::scratch_size(weights));
+  parallel_for_workers(a.samples, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    const NetworkForward<A> network(weights, scratch[worker]);
     forward_rows(p, begin, end, [&](const Tile<A>& tile, A* values, A* slopes) {
       network(tile.f, tile.y, tile.count, values, slopes);
     });
@@ -27,16 +29,19 @@ void forward(const LossNetwork& a) {
 template <class T, bool tangent, bool need_weights>
 void backward(const LossNetwork& a) {
   using A = accumulate_t<T>;
+  using Network = NetworkBackward<A, tangent, need_weights>;
   const NetworkWeights<A> weights(a);
   const Rows<T> p{a};
   const Chunks chunks(a.samples, a.classes, chunk_elements, max_chunks);
   const int64_t size = weights.gradient_size();
   const bool long_rows = a.classes > tile_elements && a.grad_pred;
-  Buffer<A> partials(need_weights ? chunks.count * size : 0);
-  parallel_for(chunks.count, 1, [&](int64_t begin, int64_t end) {
-    NetworkBackward<A, tangent, need_weights> network(weights);
-    Buffer<A> scratch(long_rows ? a.classes : 0);
-    RowsBackward<T> rows(p, scratch.data());
+  const int64_t workers = worker_count(chunks.count, 1);
+  const Buffer<A> partials(need_weights ? chunks.count * size : 0);
+  const WorkerBuffer<Vec<A>> of_network(workers, Network::scratch_size(weights));
+  const WorkerBuffer<A> of_rows(workers, long_rows ? a.classes : 0);
+  parallel_for_workers(chunks.count, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    Network network(weights, of_network[worker]);
+    RowsBackward<T> rows(p, of_rows[worker]);
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * chunks.rows,
                     last = first + chunks.rows < a.samples ? first + chunks.rows : a.samples;

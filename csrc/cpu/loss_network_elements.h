@@ -90,10 +90,12 @@ template <class A>
 class NetworkForward {
   using V = Vec<A>;
   const NetworkWeights<A>& w_;
-  Buffer<V> value_, tangent_;  // [width]
+  V *const value_, *const tangent_;  // [width]
 
  public:
-  explicit NetworkForward(const NetworkWeights<A>& w) : w_(w), value_(w.width), tangent_(w.width) {}
+  static int64_t scratch_size(const NetworkWeights<A>& w) { return 2 * w.width; }
+  NetworkForward(const NetworkWeights<A>& w, V* scratch)
+      : w_(w), value_(scratch), tangent_(scratch + w.width) {}
 
   // Reads and writes whole vectors: the arrays are padded.
   void operator()(const A* f, const A* y, int64_t count, A* value, A* slope) const {
@@ -111,7 +113,7 @@ class NetworkForward {
     V z(A(0)), s(A(0));
     for (int64_t first = 0; first < w_.width; first += unit_block) {
       V a[unit_block], b[unit_block];
-      products<true>(value_.data(), tangent_.data(), w_.by_input.data() + first, w_.width, w_.padded, a, b);
+      products<true>(value_, tangent_, w_.by_input.data() + first, w_.width, w_.padded, a, b);
       for_units(w_.width - first, [&](int j) {
         const auto unit = act(a[j]);
         z += unit.value * w_.out[first + j];
@@ -134,29 +136,27 @@ class NetworkBackward {
 
   const NetworkWeights<A>& w_;
   const int64_t width_, padded_;
-  Buffer<V> h1_, gate1_, a2_, b2_;        // [vectors, padded]; a2 and b2 are the cotangents A2 and B2
-  Buffer<V> t1_, h2_, gate2_, tangent2_;  // [padded], of one vector; tangent2 is b2 of the formula
-  Buffer<V> sum_y_, sum_f_, sum_out_;     // [padded], lanes still apart
-  Buffer<V> sum_hidden_;                  // [padded, padded]
+  V *h1_, *gate1_, *a2_, *b2_;        // [vectors, padded]; a2 and b2 are the cotangents A2 and B2
+  V *t1_, *h2_, *gate2_, *tangent2_;  // [padded], of one vector; tangent2 is b2 of the formula
+  V *sum_y_, *sum_f_, *sum_out_;      // [padded], lanes still apart
+  V* sum_hidden_;                     // [padded, padded], with the weights' gradients
 
  public:
-  explicit NetworkBackward(const NetworkWeights<A>& w)
-      : w_(w),
-        width_(w.width),
-        padded_(w.padded),
-        h1_(padded_ * vectors),
-        gate1_(padded_ * vectors),
-        a2_(padded_ * vectors),
-        b2_(padded_ * vectors),
-        t1_(padded_),
-        h2_(padded_),
-        gate2_(padded_),
-        tangent2_(padded_),
-        sum_y_(padded_),
-        sum_f_(padded_),
-        sum_out_(padded_),
-        sum_hidden_(weights ? padded_ * padded_ : 0) {
-    for (int64_t i = 0; i < padded_ * vectors; ++i) h1_[i] = gate1_[i] = a2_[i] = b2_[i] = V(A(0));
+  static int64_t scratch_size(const NetworkWeights<A>& w) {
+    return w.padded * (4 * vectors + 7 + (weights ? w.padded : 0));
+  }
+  NetworkBackward(const NetworkWeights<A>& w, V* scratch) : w_(w), width_(w.width), padded_(w.padded) {
+    const auto take = [&](int64_t size) {
+      V* p = scratch;
+      scratch += size;
+      return p;
+    };
+    const int64_t matrix = padded_ * vectors;
+    h1_ = take(matrix), gate1_ = take(matrix), a2_ = take(matrix), b2_ = take(matrix);
+    t1_ = take(padded_), h2_ = take(padded_), gate2_ = take(padded_), tangent2_ = take(padded_);
+    sum_y_ = take(padded_), sum_f_ = take(padded_), sum_out_ = take(padded_);
+    sum_hidden_ = scratch;
+    for (int64_t i = 0; i < matrix; ++i) h1_[i] = gate1_[i] = a2_[i] = b2_[i] = V(A(0));
     clear();
   }
 
@@ -215,8 +215,7 @@ class NetworkBackward {
     V z(A(0)), s(A(0));
     for (int64_t first = 0; first < width_; first += unit_block) {
       V a[unit_block], b[unit_block];
-      products<tangent>(h1_.data() + e * padded_, t1_.data(), w_.by_input.data() + first, width_, padded_, a,
-                        b);
+      products<tangent>(h1_ + e * padded_, t1_, w_.by_input.data() + first, width_, padded_, a, b);
       for_units(width_ - first, [&](int j) {
         const auto unit = act(a[j]);
         h2_[first + j] = unit.value;
@@ -250,8 +249,8 @@ class NetworkBackward {
     V gradient(A(0));
     for (int64_t first = 0; first < width_; first += unit_block) {
       V a[unit_block], b[unit_block];
-      products<tangent>(a2_.data() + e * padded_, b2_.data() + e * padded_, w_.by_output.data() + first,
-                        width_, padded_, a, b);
+      products<tangent>(a2_ + e * padded_, b2_ + e * padded_, w_.by_output.data() + first, width_, padded_, a,
+                        b);
       for_units(width_ - first, [&](int j) {
         const int64_t k = first + j;
         const V gate = gate1_[e * padded_ + k], slope = act.slope(gate);
@@ -278,7 +277,7 @@ class NetworkBackward {
 #pragma GCC unroll 4
           for (int j = 0; j < columns; ++j) sums[i][j] = V(A(0));
         for (int e = 0; e < n; ++e) {
-          const V* h = h1_.data() + e * padded_ + k;
+          const V* h = h1_ + e * padded_ + k;
           V t[columns];
 #pragma GCC unroll 4
           for (int j = 0; j < columns; ++j)

@@ -22,8 +22,10 @@ void tabulate(const LossNetwork& a) {
   const int64_t intervals = a.intervals, per_target = intervals + 3, nodes = loss_network_nodes(intervals);
   const NetworkWeights<A> weights(a);
   Buffer<A> values(nodes + node_chunk), slopes(nodes + node_chunk);
-  parallel_for((nodes + node_chunk - 1) / node_chunk, 1, [&](int64_t begin, int64_t end) {
-    const NetworkForward<A> network(weights);
+  const int64_t chunks = (nodes + node_chunk - 1) / node_chunk, workers = worker_count(chunks, 1);
+  const WorkerBuffer<Vec<A>> scratch(workers, NetworkForward<A>::scratch_size(weights));
+  parallel_for_workers(chunks, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    const NetworkForward<A> network(weights, scratch[worker]);
     alignas(64) A f[node_chunk], y[node_chunk];
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * node_chunk, n = nodes - first < node_chunk ? nodes - first : node_chunk;
@@ -136,17 +138,20 @@ class Bins {
   static constexpr int near = Table<A>::near, flush_after = 1024;  // vectors
 
   int64_t intervals_, vectors_ = 0;
-  Buffer<V> near_;       // [near, 5], of target 0
-  Buffer<double> sums_;  // [2, intervals, 5]
+  V* const near_;       // [near, 5], of target 0
+  double* const sums_;  // [2, intervals, 5]
 
  public:
-  explicit Bins(int64_t intervals)
-      : intervals_(intervals), near_(near * coefficients), sums_(2 * intervals * coefficients) {
+  static constexpr int64_t near_size = near * coefficients;
+  static int64_t sums_size(int64_t intervals) { return 2 * intervals * coefficients; }
+
+  Bins(int64_t intervals, V* near_scratch, double* sums_scratch)
+      : intervals_(intervals), near_(near_scratch), sums_(sums_scratch) {
     clear();
   }
   void clear() {
-    for (int i = 0; i < near * coefficients; ++i) near_[i] = V(A(0));
-    for (int64_t i = 0; i < 2 * intervals_ * coefficients; ++i) sums_[i] = 0;
+    for (int i = 0; i < near_size; ++i) near_[i] = V(A(0));
+    for (int64_t i = 0; i < sums_size(intervals_); ++i) sums_[i] = 0;
   }
 
   LOSSMETA_SIMD void add(Bits interval, bool is_near, const V* sums) {
@@ -160,7 +165,7 @@ class Bins {
     while (left) {
       const auto bin = interval[__builtin_ctz(left)];
       const Mask<A> here{interval == bin};
-      V* to = near_.data() + bin * coefficients;
+      V* to = near_ + bin * coefficients;
       for (int k = 0; k < coefficients; ++k) to[k] += select(here, sums[k], A(0));
       left &= ~lane_bits(here);
     }
@@ -174,12 +179,12 @@ class Bins {
   // [2, intervals, 5]
   const double* sums() {
     flush();
-    return sums_.data();
+    return sums_;
   }
 
  private:
   void flush() {
-    for (int i = 0; i < near * coefficients; ++i) {
+    for (int i = 0; i < near_size; ++i) {
       sums_[i] += double(reduce_add(near_[i]));
       near_[i] = V(A(0));
     }
@@ -214,10 +219,13 @@ void network_gradients(const LossNetwork& a, const double* sums) {  // [2, inter
     }
   for (int64_t i = used; i < used + Vec<A>::size; ++i) f[i] = y[i] = u[i] = v[i] = A(0);
   const NetworkWeights<A> weights(a);
+  using Network = NetworkBackward<A, true, true>;
   const int64_t chunks = (used + node_chunk - 1) / node_chunk, size = weights.gradient_size();
-  Buffer<A> partials(chunks * size);
-  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-    NetworkBackward<A, true, true> network(weights);
+  const int64_t workers = worker_count(chunks, 1);
+  const Buffer<A> partials(chunks * size);
+  const WorkerBuffer<Vec<A>> scratch(workers, Network::scratch_size(weights));
+  parallel_for_workers(chunks, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    Network network(weights, scratch[worker]);
     alignas(64) A r[node_chunk], slopes[node_chunk];
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * node_chunk, n = used - first < node_chunk ? used - first : node_chunk;
@@ -237,12 +245,15 @@ void backward(const LossNetwork& a) {
   const Table<A> others{table, a.intervals}, own{table + coefficients * a.intervals, a.intervals};
   const Rows<T> p{a};
   const Chunks chunks(a.samples, a.classes, chunk_elements, max_chunks);
-  const int64_t size = 2 * a.intervals * coefficients;
-  Buffer<double> partials(need_weights ? chunks.count * size : 0);
-  parallel_for(chunks.count, 1, [&](int64_t begin, int64_t end) {
-    Bins<A> bins(need_weights ? a.intervals : 0);
-    Buffer<A> scratch(a.classes > tile_elements && need_pred ? a.classes : 0);
-    RowsBackward<T> rows(p, scratch.data());
+  const int64_t intervals = need_weights ? a.intervals : 0, size = Bins<A>::sums_size(intervals);
+  const int64_t workers = worker_count(chunks.count, 1);
+  const Buffer<double> partials(chunks.count * size);
+  const WorkerBuffer<V> of_near(workers, Bins<A>::near_size);
+  const WorkerBuffer<double> of_sums(workers, size);
+  const WorkerBuffer<A> of_rows(workers, a.classes > tile_elements && need_pred ? a.classes : 0);
+  parallel_for_workers(chunks.count, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    Bins<A> bins(intervals, of_near[worker], of_sums[worker]);
+    RowsBackward<T> rows(p, of_rows[worker]);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * chunks.rows,
                     last = first + chunks.rows < a.samples ? first + chunks.rows : a.samples;
