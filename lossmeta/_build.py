@@ -12,10 +12,11 @@ try:
 except ImportError as error:
     if "LOSSMETA_CPU_ISA" in str(error):  # the core is there, but was asked for what it cannot run
         raise ImportError(f"lossmeta: {error}") from None
+    missing = util.find_spec("lossmeta._core") is None
+    reason = "its compiled core is missing" if missing else f"its compiled core cannot be loaded ({error})"
     raise ImportError(
-        "lossmeta is not built here: its compiled core lossmeta._core could not be imported "
-        f"({error}). Install it with `python -m pip install .`."
-    ) from error
+        f"lossmeta is not built here: {reason}; install it with `python -m pip install .` from its source folder"
+    ) from None
 
 
 def _load_cuda() -> str | None:

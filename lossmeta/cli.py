@@ -51,10 +51,10 @@ def info() -> None:
 def quickstart(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs per run.")] = 40,
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quickstart"),
 ) -> None:
-    """Train on scikit-learn's digits with cross-entropy and with adaptive losses; takes seconds."""
+    """Train on scikit-learn's digits with cross-entropy and with a loss that adapts; takes seconds."""
     from lossmeta.recipes import quickstart
 
     raise typer.Exit(quickstart.run(seeds=seeds, epochs=epochs, device=device, output=output))

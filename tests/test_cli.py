@@ -123,9 +123,24 @@ def test_info_names_the_instruction_set_in_use(isa: str | None) -> None:
 
 def test_quickstart_trains_and_shows_its_table(tmp_path: Path) -> None:
     text = lossmeta_command("quickstart", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path))
-    for words in ("cross-entropy", "parametric, identity", "parametric, confusion", "average precision"):
+    for words in (
+        "cross-entropy",
+        "parametric, fixed Φ = I",
+        "parametric, Φ from confusions",
+        "average precision",
+        "one seed",
+    ):
         assert words in text
-    assert json.loads((tmp_path / "results.json").read_text())["settings"]["seeds"] == 1
+    assert "±" not in text.split("one seed")[1].split("parametric: Param")[0]
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["settings"]["seeds"] == 1
+    assert "Φ from confusions" in report["about"]
+
+
+def test_module_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "lossmeta", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"lossmeta {lossmeta.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "-1"], ["--device", "nonsense"]])

@@ -296,8 +296,8 @@ class DifferentiableStep:
                     output = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
                     u = forward_ad.unpack_dual(output).tangent
                 return torch.zeros_like(prediction) if u is None else u
-            # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e relative to the output,
-            # then costs as much as curvature, e or for two passes e^2.
+            # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
+            # costs as much as curvature, e or for two passes e^2.
             eps = torch.finfo(prediction.dtype).eps
             size = _norm([self._before[p] for p in w]) * eps ** (1 / 3 if self.central else 1 / 2)
             norm = _norm(list(w.values()))

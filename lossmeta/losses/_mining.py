@@ -42,7 +42,10 @@ def _checked(loss: str, indices: Any, embeddings: Tensor) -> tuple[Tensor, ...]:
         raise ValueError(f"{loss}: embeddings must be [M, D], got {list(embeddings.shape)}")
     if isinstance(indices, Tensor):
         if indices.dim() != 2 or indices.shape[1] != 3:
-            raise ValueError(f"{loss}: indices_tuple must be [T, 3] as one tensor, got {list(indices.shape)}")
+            raise ValueError(
+                f"{loss}: indices_tuple must be [T, 3] as one tensor, got {list(indices.shape)}; "
+                "call the loss with (embeddings, labels) or (embeddings, labels, indices_tuple)"
+            )
         named = {f"indices_tuple[:, {i}]": part for i, part in enumerate(indices.unbind(1))}
     elif isinstance(indices, Sequence):
         if len(indices) not in (3, 4):

@@ -102,8 +102,14 @@ class OutputwiseLoss(nn.Module):
         expected = list(pred.shape) if probabilities else samples
         if list(target.shape) != expected:
             kind = "probabilities" if probabilities else "class indices"
+            hint = (
+                "; class indices are int64: target.long()"
+                if probabilities and target.dim() < pred.dim()
+                else ""
+            )
             raise ValueError(
-                f"{self.name}: {kind} must be {expected} for logits {list(pred.shape)}, got {list(target.shape)}"
+                f"{self.name}: {kind} must be {expected} for logits {list(pred.shape)}, "
+                f"got {list(target.shape)}{hint}"
             )
         if self.weight is not None:
             check_same_device(self.name, weight=self.weight, pred=pred)

@@ -24,7 +24,8 @@ class DistanceMixtureLoss(nn.Module):
     parameters and a controller sets; with ``learnable=True`` it is a parameter.
 
     Args:
-        learnable: whether ``phi`` is a parameter instead of a buffer.
+        learnable: whether ``phi`` is a parameter instead of a buffer, for a controller that learns it from a
+            validation loss; minimising the training loss over it would only make the loss meaningless.
         min_distance: smallest distance that the decreasing functions see.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``, over triplets.
         device: where ``phi`` is made.
@@ -82,6 +83,8 @@ class DistanceMixtureLoss(nn.Module):
         labels: Tensor | None = None,
         indices_tuple: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
+        if labels is None and indices_tuple is None:
+            raise ValueError("DistanceMixtureLoss: labels or indices_tuple must be given, got neither")
         triplets = (
             None
             if indices_tuple is None

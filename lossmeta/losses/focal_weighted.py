@@ -29,7 +29,8 @@ class FocalWeightedLoss(nn.Module):
 
     Args:
         offset: the distance :math:`\alpha` beyond which a positive, or within which a negative, weighs in.
-        learnable: whether ``phi`` is a parameter instead of a buffer.
+        learnable: whether ``phi`` is a parameter instead of a buffer, for a controller that learns it from a
+            validation loss; minimising the training loss over it would only make the loss meaningless.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``, over the M anchors.
         device: where ``phi`` is made.
         dtype: dtype of ``phi``.

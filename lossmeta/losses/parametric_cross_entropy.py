@@ -16,15 +16,24 @@ class ParametricCrossEntropy(nn.Module):
     .. math:: \ell = -\sigma\bigl(y^\top \Phi \log \mathrm{softmax}(x)\bigr)
 
     :math:`\Phi` starts as the identity. A positive :math:`\Phi(i, j)` rewards class j where class i is true,
-    a negative one penalises that confusion. ``phi`` is a buffer, which no optimizer finds among the
-    parameters and a controller sets (``loss.phi.copy_(...)``); with ``learnable=True`` it is a parameter.
-    Either way it is in ``state_dict()``.
+    a negative one penalises that confusion. Keep what is off the diagonal small: where a row of it sums to 1 or so,
+    the wrong classes earn as much as the right one, and the model gets worse.
+
+    The loss lies between -1 and 0, and its gradient is smaller than that of cross-entropy: at :math:`\Phi = I` by
+    the factor :math:`p / (1 + p)^2` for the probability p of the true class, about 1/C at the start. Adam does not
+    mind; for SGD raise the learning rate, or use ``activation="identity"``.
+
+    ``phi`` is a buffer, which no optimizer finds among the parameters and a controller sets
+    (``loss.phi.copy_(...)``); with ``learnable=True`` it is a parameter. Either way it is in ``state_dict()``.
 
     Args:
         num_classes: C.
         activation: ``"sigmoid"`` (the paper's) or ``"identity"``, with which :math:`\Phi = I` is plain
             cross-entropy.
-        learnable: whether ``phi`` is a parameter instead of a buffer.
+        learnable: whether ``phi`` is a parameter instead of a buffer, for a controller that learns it from a
+            validation loss (set it inside
+            ``torch.no_grad()``); minimising the training loss over it would only
+            make the loss meaningless.
         weight: weight per class, ``[C]``.
         ignore_index: label that contributes neither loss nor gradient.
         label_smoothing: in [0, 1].
@@ -66,8 +75,10 @@ class ParametricCrossEntropy(nn.Module):
         super().__init__()
         choice("ParametricCrossEntropy", "activation", activation, ACTIVATIONS)
         choice("ParametricCrossEntropy", "reduction", reduction, REDUCTIONS)
-        if num_classes < 1:
-            raise ValueError(f"ParametricCrossEntropy: num_classes must be at least 1, got {num_classes}")
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(
+                f"ParametricCrossEntropy: num_classes must be an integer, at least 1, got {num_classes!r}"
+            )
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(
                 f"ParametricCrossEntropy: label_smoothing must lie in [0, 1], got {label_smoothing}"
@@ -87,6 +98,13 @@ class ParametricCrossEntropy(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_tensors("ParametricCrossEntropy", logits=logits, target=target)
+        dim = 0 if logits.dim() == 1 else 2 if self.phi.dim() == 3 else 1
+        if logits.dim() and logits.shape[dim] != self.num_classes:
+            raise ValueError(
+                f"ParametricCrossEntropy: logits must have num_classes = {self.num_classes} classes in dimension "
+                f"{dim}, got {list(logits.shape)}"
+            )
         return parametric_cross_entropy(
             logits,
             target,

@@ -157,9 +157,10 @@ def _check(logits: Tensor, target: Tensor, phi: Tensor, weight: Tensor | None) -
     if weight is not None and list(weight.shape) != [classes]:
         raise RuntimeError(f"{name}: weight must be [{classes}], got {list(weight.shape)}")
     if target.dtype.is_floating_point and target.shape != logits.shape:
+        hint = "; class indices are int64: target.long()" if target.dim() < logits.dim() else ""
         raise RuntimeError(
             f"{name}: probabilities must have the shape of logits, {list(logits.shape)}, "
-            f"got {list(target.shape)}"
+            f"got {list(target.shape)}{hint}"
         )
 
 

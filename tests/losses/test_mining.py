@@ -22,6 +22,7 @@ COUNT = (
     "indices_tuple must hold 3 tensors (anchor, positive, negative) or 4 "
     "(anchor, positive, anchor, negative), got {}"
 )
+HINT = "; call the loss with (embeddings, labels) or (embeddings, labels, indices_tuple)"
 LENGTHS = "indices_tuple must hold tensors [T], [T], [T] or [P], [P], [Q], [Q], got "
 
 
@@ -31,8 +32,8 @@ LENGTHS = "indices_tuple must hold tensors [T], [T], [T] or [P], [P], [Q], [Q], 
     [
         (tensors([0], [1]), COUNT.format(2)),
         ((), COUNT.format(0)),
-        (torch.tensor([[0, 1, 0, 2]]), "indices_tuple must be [T, 3] as one tensor, got [1, 4]"),
-        (torch.tensor([0, 1, 2]), "indices_tuple must be [T, 3] as one tensor, got [3]"),
+        (torch.tensor([[0, 1, 0, 2]]), "indices_tuple must be [T, 3] as one tensor, got [1, 4]" + HINT),
+        (torch.tensor([0, 1, 2]), "indices_tuple must be [T, 3] as one tensor, got [3]" + HINT),
         (tensors([0.0], [1.0], [2.0]), "indices_tuple[0] must be int64, got float32"),
         (tensors([0], [True], [2]), "indices_tuple[1] must be int64, got bool"),
         (torch.tensor([[0, 1, 2]], dtype=torch.int32), "indices_tuple[:, 0] must be int64, got int32"),

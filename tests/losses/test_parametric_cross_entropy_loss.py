@@ -85,7 +85,8 @@ def test_representation() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 0}, "ParametricCrossEntropy: num_classes must be at least 1, got 0"),
+        ({"num_classes": 0}, "ParametricCrossEntropy: num_classes must be an integer, at least 1, got 0"),
+        ({"num_classes": 5.0}, "ParametricCrossEntropy: num_classes must be an integer, at least 1, got 5.0"),
         (
             {"activation": "tanh"},
             "ParametricCrossEntropy: activation must be one of 'sigmoid', 'identity', got 'tanh'",
@@ -107,3 +108,17 @@ def test_refuses_a_weight_that_is_no_tensor() -> None:
     message = "ParametricCrossEntropy: weight must be a tensor, got list"
     with pytest.raises(TypeError, match=exactly(message)):
         ParametricCrossEntropy(2, weight=[1.0, 2.0])
+
+
+def test_says_how_many_classes_it_was_made_for() -> None:
+    criterion = ParametricCrossEntropy(5)
+    for shape, dim in (((6, 7), 1), ((7,), 0), ((2, 7, 5), 1)):
+        with pytest.raises(
+            ValueError, match=rf"must have num_classes = 5 classes in dimension {dim}, got \[.*7"
+        ):
+            criterion(torch.zeros(shape), torch.zeros(shape[:1] if dim else (), dtype=torch.int64))
+
+
+def test_float_labels_are_told_how_to_become_labels() -> None:
+    with pytest.raises(RuntimeError, match=r"got \[6\]; class indices are int64: target.long\(\)"):
+        ParametricCrossEntropy(5)(torch.zeros(6, 5), torch.zeros(6))

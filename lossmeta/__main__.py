@@ -1,0 +1,5 @@
+"""``python -m lossmeta``: the command ``lossmeta``."""
+
+from lossmeta.cli import app
+
+app(prog_name="lossmeta")
