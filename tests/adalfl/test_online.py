@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,7 @@ learner = OnlineLearner(parallel, optimizer, loss, F.cross_entropy, backend="jvp
 for pair in data["pairs"]:
     learner.step(*((x[rank::2], y[rank::2]) for x, y in pair))
 torch.save([*model.state_dict().values(), *loss.state_dict().values()], f"{folder}/{rank}.pt")
+dist.barrier()
 dist.destroy_process_group()
 """
 
@@ -227,8 +229,13 @@ def test_distributed_processes_do_what_one_does(tmp_path: Path) -> None:
     data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
     torch.save(data, tmp_path / "data.pt")
     command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    assert [p.wait() for p in processes] == [0, 0]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [p.communicate()[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
     one = learner(loss, model, backend="jvp")
     for pair in pairs:
         one.step(*pair)
