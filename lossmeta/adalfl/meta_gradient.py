@@ -195,8 +195,8 @@ class DifferentiableStep:
             with self._undone():
                 task_value, v = self._validate(*valid_batch, moved)
             before = [self._before[p] for p in moved]
-            w = self._unclipped(jacobian.products(v, before), moved)
             rates = self._learning_rate_gradients(v, jacobian, before) if self.learning_rates else []
+            w = self._unclipped(jacobian.products(v, before))
             phi: Sequence[Tensor | None] = ()
             if not self.phi:
                 pass  # only the learning rate is learned
@@ -299,22 +299,24 @@ class DifferentiableStep:
             # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
             # costs as much as curvature, e or for two passes e^2.
             eps = torch.finfo(prediction.dtype).eps
-            size = _norm([self._before[p] for p in w]) * eps ** (1 / 3 if self.central else 1 / 2)
+            start = [self._before[p] for p in w]
+            size = _norm(start) * eps ** (1 / 3 if self.central else 1 / 2)
             norm = _norm(list(w.values()))
             step = torch.where(norm > 0, size / norm, 0)
             moved = list(w.values())
             torch._foreach_mul_(moved, step)
 
-            def at(sign: float) -> Tensor:
+            def at(points: Sequence[Tensor]) -> Tensor:
                 _set_random_state(self.device, random)
                 values = dict(zip(names, _cloned(buffers), strict=True))
-                points = torch._foreach_add([self._before[p] for p in w], moved, alpha=sign)
                 values.update({name: self._before[p] for p, name in self.names.items()})
                 values.update({self.names[p]: point for p, point in zip(w, points, strict=True)})
                 return self._call(lambda *a, **k: functional_call(self.plain, values, a, k), inputs)
 
-            difference = (at(1) - at(-1)) / 2 if self.central else at(1) - prediction
-            return difference / step.where(step > 0, 1)
+            behind = at(torch._foreach_sub(start, moved)) if self.central else prediction
+            torch._foreach_add_(moved, start)
+            difference = at(moved) - behind
+            return difference / (step.where(step > 0, 1) * (2 if self.central else 1))
 
     # ---- Clipping.
 
@@ -336,7 +338,7 @@ class DifferentiableStep:
             torch._foreach_mul_(gradients, self._scale)
 
     @torch.no_grad()
-    def _unclipped(self, w: list[Tensor], moved: list[Tensor]) -> list[Tensor]:
+    def _unclipped(self, w: list[Tensor]) -> list[Tensor]:
         """The transposed derivative of the clipping, times w."""
         if self._scale is not None:
             # clip / (n + e) g: its derivative is s (I - g g' / (n (n + e))), where it clips.

@@ -66,12 +66,11 @@ class StepJacobian:
 
     @torch.no_grad()
     def products(self, vectors: list[Tensor], before: list[Tensor]) -> list[Tensor]:
-        """The derivative times ``vectors``, after the step. ``before``: the parameters before it. In the order of
-        ``stepped``; the gradients must still be those of the step."""
-        return [
-            v * self.rule(parameter.grad, old, group, state, first)  # type: ignore[misc]
-            for v, old, (parameter, group, state, first) in zip(vectors, before, self.stepped, strict=True)
-        ]
+        """The derivative times ``vectors``, which are overwritten, after the step. ``before``: the parameters before
+        it. In the order of ``stepped``; the gradients must still be those of the step."""
+        for v, old, (parameter, group, state, first) in zip(vectors, before, self.stepped, strict=True):
+            v *= self.rule(parameter.grad, old, group, state, first)  # type: ignore[misc]
+        return vectors
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:

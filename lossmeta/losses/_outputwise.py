@@ -127,7 +127,19 @@ class OutputwiseLoss(nn.Module):
         samples, classes = _sizes(pred)
         dtype = accumulation_dtype(pred.dtype)
         weight = None if self.weight is None else self.weight.to(dtype)
-        pred = pred.movedim(1, -1).reshape(-1, classes)
+        if pred.dim() > 2:
+            pred = pred.movedim(1, -1).reshape(-1, classes)
+        if (
+            self.takes_labels
+            and weight is None
+            and not self.label_smoothing
+            and not target.is_floating_point()
+        ):
+            # The common case, in few calls: ignored labels have loss 0 already.
+            loss = self.outputwise(pred, target.reshape(-1))
+            if self.reduction == "none":
+                return loss.reshape(samples)
+            return loss.sum() if self.reduction == "sum" else loss.sum() / (target != self.ignore_index).sum()
         counted = bad = None
         if target.is_floating_point():
             target = target.movedim(1, -1).reshape(-1, classes).to(dtype)

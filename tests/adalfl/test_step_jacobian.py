@@ -50,7 +50,7 @@ def product(make: Callable[..., Optimizer], steps: int, g: Tensor, v: Tensor) ->
     jacobian = StepJacobian(optimizer)
     before = parameter.detach().clone()
     optimizer.step()
-    return jacobian.products([v], [before])[0]
+    return jacobian.products([v.clone()], [before])[0]
 
 
 def step(make: Callable[..., Optimizer], steps: int, g: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_groups_have_their_own_options() -> None:
     optimizer.step()
     v = torch.ones(3, dtype=torch.float64)
     assert [p is q for (p, *_), q in zip(jacobian.stepped, (a, b), strict=True)] == [True, True]
-    products = jacobian.products([v, v], [v, v])
+    products = jacobian.products([v.clone(), v.clone()], [v, v])
     torch.testing.assert_close(products, [0.1 * v, 0.5 * v])
 
 
