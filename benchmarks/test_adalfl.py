@@ -144,7 +144,11 @@ def torchopt(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable
 
 def online(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
     learner = OnlineLearner(model, torch.optim.SGD(model.parameters(), RATE), LossNetwork(), F.cross_entropy)
-    return lambda: learner.step(train, valid)  # type: ignore[func-returns-value, return-value]
+
+    def step() -> None:
+        learner.step(train, valid)
+
+    return step
 
 
 CANDIDATES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -162,6 +161,11 @@ class DifferentiableStep:
         self.autocast = autocast
         self.log_slope = log_slope
         self.distributed = isinstance(model, DistributedDataParallel)
+        if self.distributed and self.backend == "double_backward":
+            raise ValueError(
+                "AdaLFL: backend must be 'jvp' or 'finite_difference' for a DistributedDataParallel model, whose "
+                "gradients are averaged only in its own backward pass, got 'double_backward'"
+            )
         self.plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
         self.names = _names(self.plain, optimizer)
@@ -169,7 +173,6 @@ class DifferentiableStep:
         # Where the output has kinks, a second pass gains nothing.
         self.central = not any(isinstance(m, _KINKED) for m in self.plain.modules())
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.names}
-        self._seen: set[Any] = set()
 
     # ---- One step.
 
@@ -177,17 +180,16 @@ class DifferentiableStep:
         inputs, target = train_batch
         random = _random_state(self.device)
         buffers = _cloned(self.plain.buffers())
-        # Batches of shapes that have passed do not fail later than before the step.
-        shapes = _shapes(train_batch), _shapes(valid_batch)
-        saved = None if shapes in self._seen else copy.deepcopy(self.optimizer.state_dict())
+        saved = _copied_state(self.optimizer)
         stepped = False
         try:
             prediction, value, slope, gradients = self._train(
                 inputs, target, double=self.backend == "double_backward"
             )
-            self._clip()
+            ratio = self._slope_ratio(prediction, target, slope)
             jacobian = StepJacobian(self.optimizer, approximate=self.approximate)
             moved = [p for p, *_ in jacobian.stepped]
+            self._clip(moved)
             with torch.no_grad():
                 torch._foreach_copy_(list(self._before.values()), list(self._before))
                 stepped = True
@@ -208,23 +210,21 @@ class DifferentiableStep:
         except BaseException:
             self._restore(stepped, saved, random, buffers)
             raise
-        self._seen.add(shapes)
         results = self._averaged([None if g is None else g.neg_() for g in phi])
-        return MetaGradient(
-            value, task_value, results, rates, self._slope_ratio(prediction, target, slope), self.backend
-        )
+        return MetaGradient(value, task_value, results, rates, ratio, self.backend)
 
     def plain_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
         random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
         try:
             prediction, value, slope, _ = self._train(*batch, double=False, create_graph=False)
-            self._clip()
+            ratio = self._slope_ratio(prediction, batch[1], slope)
+            self._clip([p for p, _ in parameters_of(self.optimizer) if p.grad is not None])
         except BaseException:
-            self._restore(False, None, random, buffers)
+            self._restore(False, {}, random, buffers)
             raise
         self.optimizer.step()
-        return value, self._slope_ratio(prediction, batch[1], slope)
+        return value, ratio
 
     def _train(
         self, inputs: Any, target: Tensor, *, double: bool, create_graph: bool = True
@@ -321,8 +321,8 @@ class DifferentiableStep:
     # ---- Clipping.
 
     @torch.no_grad()
-    def _clip(self) -> None:
-        gradients = [p.grad for p in self.names if p.grad is not None]
+    def _clip(self, moved: list[Tensor]) -> None:
+        gradients = [p.grad for p in moved if p.grad is not None]
         self._inside: list[Tensor] | None = None
         self._scale: Tensor | None = None
         if self.clip_value is not None:
@@ -414,11 +414,11 @@ class DifferentiableStep:
             _copy_back(self.plain.buffers(), buffers)
 
     @torch.no_grad()
-    def _restore(self, stepped: bool, saved: Any, random: Any, buffers: list[Tensor]) -> None:
+    def _restore(self, stepped: bool, saved: dict[Tensor, Any], random: Any, buffers: list[Tensor]) -> None:
         if stepped:
             torch._foreach_copy_(list(self._before), list(self._before.values()))
-            if saved is not None:
-                self.optimizer.load_state_dict(saved)
+            self.optimizer.state.clear()
+            self.optimizer.state.update(saved)
         _copy_back(self.plain.buffers(), buffers)
         _set_random_state(self.device, random)
 
@@ -451,12 +451,11 @@ def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
     return named
 
 
-def _shapes(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.shape, batch.dtype
-    if isinstance(batch, Mapping):
-        return tuple((k, _shapes(v)) for k, v in batch.items())
-    return tuple(map(_shapes, batch)) if isinstance(batch, Sequence) and not isinstance(batch, str) else batch
+def _copied_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    return {
+        p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+        for p, state in optimizer.state.items()
+    }
 
 
 def _cloned(tensors: Any) -> list[Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-# One entry per parameter that took a step: (parameter, its group, its state now, whether the step was its first).
-Stepped = tuple[Tensor, dict[str, Any], dict[str, Any], bool]
+# One entry per parameter that takes a step: (parameter, its group, whether the step is its first).
+Stepped = tuple[Tensor, dict[str, Any], bool]
 
 
 class StepJacobian:
@@ -34,6 +34,7 @@ class StepJacobian:
     """
 
     def __init__(self, optimizer: Optimizer, *, approximate: bool = False) -> None:
+        self.optimizer = optimizer
         self.rule = _RULES.get(type(optimizer))
         if self.rule is None:
             if not approximate:
@@ -55,8 +56,7 @@ class StepJacobian:
                 raise ValueError(
                     f"AdaLFL: gradients must be dense and real, got {'sparse' if grad.is_sparse else 'complex'}"
                 )
-            state = optimizer.state[parameter]
-            self.stepped.append((parameter, group, state, _is_first(state)))
+            self.stepped.append((parameter, group, _is_first(optimizer.state.get(parameter, {}))))
         if self.adaptive and any(first for *_, first in self.stepped):
             warnings.warn(
                 f"AdaLFL: the first step of {type(optimizer).__name__} hardly depends on the size of the gradient, so "
@@ -68,7 +68,8 @@ class StepJacobian:
     def products(self, vectors: list[Tensor], before: list[Tensor]) -> list[Tensor]:
         """The derivative times ``vectors``, which are overwritten, after the step. ``before``: the parameters before
         it. In the order of ``stepped``; the gradients must still be those of the step."""
-        for v, old, (parameter, group, state, first) in zip(vectors, before, self.stepped, strict=True):
+        for v, old, (parameter, group, first) in zip(vectors, before, self.stepped, strict=True):
+            state = self.optimizer.state.get(parameter, {})
             v *= self.rule(parameter.grad, old, group, state, first)  # type: ignore[misc]
         return vectors
 

@@ -223,6 +223,18 @@ os._exit(0)
 """
 
 
+def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = mlp()
+
+    monkeypatch.setattr(sys.modules["lossmeta.adalfl.meta_gradient"], "DistributedDataParallel", Parallel)
+    with pytest.raises(ValueError, match="backend must be 'jvp' or 'finite_difference' for a Distributed"):
+        learner(model=Parallel(), backend="double_backward")
+    assert learner(model=Parallel()).backend.startswith("finite_difference: the model is wrapped")
+
+
 def test_distributed_processes_do_what_one_does(tmp_path: Path) -> None:
     def of_eight() -> list[tuple[Tensor, Tensor]]:
         return [(torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(2)]
