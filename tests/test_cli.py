@@ -64,7 +64,10 @@ def test_info_says_why_an_operator_has_no_kernel(monkeypatch: pytest.MonkeyPatch
 def test_info_says_which_operator_a_cuda_build_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_build, "why_no_cuda", None)
     lacking = "lossmeta::parametric_cross_entropy"
-    has_kernel = lambda name, key: (name, key) != (lacking, "CUDA")  # noqa: E731
+
+    def has_kernel(name: str, key: str) -> bool:
+        return (name, key) != (lacking, "CUDA")
+
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has_kernel)
     rows = [line for line in lossmeta_command("info").splitlines() if "reference" in line]
     assert rows[0].split() == ["parametric_cross_entropy", "compiled", "reference"]
@@ -84,7 +87,10 @@ def test_an_operator_is_compiled_where_all_its_forms_are(
     monkeypatch: pytest.MonkeyPatch, form: str, operator: str, device: str
 ) -> None:
     monkeypatch.setattr(_build, "why_no_cuda", None)
-    has_kernel = lambda name, key: (name, key) != (f"lossmeta::{form}", device.upper())  # noqa: E731
+
+    def has_kernel(name: str, key: str) -> bool:
+        return (name, key) != (f"lossmeta::{form}", device.upper())
+
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has_kernel)
     operators = lossmeta.info()["operators"]
     assert operators[operator].pop(device) == f"reference: {_build.why_no_kernel(device)}"

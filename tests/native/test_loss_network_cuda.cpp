@@ -291,6 +291,18 @@ void each_option(const F& f) {
   }
 }
 
+// The derivative of value() with respect to x, which it reads.
+template <class Value>
+double difference(double& x, const Value& value) {
+  const double kept = x, step = 1e-5;
+  x = kept + step;
+  const double up = value();
+  x = kept - step;
+  const double down = value();
+  x = kept;
+  return (up - down) / (2 * step);
+}
+
 }  // namespace
 
 TEST(the_reference_agrees_with_finite_differences) {
@@ -305,15 +317,6 @@ TEST(the_reference_agrees_with_finite_differences) {
       for (int i = 0; i < 2; ++i) sum += k.grad_loss[i] * k.want_loss[i];
       for (int i = 0; i < 10; ++i) sum += k.grad_slope[i] * k.want_slope[i];
       return sum;
-    };
-    const auto difference = [&](double& x, const auto& value) {
-      const double kept = x, step = 1e-5;
-      x = kept + step;
-      const double up = value();
-      x = kept - step;
-      const double down = value();
-      x = kept;
-      return (up - down) / (2 * step);
     };
     for (int i = 0; i < 10; ++i) {
       CHECK_NEAR(difference(k.pred[i], objective), want_pred[i], 1e-6, 1e-6, "pred ", i);
@@ -516,15 +519,6 @@ TEST(table_gradients_are_those_of_the_table) {
     for (int i = 0; i < 2; ++i) sum += k.grad_loss[i] * k.loss[i];
     for (int i = 0; i < 10; ++i) sum += k.grad_slope[i] * k.slope[i];
     return sum;
-  };
-  const auto difference = [&](double& x, const auto& value) {
-    const double kept = x, step = 1e-5;
-    x = kept + step;
-    const double up = value();
-    x = kept - step;
-    const double down = value();
-    x = kept;
-    return (up - down) / (2 * step);
   };
   for (int i = 0; i < 10; ++i) {
     CHECK_NEAR(difference(k.pred[i], objective), k.grad_pred[i], 1e-9, 1e-8, "pred ", i);
