@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lossmeta import _checks
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
 from lossmeta.ops._arguments import choice
+from lossmeta.ops._operator import accumulation_dtype
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network
+
+RESIDUALS = {"cross_entropy": "softmax", "squared_error": "identity"}
 
 
 class LossNetwork(OutputwiseLoss):
@@ -22,6 +27,14 @@ class LossNetwork(OutputwiseLoss):
     Kaiming-normal; until they have been learned, minimising this loss serves nothing. Give them an optimizer of their
     own, not the model's.
 
+    With ``residual`` the network is added to a task loss and its output layer starts at zero, so that the loss starts
+    as the task loss exactly and nothing need be learned before the training:
+
+    .. math:: \mathcal M_\phi(y, f) = \mathcal L_T(y, f) + \frac1C \sum_{i=1}^C \ell_\phi(y_i, f_i)
+
+    (with ``output="softplus"`` log 2 above it, of the same gradient). At first only the output layer has a
+    meta-gradient, the others from the second update on.
+
     Args:
         hidden: H, the width of the hidden layers.
         leak: slope of the smooth leaky ReLU for very negative inputs, in [0, 1]; the paper's :math:`\gamma`.
@@ -30,6 +43,9 @@ class LossNetwork(OutputwiseLoss):
         output: ``"linear"`` (AdaLFL) or ``"softplus"``.
         link: ``"softmax"`` for classification: takes logits and compares probabilities with one-hot targets.
             ``"identity"`` for regression.
+        residual: ``"cross_entropy"`` (:func:`torch.nn.functional.cross_entropy` with the weight, ``ignore_index``,
+            ``label_smoothing`` and reduction below; for the softmax link), ``"squared_error"`` (for the identity link;
+            its mean is that of :func:`torch.nn.functional.mse_loss`), or ``None``: the network alone.
         exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
         weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
         ignore_index: label that contributes neither loss nor gradient.
@@ -51,6 +67,7 @@ class LossNetwork(OutputwiseLoss):
         >>> criterion = LossNetwork()
         >>> logits = torch.randn(8, 3, requires_grad=True)
         >>> criterion(logits, torch.randint(3, (8,))).backward()
+        >>> criterion = LossNetwork(residual="cross_entropy")  # starts as torch.nn.CrossEntropyLoss()
     """
 
     takes_labels = True
@@ -64,6 +81,7 @@ class LossNetwork(OutputwiseLoss):
         activation: str = "smooth_leaky_relu",
         output: str = "linear",
         link: str = "softmax",
+        residual: str | None = None,
         exact: bool = False,
         weight: Tensor | None = None,
         ignore_index: int = IGNORED,
@@ -81,6 +99,12 @@ class LossNetwork(OutputwiseLoss):
         )
         choice("LossNetwork", "activation", activation, HIDDEN)
         choice("LossNetwork", "output", output, OUTPUTS)
+        if residual is not None:
+            needed = choice("LossNetwork", "residual", residual, RESIDUALS)
+            if link != needed:
+                raise ValueError(
+                    f"LossNetwork: residual={residual!r} is for link={needed!r}, got link={link!r}"
+                )
         if hidden < 1:
             raise ValueError(f"LossNetwork: hidden must be at least 1, got {hidden}")
         if not 0.0 <= leak <= 1.0:
@@ -92,6 +116,7 @@ class LossNetwork(OutputwiseLoss):
         self.smoothness = smoothness
         self.activation = activation
         self.output = output
+        self.residual = residual
         self.exact = exact
         self.input_weight = nn.Parameter(torch.empty(hidden, 2, device=device, dtype=dtype))
         self.hidden_weight = nn.Parameter(torch.empty(hidden, hidden, device=device, dtype=dtype))
@@ -99,9 +124,15 @@ class LossNetwork(OutputwiseLoss):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights anew."""
+        """Draws the weights anew; with a residual the output layer's are 0."""
         for weight in (self.input_weight, self.hidden_weight, self.output_weight):
             nn.init.kaiming_normal_(weight)
+        if self.residual is not None:
+            nn.init.zeros_(self.output_weight)
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        loss = super().forward(pred, target)
+        return loss if self.residual is None else loss + self._task_loss(pred, target)
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
         loss, _ = loss_network(
@@ -120,8 +151,34 @@ class LossNetwork(OutputwiseLoss):
         )
         return loss
 
+    def _task_loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy or squared error, reduced like this loss. The arguments have been checked."""
+        dtype = accumulation_dtype(pred.dtype)
+        pred = pred.to(dtype)
+        if target.is_floating_point():
+            target = target.to(dtype)
+        if self.link == "identity":
+            if self.reduction == "mean":
+                return F.mse_loss(pred, target)
+            error = F.mse_loss(pred, target, reduction="none").reshape(len(pred), math.prod(pred.shape[1:]))
+            error = error.mean(1)
+            return error if self.reduction == "none" else error.sum()
+        if not (target.is_floating_point() or _checks.may_look(target)):
+            # The network answers a label out of range by NaN; cross-entropy would end the CUDA context.
+            classes = pred.shape[0 if pred.dim() == 1 else 1]
+            bad = _checks.outside(self.name, "labels", target, classes)
+            target = target.masked_fill(bad, self.ignore_index)
+        return F.cross_entropy(
+            pred,
+            target,
+            None if self.weight is None else self.weight.to(dtype),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+        )
+
     def extra_repr(self) -> str:
         return (
             f"hidden={self.hidden}, leak={self.leak}, smoothness={self.smoothness}, activation={self.activation!r}, "
-            f"output={self.output!r}, exact={self.exact}, {super().extra_repr()}"
+            f"output={self.output!r}, residual={self.residual!r}, exact={self.exact}, {super().extra_repr()}"
         )

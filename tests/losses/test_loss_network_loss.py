@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lossmeta import _checks
 from lossmeta.losses import LossNetwork
 
 
@@ -112,10 +113,99 @@ def test_trains_the_network_and_what_it_judges() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (*loss.parameters(), logits))
 
 
+# ---- The network on top of a task loss.
+
+SHAPES = pytest.mark.parametrize("shape", [(5,), (7, 5), (4, 3, 2), (600, 20)], ids=str)
+REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+
+
+def targets(shape: tuple[int, ...], probabilities: bool) -> Tensor:
+    if probabilities:
+        return torch.rand(shape).softmax(0 if len(shape) == 1 else 1)
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    labels = torch.randint(classes, (() if len(shape) == 1 else (shape[0], *shape[2:])))
+    if labels.dim():
+        labels[0] = -1
+    return labels
+
+
+@SHAPES
+@REDUCTIONS
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_starts_as_cross_entropy(
+    shape: tuple[int, ...], reduction: str, weighted: bool, smoothing: float, probabilities: bool
+) -> None:
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": -1, "label_smoothing": smoothing}
+    options["weight"] = torch.rand(shape[0 if len(shape) == 1 else 1]) + 0.5 if weighted else None
+    loss = made(residual="cross_entropy", **options)
+    logits, target = torch.randn(shape, requires_grad=True), targets(shape, probabilities)
+    actual, expected = loss(logits, target), F.cross_entropy(logits, target, **options)
+    assert torch.equal(actual, expected)
+    upstream = torch.rand(actual.shape)
+    gradients = [torch.autograd.grad(value, logits, upstream)[0] for value in (actual, expected)]
+    assert torch.equal(*gradients)
+    # Later it is the sum of the two losses.
+    network = made(**options)
+    network.load_state_dict(loss.state_dict())
+    with torch.no_grad():
+        for module in (loss, network):
+            module.output_weight.fill_(0.1)
+    assert torch.equal(loss(logits, target), expected + network(logits, target))
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (5, 3), (5, 2, 2), (0, 3)], ids=str)
+def test_starts_as_squared_error(shape: tuple[int, ...], reduction: str) -> None:
+    loss = made(residual="squared_error", link="identity", reduction=reduction)
+    pred, target = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    actual = loss(pred, target)
+    each = F.mse_loss(pred, target, reduction="none").reshape(shape[0], -1 if shape[0] else 3).mean(1)
+    expected = {"none": each, "mean": F.mse_loss(pred, target), "sum": each.sum()}[reduction]
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=0)
+    upstream = torch.rand(actual.shape)
+    gradients = [torch.autograd.grad(value, pred, upstream)[0] for value in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("output", ["linear", "softplus"])
+@pytest.mark.parametrize("activation", ["smooth_leaky_relu", "relu"])
+@pytest.mark.parametrize("shape", [(6, 4), (600, 20)], ids=str)  # by the network and by its table
+def test_learns_from_the_task_loss_on(shape: tuple[int, int], activation: str, output: str) -> None:
+    loss = made(residual="cross_entropy", output=output, activation=activation)
+    logits, labels = torch.randn(shape, requires_grad=True), torch.randint(shape[1], shape[:1])
+    (slope,) = torch.autograd.grad(loss(logits, labels), logits, create_graph=True)
+    task_slope = torch.autograd.grad(F.cross_entropy(logits, labels), logits)[0]
+    torch.testing.assert_close(slope, task_slope, rtol=1e-6, atol=0)
+    first, second, third = torch.autograd.grad(slope, tuple(loss.parameters()), torch.randn(shape))
+    assert not first.any()
+    assert not second.any()
+    assert third.count_nonzero() > 30  # a unit of the ReLU network may be dead
+
+
+def test_a_label_that_cannot_be_looked_at_never_reaches_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would end the CUDA context. The network's operator, which looks here, is taken out."""
+    monkeypatch.setattr(_checks, "may_look", lambda tensor: False)
+    loss = made(residual="cross_entropy", reduction="none")
+    monkeypatch.setattr(loss, "outputwise", lambda pred, target: pred.new_zeros(len(pred)))
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 3, -100, 1])
+    kept = torch.tensor([0, -100, -100, 1])
+    assert torch.equal(loss(logits, labels), F.cross_entropy(logits, kept, reduction="none"))
+
+
+def test_half_precision_is_accumulated() -> None:
+    loss = made(residual="cross_entropy")
+    logits, labels = torch.randn(6, 4, dtype=torch.bfloat16), torch.randint(4, (6,))
+    assert torch.equal(loss(logits, labels), F.cross_entropy(logits.float(), labels))
+
+
 def test_representation() -> None:
     assert repr(LossNetwork(link="identity")) == (
         "LossNetwork(hidden=40, leak=0.01, smoothness=10.0, activation='smooth_leaky_relu', output='linear', "
-        "exact=False, link='identity', reduction='mean')"
+        "residual=None, exact=False, link='identity', reduction='mean')"
     )
 
 
@@ -132,6 +222,18 @@ def test_representation() -> None:
             "LossNetwork: activation must be one of 'smooth_leaky_relu', 'relu', got 'tanh'",
         ),
         ({"output": "exp"}, "LossNetwork: output must be one of 'linear', 'softplus', got 'exp'"),
+        (
+            {"residual": "l1"},
+            "LossNetwork: residual must be one of 'cross_entropy', 'squared_error', got 'l1'",
+        ),
+        (
+            {"residual": "cross_entropy", "link": "identity"},
+            "LossNetwork: residual='cross_entropy' is for link='softmax', got link='identity'",
+        ),
+        (
+            {"residual": "squared_error"},
+            "LossNetwork: residual='squared_error' is for link='identity', got link='softmax'",
+        ),
         ({"link": "log"}, "LossNetwork: link must be one of 'softmax', 'identity', got 'log'"),
     ],
 )
