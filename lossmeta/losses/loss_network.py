@@ -35,6 +35,16 @@ class LossNetwork(OutputwiseLoss):
     (with ``output="softplus"`` log 2 above it, of the same gradient). At first only the output layer has a
     meta-gradient, the others from the second update on.
 
+    With ``normalize_slope`` only the shape of the loss is left to learn, not its size, which acts as a learning rate.
+    The loss is multiplied by the factor that makes it, on the batch at hand, as steep as the task loss (cross-entropy
+    as a function of the logits, or squared error) in the mean:
+
+    .. math:: s(\phi) = \frac{\sum |\partial \mathcal L_T / \partial f|}
+                           {\sum |\partial \mathcal M_\phi / \partial f|}
+
+    For derivatives with respect to the prediction s is a constant; for those with respect to :math:`\phi` it is not, so
+    that the meta-gradient has no component along mere scaling.
+
     Args:
         hidden: H, the width of the hidden layers.
         leak: slope of the smooth leaky ReLU for very negative inputs, in [0, 1]; the paper's :math:`\gamma`.
@@ -46,6 +56,9 @@ class LossNetwork(OutputwiseLoss):
         residual: ``"cross_entropy"`` (:func:`torch.nn.functional.cross_entropy` with the weight, ``ignore_index``,
             ``label_smoothing`` and reduction below; for the softmax link), ``"squared_error"`` (for the identity link;
             its mean is that of :func:`torch.nn.functional.mse_loss`), or ``None``: the network alone.
+        normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
+            slope is below the rounding error of the task loss's, as that of a constant loss, s is 1. Not for the
+            transforms of ``torch.func``.
         exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
         weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
         ignore_index: label that contributes neither loss nor gradient.
@@ -82,6 +95,7 @@ class LossNetwork(OutputwiseLoss):
         output: str = "linear",
         link: str = "softmax",
         residual: str | None = None,
+        normalize_slope: bool = False,
         exact: bool = False,
         weight: Tensor | None = None,
         ignore_index: int = IGNORED,
@@ -117,6 +131,7 @@ class LossNetwork(OutputwiseLoss):
         self.activation = activation
         self.output = output
         self.residual = residual
+        self.normalize_slope = normalize_slope
         self.exact = exact
         self.input_weight = nn.Parameter(torch.empty(hidden, 2, device=device, dtype=dtype))
         self.hidden_weight = nn.Parameter(torch.empty(hidden, hidden, device=device, dtype=dtype))
@@ -131,8 +146,31 @@ class LossNetwork(OutputwiseLoss):
             nn.init.zeros_(self.output_weight)
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        loss = self._unscaled(pred, target)
+        return loss * self._scale(pred, target) if self.normalize_slope else loss
+
+    def _unscaled(self, pred: Tensor, target: Tensor) -> Tensor:
         loss = super().forward(pred, target)
         return loss if self.residual is None else loss + self._task_loss(pred, target)
+
+    def _scale(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The task loss's mean absolute slope over this loss's; differentiable in the weights only."""
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._scale(pred.clone(), target.clone()).detach()
+        f = pred.detach().to(accumulation_dtype(pred.dtype))
+        if self.link == "softmax" and not target.is_floating_point():
+            # Cross-entropy's gradient in an ignored row is NaN where the row holds NaN.
+            ignored = target == self.ignore_index
+            f = f.masked_fill(ignored.unsqueeze(1) if pred.dim() > 1 else ignored, 0)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            f.requires_grad_()
+            (wanted,) = torch.autograd.grad(self._task_loss(f, target).sum(), f)
+            (slope,) = torch.autograd.grad(self._unscaled(f, target).sum(), f, create_graph=create_graph)
+        task, own = wanted.abs().sum(), slope.abs().sum()
+        steep = own > torch.finfo(f.dtype).eps * task
+        return torch.where(steep, task / own.where(steep, 1), 1)
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
         loss, _ = loss_network(
@@ -180,5 +218,6 @@ class LossNetwork(OutputwiseLoss):
     def extra_repr(self) -> str:
         return (
             f"hidden={self.hidden}, leak={self.leak}, smoothness={self.smoothness}, activation={self.activation!r}, "
-            f"output={self.output!r}, residual={self.residual!r}, exact={self.exact}, {super().extra_repr()}"
+            f"output={self.output!r}, residual={self.residual!r}, normalize_slope={self.normalize_slope}, "
+            f"exact={self.exact}, {super().extra_repr()}"
         )

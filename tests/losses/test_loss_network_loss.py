@@ -202,10 +202,126 @@ def test_half_precision_is_accumulated() -> None:
     assert torch.equal(loss(logits, labels), F.cross_entropy(logits.float(), labels))
 
 
+# ---- A slope of the task loss's size.
+
+
+def slope_of(value: Tensor, pred: Tensor, **options: Any) -> Tensor:
+    return torch.autograd.grad(value.sum(), pred, **options)[0]
+
+
+def random_weights(loss: LossNetwork) -> LossNetwork:
+    with torch.no_grad():
+        loss.output_weight.normal_()
+    return loss
+
+
+@SHAPES
+@REDUCTIONS
+@pytest.mark.parametrize("residual", [None, "cross_entropy"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_slope_is_as_steep_as_cross_entropy(
+    shape: tuple[int, ...],
+    reduction: str,
+    residual: str | None,
+    weighted: bool,
+    smoothing: float,
+    probabilities: bool,
+) -> None:
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": -1, "label_smoothing": smoothing}
+    options["weight"] = torch.rand(shape[0 if len(shape) == 1 else 1]) + 0.5 if weighted else None
+    loss = random_weights(made(residual=residual, normalize_slope=True, **options))
+    logits, target = torch.randn(shape, requires_grad=True), targets(shape, probabilities)
+    task = slope_of(F.cross_entropy(logits, target, **options), logits)
+    slope = slope_of(loss(logits, target), logits)
+    torch.testing.assert_close(slope.abs().mean(), task.abs().mean())
+    loss.normalize_slope = False
+    plain = slope_of(loss(logits, target), logits)
+    torch.testing.assert_close(slope, plain * (task.abs().sum() / plain.abs().sum()), rtol=1e-5, atol=1e-7)
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("residual", [None, "squared_error"])
+@pytest.mark.parametrize("shape", [(6,), (5, 3), (5, 2, 2)], ids=str)
+def test_slope_is_as_steep_as_squared_error(
+    shape: tuple[int, ...], residual: str | None, reduction: str
+) -> None:
+    loss = random_weights(made(residual=residual, normalize_slope=True, link="identity", reduction=reduction))
+    pred, target = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    size = pred.numel() if reduction == "mean" else pred[0].numel()
+    expected = (2 * (pred - target) / size).abs().mean()
+    torch.testing.assert_close(slope_of(loss(pred, target), pred).abs().mean(), expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (600, 20)], ids=str)
+def test_the_meta_gradient_does_not_scale(shape: tuple[int, int]) -> None:
+    """<d<slope, u>/d w3, w3> is its derivative along a scaling of the output layer."""
+    loss = made(dtype=torch.float64)
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    labels, u = torch.randint(shape[1], shape[:1]), torch.randn(shape, dtype=torch.float64)
+    along = []
+    for loss.normalize_slope in (False, True):
+        slope = slope_of(loss(logits, labels), logits, create_graph=True)
+        (gradient,) = torch.autograd.grad(slope, loss.output_weight, u)
+        along.append((gradient * loss.output_weight).sum().abs() / gradient.norm())
+    assert along[0] > 1e-6
+    assert along[1] < 1e-12
+
+
+def test_factor_is_no_function_of_the_prediction() -> None:
+    loss = made(normalize_slope=True, dtype=torch.float64)
+    logits, labels = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randint(4, (6,))
+    scaled = slope_of(loss(logits, labels), logits, create_graph=True)
+    again = slope_of(scaled.square().sum(), logits)
+    loss.normalize_slope = False
+    plain = slope_of(loss(logits, labels), logits, create_graph=True)
+    factor = (scaled / plain).detach()
+    torch.testing.assert_close(factor, factor[0, 0].expand(6, 4))
+    torch.testing.assert_close(again, factor[0, 0] ** 2 * slope_of(plain.square().sum(), logits))
+
+
+def test_ignored_rows_do_not_steepen() -> None:
+    loss = made(normalize_slope=True)
+    logits, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 3, -100, 1, -100, 2])
+    kept = labels != -100
+    expected = slope_of(loss(logits[kept], labels[kept]), logits)
+    with torch.no_grad():
+        logits[~kept] = torch.nan
+    torch.testing.assert_close(slope_of(loss(logits, labels), logits), expected)
+
+
+def test_a_flat_loss_keeps_a_finite_gradient() -> None:
+    loss = made(normalize_slope=True)
+    logits, labels = torch.randn(6, 4, requires_grad=True), torch.randint(4, (6,))
+    with torch.no_grad():
+        loss.output_weight.zero_()
+    slope = slope_of(loss(logits, labels), logits, create_graph=True)
+    assert not slope.any()
+    gradients = torch.autograd.grad(slope, tuple(loss.parameters()), torch.randn(6, 4))
+    assert all(g.isfinite().all() for g in gradients)
+    assert gradients[2].all()
+    # As flat as rounding: the factor would be 1e20.
+    with torch.no_grad():
+        loss.output_weight.fill_(1e-20)
+    assert slope_of(loss(logits, labels), logits).abs().max() < 1e-19
+
+
+def test_normalized_in_half_precision_and_without_gradients() -> None:
+    loss = made(normalize_slope=True)
+    logits, labels = torch.randn(6, 4).bfloat16(), torch.randint(4, (6,))
+    expected = loss(logits.float(), labels)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(loss(1 * logits, 1 * labels), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(logits.float(), labels), expected)
+
+
 def test_representation() -> None:
     assert repr(LossNetwork(link="identity")) == (
         "LossNetwork(hidden=40, leak=0.01, smoothness=10.0, activation='smooth_leaky_relu', output='linear', "
-        "residual=None, exact=False, link='identity', reduction='mean')"
+        "residual=None, normalize_slope=False, exact=False, link='identity', reduction='mean')"
     )
 
 
