@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,48 @@ def quickstart(
     from lossmeta.recipes import quickstart
 
     raise typer.Exit(quickstart.run(seeds=seeds, epochs=epochs, device=device, output=output))
+
+
+class Size(str, Enum):
+    small = "small"
+    paper = "paper"
+
+
+@app.command(name="list")
+def list_recipes() -> None:
+    """Recipes for `lossmeta run`."""
+    from lossmeta.recipes import recipes
+
+    found = recipes()
+    width = max(map(len, found))
+    for name, recipe in found.items():
+        typer.echo(f"{name:{width}}  {recipe.about}")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="One of those of `lossmeta list`.")],
+    size: Annotated[
+        Size, typer.Option(help="small: minutes on a CPU; paper: the paper's models and steps.")
+    ] = Size.small,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, or cuda.")] = "cpu",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training and initialisation steps instead of the recipe's own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="runs/RECIPE-SIZE")
+    ] = None,
+) -> None:
+    """Run an experiment of the papers: its table, ours beside theirs. Continues where it was stopped."""
+    from lossmeta.recipes import recipes
+
+    found = recipes()
+    if recipe not in found:
+        raise typer.BadParameter(f"expected one of {', '.join(found)}, got {recipe}", param_hint="RECIPE")
+    folder = output or Path("runs") / f"{recipe}-{size.value}"
+    status = found[recipe].run(size=size.value, seeds=seeds, device=device, steps=steps, output=folder)
+    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

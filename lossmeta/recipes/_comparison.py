@@ -1,0 +1,256 @@
+"""Compares methods on the tasks of the AdaLFL paper, with seeds paired: the same data, initial weights and batches."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import lossmeta
+from lossmeta import data
+from lossmeta.recipes._methods import Method, Trials
+from lossmeta.recipes._paper import reported
+from lossmeta.recipes._problems import Problem, problems, split
+from lossmeta.recipes._results import write_json
+
+PLAIN = Method("plain, paper's rate", "baseline")
+TUNED = Method("plain, tuned rate", tuned=True)
+# The rate of TUNED is chosen by the selection error of these seeds, which no comparison reports.
+TUNING_SEEDS = range(10_000, 10_003)
+OFFLINE_STEPS = {"small": 1000, "paper": 2500}
+LEGEND = """\
+Test error: mean squared error, or share of wrong classes; mean ± sd over seeds. Difference: to plain training at its
+tuned rate, paired by seed, negative is better; p: paired t-test. Slope: how many times steeper the loss is than the
+task loss when training ends, that is how much of a difference is only a learning rate."""
+
+Trial = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A table of the paper.
+
+    Attributes:
+        name: for ``lossmeta run``.
+        about: one line for ``lossmeta list``.
+        groups: of tasks, see ``_problems``.
+        methods: the rows.
+        tasks: names of the tasks if not all of the groups' at ``--size paper``.
+        seconds: whether the table is about time rather than error.
+    """
+
+    name: str
+    about: str
+    groups: tuple[str, ...]
+    methods: tuple[Method, ...]
+    tasks: tuple[str, ...] | None = None
+    seconds: bool = False
+
+    def problems(self, size: str) -> list[Problem]:
+        found = problems(size, *self.groups)
+        if self.tasks is None or size != "paper":
+            return found
+        return [p for p in found if p.name in self.tasks]
+
+    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
+        """Trains every method with every seed, shows and keeps the results; returns the exit status.
+
+        Every finished trial is written at once; a run into the same folder goes on from there.
+        """
+        try:
+            where = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            return self._fail(f"--device {device} cannot be used: {error}", 2)
+        threads = torch.get_num_threads()
+        if size == "small" and where.type == "cpu":
+            torch.set_num_threads(1)  # the models are small: a second thread would cost more than it does
+        try:
+            results = Results(output / "results.json", self._settings(size, where, steps))
+            return self._compare(self.problems(size), size, seeds, where, results, steps)
+        except KeyboardInterrupt:
+            return self._fail(
+                f"stopped; finished trials are in {output / 'results.json'}, run again to go on", 130
+            )
+        except (data.MissingDataError, SettingsError) as error:
+            return self._fail(str(error), 2)
+        except OSError as error:
+            return self._fail(f"the results could not be written: {error}", 1)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _settings(self, size: str, device: torch.device, steps: int | None) -> dict[str, Any]:
+        return {"recipe": self.name, "size": size, "device": device.type, "steps": steps}
+
+    def _compare(
+        self,
+        tasks: list[Problem],
+        size: str,
+        seeds: int,
+        device: torch.device,
+        results: Results,
+        steps: int | None,
+    ) -> int:
+        console = Console()
+        tuning = any(m.tuned for m in self.methods)
+        per_task = len(self.methods) * seeds
+        with Progress(console=console, transient=True) as bar:
+            shown = bar.add_task("", total=len(tasks) * per_task)
+            for problem in tasks:
+                if steps is not None:
+                    problem = problem.shortened(steps)
+                dataset = data.load(problem.data)
+                cell = Cell(
+                    problem, dataset, device, OFFLINE_STEPS[size] if steps is None else steps, results
+                )
+                bar.update(shown, description=f"{problem.name}: tuning the rate" if tuning else problem.name)
+                rate = cell.tuned_rate() if tuning else problem.rate
+                for seed in range(seeds):
+                    for method in self.methods:
+                        bar.update(shown, description=f"{problem.name}: {method.label}, seed {seed}")
+                        cell.trial(method, seed, rate if method.tuned else problem.rate)
+                        bar.advance(shown)
+        for problem in tasks:
+            rows = {m.label: results.of(problem.name, m.label, range(seeds)) for m in self.methods}
+            console.print(self._table(problem.name, rows, seeds))
+        console.print(
+            "Run time: seconds of all that training needed." if self.seconds else LEGEND, highlight=False
+        )
+        console.print(f"Results: {results.path}", soft_wrap=True)
+        return 0
+
+    def _table(self, task: str, rows: dict[str, list[Trial]], seeds: int) -> Table:
+        table = Table(title=f"{task}, {seeds} seed{'s' if seeds > 1 else ''}")
+        for heading, justify in (("method", "left"), ("seconds" if self.seconds else "test error", "right")):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table.add_column("paper, hours" if self.seconds else "paper", justify="right")
+        reference = rows.get(TUNED.label) or rows[self.methods[0].label]
+        headings = ("times the first",) if self.seconds else ("difference", "better", "p", "slope", "rate")
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for method in self.methods:
+            trials = rows[method.label]
+            paper = reported(method.column, task)
+            if self.seconds:
+                spent = [[t["seconds"] + t["offline_seconds"] for t in ts] for ts in (trials, reference)]
+                ratio = statistics.fmean(spent[0]) / statistics.fmean(spent[1])
+                table.add_row(method.label, spread(spent[0], ".2f"), paper, f"{ratio:.2f}")
+                continue
+            slope = statistics.median(t["slope_ratio"] or math.nan for t in trials)
+            table.add_row(
+                method.label,
+                spread([t["test"] for t in trials]),
+                paper,
+                *(("", "", "") if trials is reference else compared(trials, reference)),
+                f"{slope:.2f}",
+                f"{statistics.median(t['final_rate'] for t in trials):.3g}",
+            )
+        return table
+
+    def _fail(self, message: str, status: int) -> int:
+        print(f"lossmeta run {self.name}: {message}", file=sys.stderr)
+        return status
+
+
+@dataclass
+class Cell:
+    """The trials of one task."""
+
+    problem: Problem
+    dataset: data.Dataset
+    device: torch.device
+    offline_steps: int
+    results: Results
+    _trials: Trials | None = None
+
+    def trial(self, method: Method, seed: int, rate: float, label: str | None = None) -> Trial:
+        key = {"task": self.problem.name, "method": label or method.label, "seed": seed}
+
+        def compute() -> Trial:
+            if self._trials is None or self._trials.seed != seed:
+                splits = split(self.dataset, seed, self.device, self.problem.augment)
+                self._trials = Trials(self.problem, splits, seed, self.device, self.offline_steps)
+            return self._trials.run(method, rate)
+
+        return self.results.get(key, compute)
+
+    def tuned_rate(self) -> float:
+        """The rate of plain training with the lowest mean selection error over the tuning seeds."""
+
+        def error(rate: float) -> float:
+            trials = [self.trial(PLAIN, seed, rate, f"tuning, rate {rate:g}") for seed in TUNING_SEEDS]
+            return statistics.fmean(math.inf if t["selection"] is None else t["selection"] for t in trials)
+
+        return min(self.problem.rates, key=error)
+
+
+class SettingsError(ValueError):
+    """The folder holds results of another kind."""
+
+
+class Results:
+    """Trials on disk; each is written as soon as it is finished, and never trained twice."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.report: dict[str, Any] = {"settings": settings, "versions": lossmeta.info(), "results": []}
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            if earlier.get("settings") != settings:
+                raise SettingsError(
+                    f"{path} holds results of {earlier.get('settings')}, expected {settings}; "
+                    "choose another --output or remove it"
+                )
+            self.report["results"] = earlier["results"]
+
+    def get(self, key: dict[str, Any], compute: Callable[[], Trial]) -> Trial:
+        for trial in self.report["results"]:
+            if all(trial[name] == value for name, value in key.items()):
+                return trial
+        trial = {**key, **compute()}
+        self.report["results"].append(trial)
+        write_json(self.path, self.report)
+        return trial
+
+    def of(self, task: str, method: str, seeds: Iterable[int]) -> list[Trial]:
+        """The trials of a method, in the order of the seeds."""
+        found = {t["seed"]: t for t in self.report["results"] if (t["task"], t["method"]) == (task, method)}
+        return [found[seed] for seed in seeds]
+
+
+def spread(values: list[float | None], digits: str = ".4f") -> str:
+    """Mean ± sd of what is finite, and how much is not."""
+    finite = [v for v in values if v is not None]
+    text = "diverged"
+    if finite:
+        text = f"{statistics.fmean(finite):{digits}}"
+        if len(finite) > 1:
+            text += f" ± {statistics.stdev(finite):{digits}}"
+        if len(finite) < len(values):
+            text += f", {len(values) - len(finite)} diverged"
+    return text
+
+
+def compared(trials: list[Trial], reference: list[Trial]) -> tuple[str, str, str]:
+    """Difference, in how many seeds it is an improvement, and p of the paired t-test."""
+    errors = [[math.inf if t["test"] is None else t["test"] for t in ts] for ts in (trials, reference)]
+    wins = f"{sum(a < b for a, b in zip(*errors, strict=True))}/{len(trials)}"
+    differences = [a - b for a, b in zip(*errors, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return "", wins, ""
+    p = ""
+    if len(differences) > 1 and statistics.stdev(differences):
+        from scipy.stats import ttest_1samp
+
+        p = f"{ttest_1samp(differences, 0).pvalue:.2g}"
+    sign = "+" if statistics.fmean(differences) > 0 else ""
+    return sign + spread(differences), wins, p  # type: ignore[arg-type]

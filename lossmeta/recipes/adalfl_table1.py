@@ -1,0 +1,35 @@
+"""Table 1 of the AdaLFL paper: fixed, offline and online learned losses on every task.
+
+Beside the paper's three columns stand what they leave open: plain training at a tuned learning rate and with the
+validation data that a learned loss has seen too, the offline loss with its slope scaled to the task loss's (its shape
+without its scale), larger meta learning rates, and the defaults of :class:`~lossmeta.adalfl.OnlineLearner`.
+"""
+
+from __future__ import annotations
+
+from lossmeta.recipes._comparison import PLAIN, TUNED, Recipe
+from lossmeta.recipes._methods import Method
+
+METHODS = (
+    PLAIN,
+    TUNED,
+    Method("plain, tuned rate, training + validation data", tuned=True, parts=("train", "validation")),
+    Method("offline loss (ML³)", "offline", loss="network", inner_steps=1),
+    Method("offline loss, slope of the task loss", loss="network", inner_steps=1, normalize=True),
+    Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
+    Method("AdaLFL, 1e-4", loss="network", inner_steps=1, online=1e-4),
+    Method("AdaLFL, 1e-3", loss="network", inner_steps=1, online=1e-3),
+    Method("residual loss, tuned rate, 1e-3", tuned=True, loss="residual", online=1e-3),
+    Method("the same, slope of the task loss", tuned=True, loss="residual", online=1e-3, normalize=True),
+)
+
+RECIPES = tuple(
+    Recipe(f"adalfl-{group}", f"AdaLFL, Table 1: {about}", (group,), METHODS)
+    for group, about in {
+        "regression": "Communities and Crime, Diabetes, California Housing",
+        "mnist": "MNIST with logistic regression, an MLP and LeNet-5",
+        "cifar10": "CIFAR-10 with VGG-16, AllCNN-C, ResNet-18, SqueezeNet",
+        "cifar100": "CIFAR-100 with WRN 28-10",
+        "svhn": "SVHN with WRN 16-8",
+    }.items()
+)

@@ -1,0 +1,20 @@
+"""Table 5 of the AdaLFL paper: the loss network's activation, offline."""
+
+from __future__ import annotations
+
+from lossmeta.recipes._comparison import PLAIN, Recipe
+from lossmeta.recipes._methods import Method
+
+RECIPES = (
+    Recipe(
+        "adalfl-activation",
+        "AdaLFL, Table 5: ReLU and softplus (ML³) against smooth leaky ReLU",
+        ("regression", "mnist", "cifar10", "cifar100", "svhn"),
+        (
+            PLAIN,
+            Method("offline loss, ReLU + softplus", "offline, ReLU", loss="relu", inner_steps=1),
+            Method("offline loss, smooth leaky ReLU", "offline, smooth", loss="network", inner_steps=1),
+            Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
+        ),
+    ),
+)
