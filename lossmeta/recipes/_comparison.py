@@ -101,6 +101,8 @@ class Recipe:
         steps: int | None,
     ) -> int:
         console = Console()
+        if not console.is_terminal:
+            console.width = 160  # a file has no width to keep to
         tuning = any(m.tuned for m in self.methods)
         per_task = len(self.methods) * seeds
         with Progress(console=console, transient=True) as bar:
