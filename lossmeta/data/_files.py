@@ -30,11 +30,13 @@ class Source:
 
     ``layouts`` are alternatives, each a list of files that belong together, relative to the folder that is searched. A
     download comes to lie as the first of them; the members of an archive that is downloaded have those names.
-    ``installed`` are folders of the operating system that are searched last.
+    ``gzipped``: a file may also have ``.gz`` added to its name. ``installed``: folders of the operating system,
+    searched last.
     """
 
     layouts: tuple[tuple[str, ...], ...]
     downloads: tuple[Download, ...]
+    gzipped: bool = False
     installed: tuple[str, ...] = ()
 
 
@@ -52,8 +54,7 @@ def find(
 ) -> list[Path]:
     """The files of the first layout that is complete and accepted, in the first folder that has one.
 
-    Searched are ``folder``, the folder in ``LOSSMETA_DATA``, the cache and ``source.installed``, in this order. A file
-    may be gzipped (``.gz`` added to its name).
+    Searched are ``folder``, the folder in ``LOSSMETA_DATA``, the cache and ``source.installed``, in this order.
     """
     named = (folder, os.environ.get("LOSSMETA_DATA") or None)
     folders = [Path(place).expanduser() for place in named if place is not None]
@@ -61,7 +62,7 @@ def find(
     incomplete = []
     for place in folders:
         for layout in source.layouts:
-            paths = [_existing(place / file) for file in layout]
+            paths = [_existing(place / file, source.gzipped) for file in layout]
             there = [path for path in paths if path is not None]
             if len(there) == len(layout) and accept(there):
                 return there
@@ -71,7 +72,7 @@ def find(
 
     reason = _download(source) if download else "download=False"
     if reason is None:
-        paths = [_existing(cache_folder() / file) for file in source.layouts[0]]
+        paths = [_existing(cache_folder() / file, source.gzipped) for file in source.layouts[0]]
         return [path for path in paths if path is not None]
     wanted = "\n  or ".join(", ".join(layout) for layout in source.layouts)
     raise MissingDataError(
@@ -82,9 +83,9 @@ def find(
     )
 
 
-def _existing(path: Path) -> Path | None:
-    zipped = path.with_name(f"{path.name}.gz")
-    return path if path.is_file() else zipped if zipped.is_file() else None
+def _existing(path: Path, gzipped: bool) -> Path | None:
+    names = [path, path.with_name(f"{path.name}.gz")] if gzipped else [path]
+    return next((name for name in names if name.is_file()), None)
 
 
 def _download(source: Source) -> str | None:
@@ -104,7 +105,7 @@ def _download(source: Source) -> str | None:
                 else:
                     _move(file, cache / item.file)
     except (OSError, ValueError) as error:  # no network, no space; a wrong checksum
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".rstrip(".")
     return None
 
 

@@ -29,7 +29,7 @@ def _source(
         Download(f"{folders[0]}/{file}.gz", f"{url}{file}.gz", f"md5:{md5}")
         for file, md5 in zip(FILES, md5s, strict=True)
     )
-    return Source(layouts, tuple(downloads), installed)
+    return Source(layouts, tuple(downloads), True, installed)
 
 
 SOURCES = {
