@@ -2,6 +2,16 @@
 
 from lossmeta.adalfl.initialize import initialize
 from lossmeta.adalfl.meta_gradient import MetaGradient, choose_backend, meta_gradient
-from lossmeta.adalfl.online import OnlineLearner, StepReport
+from lossmeta.adalfl.online import OnlineLearner, Snapshot, StepReport
+from lossmeta.adalfl.plot import plot_loss
 
-__all__ = ["MetaGradient", "OnlineLearner", "StepReport", "choose_backend", "initialize", "meta_gradient"]
+__all__ = [
+    "MetaGradient",
+    "OnlineLearner",
+    "Snapshot",
+    "StepReport",
+    "choose_backend",
+    "initialize",
+    "meta_gradient",
+    "plot_loss",
+]

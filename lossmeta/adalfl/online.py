@@ -30,6 +30,21 @@ class StepReport:
     skipped: str | None
 
 
+@dataclass
+class Snapshot:
+    """The learned loss at one time of the training.
+
+    Attributes:
+        step: training steps done.
+        state: the loss's ``state_dict()``, copied to the CPU.
+        slope_ratio: that of the last step, if it was logged.
+    """
+
+    step: int
+    state: dict[str, Tensor]
+    slope_ratio: float | None
+
+
 class OnlineLearner:
     r"""Trains a model with a learned loss, and the loss by what each step achieved (AdaLFL, Algorithm 2).
 
@@ -59,6 +74,8 @@ class OnlineLearner:
         approximate: see :func:`meta_gradient`.
         autocast: dtype under which the model runs, ``torch.bfloat16``.
         log_slope: whether to report the slope ratio of every step.
+        snapshot_every: training steps after which a copy of the loss is added to ``history``, a list of
+            :class:`Snapshot` that starts with the loss before the first step; see :func:`plot_loss`. ``None``: never.
 
     Raises:
         ValueError: for options out of range, and for a model and an optimizer whose parameters differ.
@@ -90,7 +107,10 @@ class OnlineLearner:
         approximate: bool = False,
         autocast: torch.dtype | None = None,
         log_slope: bool = False,
+        snapshot_every: int | None = None,
     ) -> None:
+        if snapshot_every is not None and snapshot_every < 1:
+            raise ValueError(f"OnlineLearner: snapshot_every must be at least 1, got {snapshot_every}")
         if meta_every < 1:
             raise ValueError(f"OnlineLearner: meta_every must be at least 1, got {meta_every}")
         if not learning_rate >= 0:
@@ -104,6 +124,8 @@ class OnlineLearner:
         self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope
+        self.snapshot_every = snapshot_every
+        self.history: list[Snapshot] = []
         self.steps = 0
         self.skipped = 0
         self._accepted: list[Tensor] | None = None
@@ -137,6 +159,14 @@ class OnlineLearner:
         Raises:
             RuntimeError: if the learned loss is not finite; weights, optimizer and loss are as before.
         """
+        if self.snapshot_every and not self.history:
+            self._snapshot(None)
+        report = self._advance(train_batch, valid_batch)
+        if self.snapshot_every and self.steps % self.snapshot_every == 0:
+            self._snapshot(report.slope_ratio)
+        return report
+
+    def _advance(self, train_batch: Batch, valid_batch: Batch | None) -> StepReport:
         due = self.steps % self.meta_every == 0
         if not due:
             loss, ratio = self._step.plain_step(train_batch)
@@ -171,6 +201,11 @@ class OnlineLearner:
             group["lr"] = max(float(group["lr"]) - self.learning_rate * g.item(), 1e-3 * float(group["lr"]))
         return None
 
+    def _snapshot(self, slope_ratio: Tensor | None) -> None:
+        state = {name: value.to("cpu", copy=True) for name, value in self.loss.state_dict().items()}
+        ratio = None if slope_ratio is None else slope_ratio.item()
+        self.history.append(Snapshot(self.steps, state, ratio))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model and its optimizer, which are the caller's to save."""
         return {
@@ -179,6 +214,7 @@ class OnlineLearner:
             "steps": self.steps,
             "skipped": self.skipped,
             "accepted": self._accepted,
+            "history": [(s.step, s.state, s.slope_ratio) for s in self.history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,3 +223,4 @@ class OnlineLearner:
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._accepted = state["accepted"]
+        self.history = [Snapshot(*saved) for saved in state["history"]]

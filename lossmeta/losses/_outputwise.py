@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from lossmeta._checks import (
 )
 from lossmeta.ops._arguments import REDUCTIONS, check_tensors, choice
 from lossmeta.ops._operator import accumulation_dtype
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LINKS = {"softmax": "softmax", "identity": "identity"}
 IGNORED = -100
@@ -168,6 +173,32 @@ class OutputwiseLoss(nn.Module):
         if self.reduction == "none":
             return loss.reshape(samples)
         return loss.sum() if self.reduction == "sum" else loss.sum() / scale.sum()
+
+    def of_output(self, f: Tensor, y: Tensor, num_classes: int | None) -> Tensor:
+        """The loss of outputs on their own, ``[P]``: f are probabilities with the softmax link."""
+        raw = copy.copy(self)
+        raw.link = "identity"
+        return raw.outputwise(f[:, None], y[:, None])
+
+    def plot(
+        self, predictions: tuple[float, float] | None = None, *, num_classes: int | None = None
+    ) -> Figure:
+        r"""Draws the loss of one output, :math:`\ell_\phi(y, f)`, as a function of the prediction for y = 1 and y = 0.
+
+        Args:
+            predictions: lowest and highest, with ``link="identity"``; probabilities are drawn from 0 to 1.
+            num_classes: C, with ``residual="cross_entropy"``, to which each class adds only 1/C of the network.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
+            ValueError: for arguments that do not fit the link or the residual.
+        """
+        from lossmeta.losses import _plot
+
+        return _plot.draw(self.name, self, [_plot.curves(self.name, self, predictions, num_classes)], [0])
 
     def extra_repr(self) -> str:
         text = f"link={self.link!r}, reduction={self.reduction!r}"

@@ -215,6 +215,19 @@ class LossNetwork(OutputwiseLoss):
             reduction=self.reduction,
         )
 
+    def of_output(self, f: Tensor, y: Tensor, num_classes: int | None) -> Tensor:
+        network = super().of_output(f, y, num_classes)
+        if self.residual == "squared_error":
+            return (f - y) ** 2 + network
+        if self.residual == "cross_entropy":
+            if num_classes is None:
+                raise ValueError(
+                    "LossNetwork: num_classes must be given with residual='cross_entropy', to which each class adds "
+                    "1/num_classes of the network, got None"
+                )
+            return network / num_classes - torch.xlogy(y, f)
+        return network
+
     def extra_repr(self) -> str:
         return (
             f"hidden={self.hidden}, leak={self.leak}, smoothness={self.smoothness}, activation={self.activation!r}, "
