@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from rich.table import Table
 
 import lossmeta
 from lossmeta import data
+from lossmeta.adalfl import plot_loss
 from lossmeta.recipes._methods import Method, Trials
 from lossmeta.recipes._paper import reported
 from lossmeta.recipes._problems import Problem, problems, split
-from lossmeta.recipes._results import write_json
+from lossmeta.recipes._results import replace_file, write_json
 
 PLAIN = Method("plain, paper's rate", "baseline")
 TUNED = Method("plain, tuned rate", tuned=True)
@@ -127,7 +130,7 @@ class Recipe:
         console.print(
             "Run time: seconds of all that training needed." if self.seconds else LEGEND, highlight=False
         )
-        console.print(f"Results: {results.path}", soft_wrap=True)
+        console.print(f"Results and figures: {results.path.parent}", soft_wrap=True)
         return 0
 
     def _table(self, task: str, rows: dict[str, list[Trial]], seeds: int) -> Table:
@@ -181,9 +184,27 @@ class Cell:
             if self._trials is None or self._trials.seed != seed:
                 splits = split(self.dataset, seed, self.device, self.problem.augment)
                 self._trials = Trials(self.problem, splits, seed, self.device, self.offline_steps)
-            return self._trials.run(method, rate)
+            trial = self._trials.run(method, rate)
+            if seed == 0:
+                self._plot(method)
+            return trial
 
         return self.results.get(key, compute)
+
+    def _plot(self, method: Method) -> None:
+        """Draws how the loss changed (Figures 8 to 17), where matplotlib is installed."""
+        assert self._trials is not None
+        if method.loss is None or not self._trials.history or find_spec("matplotlib") is None:
+            return
+        classes = self.dataset.classes
+        figure = plot_loss(
+            self._trials.history,
+            self._trials.loss(method),  # type: ignore[arg-type]
+            num_classes=classes if method.loss == "residual" else None,
+            predictions=(0.0, 1.0) if classes is None else None,
+        )
+        name = "-".join(re.findall(r"[\w.]+", f"{self.problem.name} {method.label}".lower()))
+        replace_file(self.results.path.parent / f"{name}.png", lambda path: figure.savefig(path, dpi=150))
 
     def tuned_rate(self) -> float:
         """The rate of plain training with the lowest mean selection error over the tuning seeds."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from lossmeta.adalfl import OnlineLearner, initialize
+from lossmeta.adalfl import OnlineLearner, Snapshot, initialize
 from lossmeta.losses import LossNetwork, TaylorLoss
 from lossmeta.recipes._problems import Problem, Splits
 
@@ -22,6 +22,8 @@ from lossmeta.recipes._problems import Problem, Splits
 WEIGHTS, LOSS, RESETS, OFFLINE_TRAIN, OFFLINE_VALIDATION, TRAIN, VALIDATION, NOISE = (
     1_000_003 * (i + 1) for i in range(8)
 )
+
+SNAPSHOTS = 20
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,15 @@ class Trials:
     seed: int
     device: torch.device
     offline_steps: int
+    history: list[Snapshot] = field(default_factory=list)
     _initialised: dict[tuple[Any, ...], tuple[dict[str, Tensor], float]] = field(default_factory=dict)
 
     def run(self, method: Method, rate: float) -> dict[str, Any]:
-        """Trains a model; its errors, ``None`` where training diverged, and what it took."""
+        """Trains a model; its errors, ``None`` where training diverged, and what it took.
+
+        ``history`` then holds how the loss changed.
+        """
+        self.history = []
         task_loss = TaskLoss(self.splits.regression)
         loss, offline_seconds = self._loss(method, rate, task_loss)
         model = self._model(self.seed + WEIGHTS)
@@ -109,11 +116,12 @@ class Trials:
                         task_loss,
                         meta_optimizer=Adam(loss.parameters(), method.online) if method.online else None,
                         learning_rate=method.learning_rate,
+                        snapshot_every=max(1, self.problem.steps // SNAPSHOTS),
                     )
                     objective = self._batches((method.objective,), VALIDATION)
                     for _ in range(self.problem.steps):
                         learner.step(next(batches), next(objective))
-                    skipped = learner.skipped
+                    skipped, self.history = learner.skipped, learner.history
                 else:
                     for _ in range(self.problem.steps):
                         inputs, target = next(batches)
@@ -137,6 +145,12 @@ class Trials:
             "skipped": skipped,
         }
 
+    def loss(self, method: Method) -> nn.Module:
+        """A loss of the method's kind, not yet learned."""
+        return (
+            LOSSES[method.loss](self.splits.regression) if method.loss else TaskLoss(self.splits.regression)
+        )
+
     def _model(self, seed: int) -> nn.Module:
         with _seeded(seed):
             return self._new_model()
@@ -151,7 +165,7 @@ class Trials:
         if method.loss is None:
             return task_loss, 0.0
         with _seeded(self.seed + LOSS):
-            loss = LOSSES[method.loss](self.splits.regression).to(self.device)
+            loss = self.loss(method).to(self.device)
         seconds = 0.0
         if method.inner_steps:
             key = (method.loss, method.inner_steps, rate)

@@ -121,7 +121,9 @@ def online(run: Run) -> None:
         meta_optimizer=torch.optim.Adam(loss.parameters(), lr=SETTINGS["meta_learning_rate"]),
     )
     for epoch in range(run.epochs):
-        for train_batch, validation_batch in zip(run.batches(epoch), run.batches(epoch, "validation"), strict=True):
+        for train_batch, validation_batch in zip(
+            run.batches(epoch), run.batches(epoch, "validation"), strict=True
+        ):
             learner.step(train_batch, validation_batch)
         run.epoch_done()
 

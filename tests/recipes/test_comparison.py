@@ -299,3 +299,10 @@ def test_small_models_fit_their_data(problem: Problem) -> None:
     shape = {784: (1, 28, 28), 3072: (3, 32, 32)}.get(features, (features,))
     outputs = {8: 1, 10: 1, 100: 1}.get(features, 10)
     assert problem.model(features, outputs)(torch.randn(2, *shape)).shape == (2, outputs)
+
+
+def test_figures_of_learned_losses(toy: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert start(tmp_path, seeds=1) == 0
+    assert [p.name for p in tmp_path.glob("*.png")] == ["toy-online.png"]
+    assert (tmp_path / "toy-online.png").read_bytes().startswith(b"\x89PNG")
