@@ -32,9 +32,10 @@ TUNED = Method("plain, tuned rate", tuned=True)
 TUNING_SEEDS = range(10_000, 10_003)
 OFFLINE_STEPS = {"small": 1000, "paper": 2500}
 LEGEND = """\
-Test error: mean squared error, or share of wrong classes; mean ± sd over seeds. Difference: to plain training at its
-tuned rate, paired by seed, negative is better; p: paired t-test. Slope: how many times steeper the loss is than the
-task loss when training ends, that is how much of a difference is only a learning rate."""
+Test error: mean squared error, or share of wrong classes; mean ± sd over seeds. Difference: to "{reference}", paired by
+seed, negative is better; p: paired t-test. Slope: how many times steeper the loss is than the task loss when training
+ends, that is how much of a difference is only a learning rate."""
+SECONDS_LEGEND = "Seconds: all that training needed, learning the loss beforehand included."
 
 Trial = dict[str, Any]
 
@@ -84,7 +85,7 @@ class Recipe:
             return self._fail(
                 f"stopped; finished trials are in {output / 'results.json'}, run again to go on", 130
             )
-        except (data.MissingDataError, SettingsError) as error:
+        except SettingsError as error:
             return self._fail(str(error), 2)
         except OSError as error:
             return self._fail(f"the results could not be written: {error}", 1)
@@ -106,39 +107,49 @@ class Recipe:
         console = Console()
         if not console.is_terminal:
             console.width = 160  # a file has no width to keep to
-        tuning = any(m.tuned for m in self.methods)
-        per_task = len(self.methods) * seeds
+        missing: dict[str, str] = {}
         with Progress(console=console, transient=True) as bar:
-            shown = bar.add_task("", total=len(tasks) * per_task)
+            shown = bar.add_task("", total=len(tasks) * len(self.methods) * seeds)
             for problem in tasks:
                 if steps is not None:
                     problem = problem.shortened(steps)
-                dataset = data.load(problem.data)
-                cell = Cell(
-                    problem, dataset, device, OFFLINE_STEPS[size] if steps is None else steps, results
-                )
-                bar.update(shown, description=f"{problem.name}: tuning the rate" if tuning else problem.name)
-                rate = cell.tuned_rate() if tuning else problem.rate
+                offline_steps = OFFLINE_STEPS[size] if steps is None else steps
+                try:
+                    dataset = data.load(problem.data)
+                except data.MissingDataError as error:
+                    missing[problem.name] = str(error)
+                    continue
+                cell = Cell(problem, dataset, device, offline_steps, results)
+                bar.update(shown, description=f"{problem.name}: tuning the rate")
+                rate = cell.tuned_rate() if any(m.tuned for m in self.methods) else problem.rate
                 for seed in range(seeds):
                     for method in self.methods:
                         bar.update(shown, description=f"{problem.name}: {method.label}, seed {seed}")
                         cell.trial(method, seed, rate if method.tuned else problem.rate)
                         bar.advance(shown)
-        for problem in tasks:
+        done = [problem for problem in tasks if problem.name not in missing]
+        for problem in done:
             rows = {m.label: results.of(problem.name, m.label, range(seeds)) for m in self.methods}
             console.print(self._table(problem.name, rows, seeds))
-        console.print(
-            "Run time: seconds of all that training needed." if self.seconds else LEGEND, highlight=False
-        )
-        console.print(f"Results and figures: {results.path.parent}", soft_wrap=True)
-        return 0
+        if done:
+            legend = SECONDS_LEGEND if self.seconds else LEGEND.format(reference=self._reference.label)
+            console.print(legend, highlight=False)
+            console.print(f"Results and figures: {results.path.parent}", soft_wrap=True)
+        for name, why in missing.items():
+            self._fail(f"{name} was left out. {why}", 2)
+        return 0 if done else 2
+
+    @property
+    def _reference(self) -> Method:
+        """What the others are compared with: plain training at its tuned rate, or the first row."""
+        return TUNED if TUNED in self.methods else self.methods[0]
 
     def _table(self, task: str, rows: dict[str, list[Trial]], seeds: int) -> Table:
         table = Table(title=f"{task}, {seeds} seed{'s' if seeds > 1 else ''}")
         for heading, justify in (("method", "left"), ("seconds" if self.seconds else "test error", "right")):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         table.add_column("paper, hours" if self.seconds else "paper", justify="right")
-        reference = rows.get(TUNED.label) or rows[self.methods[0].label]
+        reference = rows[self._reference.label]
         headings = ("times the first",) if self.seconds else ("difference", "better", "p", "slope", "rate")
         for heading in headings:
             table.add_column(heading, justify="right")

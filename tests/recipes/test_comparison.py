@@ -246,15 +246,24 @@ def test_bad_places_are_said(toy: None, tmp_path: Path, capsys: pytest.CaptureFi
     assert "the results could not be written" in capsys.readouterr().err
 
 
-def test_missing_data_is_said(
+def test_tasks_without_data_are_left_out(
     toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def missing(name: str) -> Dataset:
-        raise data.MissingDataError("put it there")
+    def load(name: str) -> Dataset:
+        if name == "absent":
+            raise data.MissingDataError("put it there")
+        return images()
 
-    monkeypatch.setattr(data, "load", missing)
-    assert start(tmp_path) == 2
-    assert capsys.readouterr().err == "lossmeta run toy: put it there\n"
+    monkeypatch.setattr(data, "load", load)
+    tasks = [replace(TOY, name="other", data="absent"), TOY]
+    monkeypatch.setattr(_comparison, "problems", lambda size, *groups: tasks)
+    assert start(tmp_path, seeds=1) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "lossmeta run toy: other was left out. put it there\n"
+    assert "toy, 1 seed" in captured.out
+    del tasks[1]
+    assert start(tmp_path / "none", seeds=1) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_spread_and_comparison() -> None:
