@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import lossmeta
 from lossmeta import _build
 from lossmeta.cli import app
+from lossmeta.recipes import recipes
+from lossmeta.recipes._comparison import Recipe
 
 
 def lossmeta_command(*arguments: str) -> str:
@@ -27,8 +29,41 @@ def test_version() -> None:
 
 def test_help_lists_the_commands() -> None:
     text = lossmeta_command("--help")
-    assert "quickstart" in text
-    assert "info" in text
+    for name in ("info", "list", "quickstart", "run"):
+        assert name in text
+
+
+def test_list_names_every_recipe() -> None:
+    lines = lossmeta_command("list").splitlines()
+    assert [line.split()[0] for line in lines] == list(recipes())
+    assert all("Table " in line for line in lines)
+
+
+def test_run_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+
+    def record(self: Recipe, **options: object) -> int:
+        calls.append({"name": self.name, **options})
+        return 3
+
+    monkeypatch.setattr(Recipe, "run", record)
+    command = ["run", "adalfl-mnist", "--size", "paper", "--seeds", "2", "--device", "cuda", "--steps", "7"]
+    assert CliRunner().invoke(app, command).exit_code == 3
+    assert CliRunner().invoke(app, ["run", "adalfl-objective", "--output", str(tmp_path)]).exit_code == 3
+    assert calls == [
+        {"name": "adalfl-mnist", "size": "paper", "seeds": 2, "device": "cuda", "steps": 7}
+        | {"output": Path("runs/adalfl-mnist-paper")},
+        {"name": "adalfl-objective", "size": "small", "seeds": 5, "device": "cpu", "steps": None}
+        | {"output": tmp_path},
+    ]
+
+
+def test_run_names_the_recipes_that_there_are() -> None:
+    result = CliRunner().invoke(app, ["run", "adalfl"])
+    assert result.exit_code == 2
+    text = " ".join(result.output.replace("│", " ").split())
+    assert "adalfl-regression" in text
+    assert "got adalfl" in text
 
 
 PUBLIC = {name for name in lossmeta.ops.__all__ if name.islower() and name != "debug"}
