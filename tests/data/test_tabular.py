@@ -123,3 +123,4 @@ def test_digits_span_the_grey_levels_of_other_images() -> None:
     assert (images.min(), images.max()) == (0, 255)
     levels = (images[:, 0].numpy() * (16 / 255)).round()
     assert np.array_equal(levels, load_digits().images)
+    assert images.unique()[[1, 8, 15]].tolist() == [16, 128, 239]  # to the nearest

@@ -10,6 +10,10 @@ from torch import nn
 from torch.func import functional_call
 
 from lossmeta import models
+from lossmeta.models import _layers
+from lossmeta.models.resnet import Block as ResidualBlock
+from lossmeta.models.squeezenet import Fire
+from lossmeta.models.wide_resnet import Block as WideBlock
 
 Case = tuple[
     Callable[[], nn.Module], tuple[int, ...], int, int
@@ -118,6 +122,28 @@ def test_initialisation(
             assert weight.abs().max() <= bound
             assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=5 / weight.numel() ** 0.5)
             assert module.bias is None or not module.bias.any()
+
+
+def test_convolution_is_followed_by_norm_and_relu() -> None:
+    layer, x = _layers.conv_norm_relu(3, 4), torch.randn(8, *IMAGE)
+    convolved = layer[0](x)
+    variance, mean = torch.var_mean(convolved, (0, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(layer(x), ((convolved - mean) / (variance + 1e-5).sqrt()).relu())
+
+
+def test_blocks_add_their_input() -> None:
+    """With the last weights of the residual at zero, only the shortcut is left."""
+    x = torch.randn(2, 8, 4, 4)
+    block = ResidualBlock(8, 8, 1)
+    nn.init.zeros_(block.residual[-1].weight)
+    assert torch.equal(block(x), x.relu())
+    wide = WideBlock(8, 8, 1, 0.0)
+    nn.init.zeros_(wide.residual[-1].weight)
+    assert torch.equal(wide(x), x)
+    fire_with_bypass = Fire(8, 2, 8)
+    for expand in (fire_with_bypass.expand1, fire_with_bypass.expand3):
+        nn.init.zeros_(expand[1].weight)
+    assert torch.equal(fire_with_bypass(x), x)
 
 
 def test_dropout_of_wide_resnet() -> None:
