@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl.meta_gradient import Batch, DifferentiableStep, Loss
+from lossmeta.adalfl._batches import Batch, checked
+from lossmeta.adalfl.meta_gradient import DifferentiableStep, Loss
 
 
 @dataclass
@@ -157,8 +158,14 @@ class OnlineLearner:
                 appendix D.4 compares the two). Not needed for steps without a meta-update.
 
         Raises:
-            RuntimeError: if the learned loss is not finite; weights, optimizer and loss are as before.
+            ValueError: for an empty batch, and whatever the model and the losses raise for one that does not fit them.
+            TypeError: for a batch that is not a pair.
+            RuntimeError: if the learned loss is not finite.
+            In any case weights, optimizer and loss are as before.
         """
+        train_batch = checked("OnlineLearner", "train_batch", train_batch)
+        if valid_batch is not None:
+            valid_batch = checked("OnlineLearner", "valid_batch", valid_batch)
         if self.snapshot_every and not self.history:
             self._snapshot(None)
         report = self._advance(train_batch, valid_batch)

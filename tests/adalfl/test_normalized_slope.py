@@ -12,7 +12,7 @@ from test_meta_gradient import LossOfEager, batches, problem, relative_error, un
 from torch import Tensor
 
 from lossmeta.adalfl import meta_gradient
-from lossmeta.adalfl.initialize import _through
+from lossmeta.adalfl.initialize import _unrolled
 from lossmeta.losses import LossNetwork
 
 
@@ -61,5 +61,5 @@ def test_several_inner_steps(residual: str | None) -> None:
     loss = normalized(residual)
     *chain, valid = batches(4)
     expected = unrolled_chain(network, loss, chain, valid, 0.2)
-    _, actual = _through(loss, list(loss.parameters()), network, chain, valid, F.cross_entropy, 0.2)
+    _, actual, _ = _unrolled(loss, list(loss.parameters()), network, chain, valid, F.cross_entropy, 0.2)
     assert relative_error(actual, expected) < 1e-10
