@@ -32,7 +32,7 @@ def endless(where: str, name: str, batches: Iterable[Any]) -> Iterator[Batch]:
             yield checked(where, f"a batch of {name}", batch)
         if not count:
             raise ValueError(f"{where}: {name} must hold at least one batch, got none")
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise ValueError(
                 f"{where}: {name} must start again where it ends, got an iterator that ended after {count} batches; "
                 "give a list or a DataLoader, or an iterator without end"
