@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-Batch = tuple[Any, Tensor]
+from lossmeta.adalfl.meta_gradient import Batch
 
 
 def checked(where: str, name: str, batch: Any) -> Batch:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import Batch, endless
-from lossmeta.adalfl.meta_gradient import Loss, _random_state, _set_random_state
+from lossmeta.adalfl._batches import endless
+from lossmeta.adalfl.meta_gradient import Batch, Loss, _random_state, _set_random_state
 from lossmeta.ops._arguments import choice
 
 Product = Callable[[list[Tensor]], list[Tensor]]

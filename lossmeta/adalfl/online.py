@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import Batch, checked
-from lossmeta.adalfl.meta_gradient import DifferentiableStep, Loss
+from lossmeta.adalfl._batches import checked
+from lossmeta.adalfl.meta_gradient import Batch, DifferentiableStep, Loss
 
 
 @dataclass
