@@ -59,7 +59,7 @@ class LossNetwork(OutputwiseLoss):
             :func:`torch.nn.functional.mse_loss`), or ``None``: the network alone.
         normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
             slope is below the rounding error of the task loss's, as that of a constant loss, s is 1. Not for
-            ``torch.func`` and ``torch.compile``, which raise.
+            ``torch.func`` (which raises) and ``torch.compile``.
         exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
         weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
         ignore_index: label that contributes neither loss nor gradient.
