@@ -1,6 +1,6 @@
 """AdaLFL: losses learned while the model trains, by the gradient of what each step achieved."""
 
-from lossmeta.adalfl.initialize import initialize
+from lossmeta.adalfl.initialize import initialize, initialize_learning_rate
 from lossmeta.adalfl.meta_gradient import MetaGradient, choose_backend, meta_gradient
 from lossmeta.adalfl.online import OnlineLearner, Snapshot, StepReport
 from lossmeta.adalfl.plot import plot_loss
@@ -12,6 +12,7 @@ __all__ = [
     "StepReport",
     "choose_backend",
     "initialize",
+    "initialize_learning_rate",
     "meta_gradient",
     "plot_loss",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from lossmeta.adalfl._batches import checked
 from lossmeta.adalfl.meta_gradient import Batch, DifferentiableStep, Loss
 
 
@@ -54,7 +55,8 @@ class OnlineLearner:
     It takes the place of ``loss.backward(); optimizer.step()`` in a training loop. Weights, optimizer state, BatchNorm
     buffers and random state end as a plain step with that loss leaves them. Anything differentiable can be learned:
     the network of :class:`~lossmeta.losses.LossNetwork`, the coefficients of a Taylor loss, the class correlations of
-    :class:`~lossmeta.losses.ParametricCrossEntropy` with ``learnable=True``, or several of them in one module.
+    :class:`~lossmeta.losses.ParametricCrossEntropy` with ``learnable=True`` (as L2T-DLF does), the mixture of a
+    :class:`~lossmeta.losses.DistanceMixtureLoss`, or several of them in one module.
 
     Args:
         model: the model, in training mode; may be wrapped in ``DistributedDataParallel``.
@@ -86,6 +88,43 @@ class OnlineLearner:
         ...     model, torch.optim.SGD(model.parameters(), lr=0.1), loss, torch.nn.functional.cross_entropy
         ... )
         >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+        >>> learner.step(*batches).skipped is None
+        True
+
+        Several losses in one module, with rates of their own:
+
+        >>> class Both(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = lossmeta.losses.LossNetwork()
+        ...         self.classes = lossmeta.losses.ParametricCrossEntropy(3, activation="identity", learnable=True)
+        ...
+        ...     def forward(self, prediction, target):
+        ...         return self.network(prediction, target) + self.classes(prediction, target)
+        >>> loss = Both()
+        >>> rates = [
+        ...     {"params": loss.network.parameters(), "lr": 1e-5},
+        ...     {"params": loss.classes.parameters(), "lr": 1e-3},
+        ... ]
+        >>> learner = OnlineLearner(
+        ...     model,
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     loss,
+        ...     torch.nn.functional.cross_entropy,
+        ...     meta_optimizer=torch.optim.Adam(rates),
+        ... )
+        >>> learner.step(*batches).skipped is None
+        True
+
+        The learning rate alone (Meta-LR, Algorithm 4; its start is :func:`initialize_learning_rate`):
+
+        >>> learner = OnlineLearner(
+        ...     model,
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     torch.nn.CrossEntropyLoss(),
+        ...     torch.nn.functional.cross_entropy,
+        ...     learning_rate=1e-3,
+        ... )
         >>> learner.step(*batches).skipped is None
         True
     """
@@ -157,8 +196,14 @@ class OnlineLearner:
                 appendix D.4 compares the two). Not needed for steps without a meta-update.
 
         Raises:
-            RuntimeError: if the learned loss is not finite; weights, optimizer and loss are as before.
+            ValueError: for an empty batch, and whatever the model and the losses raise for one that does not fit them.
+            TypeError: for a batch that is not a pair.
+            RuntimeError: if the learned loss is not finite.
+            In any case weights, optimizer and loss are as before.
         """
+        train_batch = checked("OnlineLearner", "train_batch", train_batch)
+        if valid_batch is not None:
+            valid_batch = checked("OnlineLearner", "valid_batch", valid_batch)
         if self.snapshot_every and not self.history:
             self._snapshot(None)
         report = self._advance(train_batch, valid_batch)

@@ -53,13 +53,13 @@ def draw(
     # Not pyplot: its figures stay until closed.
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, len(TARGETS))
-    scale, colours = Normalize(steps[0], steps[-1]), colormaps["viridis"]
+    colour, scale = colormaps["viridis"], Normalize(steps[0], steps[-1])
     for row, (y, axis) in enumerate(zip(TARGETS, axes, strict=True)):
         for (f, values), step in zip(drawn, steps, strict=True):
-            axis.plot(f.tolist(), values[row].tolist(), color=colours(scale(step)), linewidth=1)
+            axis.plot(f.tolist(), values[row].tolist(), color=colour(scale(step)), linewidth=1)
         axis.set_title(f"target {y:g}")
         axis.set_xlabel("predicted probability" if loss.link == "softmax" else "prediction")
     axes[0].set_ylabel("learned loss")
     if len(steps) > 1:
-        figure.colorbar(ScalarMappable(scale, colours), ax=axes, label="training step")
+        figure.colorbar(ScalarMappable(scale, colour), ax=axes, label="training step")
     return figure

@@ -54,11 +54,12 @@ class LossNetwork(OutputwiseLoss):
         link: ``"softmax"`` for classification: takes logits and compares probabilities with one-hot targets.
             ``"identity"`` for regression.
         residual: ``"cross_entropy"`` (:func:`torch.nn.functional.cross_entropy` with the weight, ``ignore_index``,
-            ``label_smoothing`` and reduction below; for the softmax link), ``"squared_error"`` (for the identity link;
-            its mean is that of :func:`torch.nn.functional.mse_loss`), or ``None``: the network alone.
+            ``label_smoothing`` and reduction below, the network's share being reduced as without it; for the softmax
+            link), ``"squared_error"`` (for the identity link; its mean is that of
+            :func:`torch.nn.functional.mse_loss`), or ``None``: the network alone.
         normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
-            slope is below the rounding error of the task loss's, as that of a constant loss, s is 1. Not for the
-            transforms of ``torch.func``.
+            slope is below the rounding error of the task loss's, as that of a constant loss, s is 1. Not for
+            ``torch.func`` (which raises) and ``torch.compile``.
         exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
         weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
         ignore_index: label that contributes neither loss nor gradient.

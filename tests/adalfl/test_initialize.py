@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam
 
-from lossmeta.adalfl import initialize
-from lossmeta.adalfl.initialize import _through
+from lossmeta.adalfl import initialize, initialize_learning_rate
+from lossmeta.adalfl.initialize import _unrolled
 from lossmeta.losses import LossNetwork
 
 
@@ -37,8 +37,66 @@ def test_equals_full_unrolling(make: Any, inner_steps: int) -> None:
     random = torch.get_rng_state()
     expected = unrolled(copy.deepcopy(model), loss, chain, valid, 0.2)
     torch.set_rng_state(random)
-    _, actual = _through(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
+    _, actual, _ = _unrolled(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
     assert relative_error(actual, expected) < 1e-10
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("learned", [True, False], ids=["with the loss", "alone"])
+def test_derivative_for_the_learning_rate(learned: bool, inner_steps: int) -> None:
+    model = cnn()
+    loss = LossNetwork(8, dtype=torch.float64) if learned else F.cross_entropy
+    phi = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+    *chain, valid = batches(inner_steps + 1)
+    random = torch.get_rng_state()
+    rate = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    other = copy.deepcopy(model)
+    eager = LossOfEager(loss) if isinstance(loss, LossNetwork) else F.cross_entropy
+    theta = dict(other.named_parameters())
+    for x, y in chain:
+        value = eager(functional_call(other, theta, (x,)), y)
+        g = torch.autograd.grad(value, list(theta.values()), create_graph=True)
+        theta = {name: p - rate * d for (name, p), d in zip(theta.items(), g, strict=True)}
+    task = F.cross_entropy(functional_call(other, theta, (valid[0],)), valid[1])
+    (expected,) = torch.autograd.grad(task, rate)
+    torch.set_rng_state(random)
+    value, _, actual = _unrolled(loss, phi, model, chain, valid, F.cross_entropy, 0.2)
+    torch.testing.assert_close(value, task.detach())
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+
+
+def test_learning_rate_ends_where_one_step_goes_furthest() -> None:
+    """Algorithm 3 on (w - 1)^2 from w = 0: a step is 2 a, so that a = 1/2 is best."""
+
+    def make() -> nn.Module:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    both = [(torch.ones(1, 1), torch.ones(1, 1))]
+    seen: list[int] = []
+    options: dict[str, Any] = {"steps": 40, "meta_learning_rate": 0.05}
+    rate, history = initialize_learning_rate(
+        make, both, both, F.mse_loss, progress=lambda n, value: seen.append(n), **options
+    )
+    assert rate == pytest.approx(0.5, abs=1e-4)
+    assert history[0] == pytest.approx(0.98**2)
+    assert history[-1] < 1e-6
+    assert seen == list(range(1, 41))
+    # The first update: a' = a - eta d(1 - 2 a)^2 / da.
+    options["steps"] = 1
+    rate, _ = initialize_learning_rate(make, both, both, F.mse_loss, learning_rate=0.1, **options)
+    assert rate == pytest.approx(0.1 + 0.05 * 4 * 0.8)
+    rate, _ = initialize_learning_rate(make, both, both, F.mse_loss, learning_rate=2.0, **options)
+    assert rate == pytest.approx(2.0 - 0.05 * 12)
+    rate, _ = initialize_learning_rate(
+        make, both, both, F.mse_loss, learning_rate=6.0, steps=1, meta_learning_rate=1
+    )
+    assert rate == pytest.approx(6e-3)
+    broken = [(torch.full((1, 1), float("nan")), torch.ones(1, 1))]
+    rate, history = initialize_learning_rate(make, broken, both, F.mse_loss, steps=1)
+    assert rate == 0.01
+    assert history[0] != history[0]
 
 
 def test_learns() -> None:
@@ -92,3 +150,72 @@ def test_bad_input() -> None:
         initialize(loss, make, both, [], steps=1)
     with pytest.raises(ValueError, match="loss must have parameters to learn, got none"):
         initialize(nn.CrossEntropyLoss(), make, both, both)
+    for options in ({"steps": 0}, {"inner_steps": 0}):
+        with pytest.raises(ValueError, match=r"^initialize_learning_rate: .* must be at least 1, got 0$"):
+            initialize_learning_rate(make, both, both, **options)
+    for options in ({"learning_rate": 0.0}, {"meta_learning_rate": -1.0}):
+        with pytest.raises(
+            ValueError, match=r"^initialize_learning_rate: .*learning_rate must be positive, got"
+        ):
+            initialize_learning_rate(make, both, both, **options)
+
+
+@pytest.mark.parametrize(
+    ("batches_of", "kind", "message"),
+    [
+        (lambda b: [], ValueError, "{} must hold at least one batch, got none"),
+        (lambda b: iter(()), ValueError, "{} must hold at least one batch, got none"),
+        (
+            lambda b: iter([b, b]),
+            ValueError,
+            "{} must start again where it ends, got an iterator that ended after 2 batches; give a list or a "
+            "DataLoader, or an iterator without end",
+        ),
+        (
+            lambda b: [(b[0][:0], b[1][:0])],
+            ValueError,
+            r"a batch of {} must hold at least one sample, got a target \[0\]",
+        ),
+        (
+            lambda b: [(b[0], b[0], b[1])],
+            TypeError,
+            r"a batch of {} must be a pair \(inputs, target\), got tuple of 3; several .*",
+        ),
+        (
+            lambda b: [b[0]],
+            TypeError,
+            r"a batch of {} must be a pair \(inputs, target\), got Tensor; several .*",
+        ),
+    ],
+    ids=["empty", "exhausted", "iterator", "no samples", "three", "inputs only"],
+)
+@pytest.mark.parametrize("which", ["train_batches", "valid_batches"])
+def test_bad_batches(which: str, batches_of: Any, kind: type[Exception], message: str) -> None:
+    """Weights and loss are those of the last complete meta-step, of which only the iterator allows two."""
+    loss, good = LossNetwork(8), batches(1, torch.float32)
+    loaders: dict[str, Any] = {"train_batches": good, "valid_batches": good, which: batches_of(good[0])}
+    seen: list[list[Tensor]] = [[p.detach().clone() for p in loss.parameters()]]
+
+    def progress(n: int, value: float) -> None:
+        seen.append([p.detach().clone() for p in loss.parameters()])
+
+    def make() -> nn.Module:
+        return mlp().float()
+
+    with pytest.raises(kind, match=f"^initialize: {message.format(which)}$"):
+        initialize(loss, make, **loaders, steps=5, progress=progress)
+    assert len(seen) == (3 if "iterator" in message else 1)
+    assert all(torch.equal(a, b) for a, b in zip(seen[-1], loss.parameters(), strict=True))
+    with pytest.raises(kind, match=f"^initialize_learning_rate: {message.format(which)}$"):
+        initialize_learning_rate(make, **{**loaders, which: batches_of(good[0])}, steps=5)
+
+
+def test_an_iterator_without_end_and_batches_of_other_sizes() -> None:
+    def endless() -> Any:
+        while True:
+            for size in (7, 3, 1):
+                yield torch.randn(size, 1, 8, 8), torch.randint(3, (size,))
+
+    history = initialize(LossNetwork(8), lambda: mlp().float(), endless(), endless(), steps=4, inner_steps=2)
+    assert len(history) == 4
+    assert all(value == value for value in history)

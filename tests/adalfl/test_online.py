@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_meta_gradient import batches, cnn, mlp
+from test_meta_gradient import LossOfEager, batches, cnn, mlp, relative_error, unrolled
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from lossmeta.adalfl import OnlineLearner, meta_gradient
-from lossmeta.losses import LossNetwork, ParametricCrossEntropy, TaylorLoss
+from lossmeta.losses import DistanceMixtureLoss, LossNetwork, ParametricCrossEntropy, TaylorLoss
 
 
 def learner(loss: nn.Module | None = None, model: nn.Module | None = None, **options: Any) -> OnlineLearner:
@@ -119,6 +119,171 @@ def test_learning_rate() -> None:
     assert alone.optimizer.param_groups[0]["lr"] != before
     with pytest.raises(ValueError, match="loss must have parameters to learn, got none"):
         learner(nn.CrossEntropyLoss())
+
+
+def test_loss_and_learning_rate_together() -> None:
+    loss = LossNetwork(8, dtype=torch.float64)
+    one = learner(loss, learning_rate=1e-3, meta_optimizer=SGD(loss.parameters(), 0.5))
+    train, valid = batches()
+    model, optimizer = copy.deepcopy((one._step.plain, one.optimizer))
+    before = values(loss)
+    expected = meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid, learning_rates=True)
+    one.step(train, valid)
+    assert one.optimizer.param_groups[0]["lr"] == pytest.approx(
+        0.1 - 1e-3 * expected.learning_rate_gradients[0].item()
+    )
+    for old, p, g in zip(before, loss.parameters(), expected.gradients, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.5 * g)
+
+
+class Mixture(nn.Module):
+    """Everything that can be learned, weighted by weights that are learned too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = LossNetwork(8, dtype=torch.float64)
+        self.classes = ParametricCrossEntropy(3, learnable=True, dtype=torch.float64)
+        self.distances = DistanceMixtureLoss(learnable=True, dtype=torch.float64)
+        self.weights = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def parts(self, pred: Tensor, target: Tensor) -> list[Tensor]:
+        embeddings = F.normalize(pred)
+        return [self.network(pred, target), self.classes(pred, target), self.distances(embeddings, target)]
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.weights.softmax(0) @ torch.stack(self.parts(pred, target))
+
+
+class MixtureOfEager(Mixture):
+    """In plain PyTorch, except for the distances, of which only all triplets would be plain."""
+
+    def __init__(self, loss: Mixture) -> None:
+        nn.Module.__init__(self)
+        self.network, self.classes, self.distances = LossOfEager(loss.network), loss.classes, loss.distances
+        self.weights = loss.weights
+
+    def parts(self, pred: Tensor, target: Tensor) -> list[Tensor]:
+        network, _, distances = super().parts(pred, target)
+        z = (self.classes.phi[target] * pred.log_softmax(1)).sum(1)
+        return [network, -z.sigmoid().mean(), distances]
+
+
+@pytest.mark.parametrize(
+    ("backend", "bound"), [("double_backward", 1e-10), ("jvp", 1e-10), ("finite_difference", 1e-6)]
+)
+def test_several_losses_equal_full_unrolling(
+    backend: str, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["test_meta_gradient"], "LossOfEager", MixtureOfEager)
+    model, loss = mlp(), Mixture()
+    optimizer = SGD(model.parameters(), 0.1, momentum=0.9)
+    train, valid = batches()
+    expected = unrolled(model, optimizer, loss, train, valid, lambda g: g)  # type: ignore[arg-type]
+    actual = meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid, backend=backend).gradients
+    for (name, _), a, e in zip(loss.named_parameters(), actual, expected, strict=True):
+        assert e.any(), name
+        assert relative_error([a], [e]) < bound, name
+
+
+def test_several_losses_have_rates_of_their_own() -> None:
+    loss = Mixture()
+    others = [loss.classes.phi, loss.distances.phi, loss.weights]
+    groups: list[dict[str, Any]] = [
+        {"params": list(loss.network.parameters()), "lr": 1e-4},
+        {"params": others, "lr": 1e-2},
+    ]
+    one = learner(loss, meta_optimizer=Adam(groups, eps=0.0))
+    before = {name: p.detach().clone() for name, p in loss.named_parameters()}
+    one.step(*batches())
+    for name, p in loss.named_parameters():
+        moved = (p.detach() - before[name]).abs()
+        rate = 1e-4 if name.startswith("network") else 1e-2
+        # The first step of Adam is as long as its rate, where there is a gradient.
+        torch.testing.assert_close(moved.nan_to_num().max(), torch.tensor(rate, dtype=torch.float64))
+
+
+# ---- Bad input.
+
+Change = Any
+
+
+def of_other_length(batch: Any) -> Any:
+    return batch[0], batch[1][:-1]
+
+
+def empty(batch: Any) -> Any:
+    return batch[0][:0], batch[1][:0]
+
+
+@pytest.mark.parametrize("backend", ["double_backward", "jvp", "finite_difference"])
+@pytest.mark.parametrize(
+    ("which", "change", "kind", "message"),
+    [
+        (0, of_other_length, ValueError, r"LossNetwork: class indices must be \[7\] for logits \[7, 3\], got \[6\]"),
+        (1, of_other_length, ValueError, r"Expected input batch_size \(7\) to match target batch_size \(6\)"),
+        (0, empty, ValueError, r"OnlineLearner: train_batch must hold at least one sample, got a target \[0\]"),
+        (1, empty, ValueError, r"OnlineLearner: valid_batch must hold at least one sample, got a target \[0\]"),
+        (0, lambda b: b[0], TypeError, r"OnlineLearner: train_batch must be a pair .*, got Tensor"),
+        (1, lambda b: (*b, b[1]), TypeError, r"OnlineLearner: valid_batch must be a pair .*, got tuple of 3"),
+        (0, lambda b: (b[0], b[1].float()), ValueError, r"LossNetwork: probabilities must be \[7, 3\] .*long\(\)"),
+        (0, lambda b: (b[0], b[1] + 5), RuntimeError, r"loss_network: labels must lie in \[0, 3\), got \d at index"),
+        (1, lambda b: (b[0], b[1] + 5), IndexError, "Target . is out of bounds"),
+        (0, lambda b: (b[0][:, :, 1:], b[1]), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
+        (1, lambda b: (b[0][:, :, 1:], b[1]), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
+        (0, lambda b: (b[0] * float("nan"), b[1]), RuntimeError, "the learned loss is nan on this batch"),
+    ],
+)  # fmt: skip
+def test_an_unfit_batch_changes_nothing(
+    which: int, change: Change, kind: type[Exception], message: str, backend: str
+) -> None:
+    one = learner(backend=backend)
+    for pair in zip(batches(2), batches(2), strict=True):
+        one.step(*pair)
+    pair = batches()
+    fit = list(pair)
+    pair[which] = change(pair[which])
+    model = one._step.plain
+    before = copy.deepcopy((model.state_dict(), one.optimizer.state_dict(), one.state_dict()))
+    random = torch.get_rng_state()
+    with pytest.raises(kind, match=message):
+        one.step(*pair)
+    after = (model.state_dict(), one.optimizer.state_dict(), one.state_dict())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert one.step(*fit).skipped is None  # and it goes on
+
+
+def test_an_output_that_does_not_fit_the_loss_changes_nothing() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).mean(1)
+
+    one = learner(model=Pooled())
+    before = copy.deepcopy((one._step.plain.state_dict(), one.state_dict()))
+    with pytest.raises(
+        ValueError, match=r"^LossNetwork: class indices must be \[\] for logits \[7\], got \[7\]"
+    ):
+        one.step(*batches())
+    torch.testing.assert_close((one._step.plain.state_dict(), one.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["double_backward", "jvp", "finite_difference"])
+def test_batches_of_changing_size(backend: str) -> None:
+    one = learner(backend=backend, meta_optimizer=None)
+    for size, valid_size in ((7, 3), (2, 9), (1, 1), (7, 7)):
+        train, valid = (
+            (torch.randn(n, 1, 8, 8, dtype=torch.float64), torch.randint(3, (n,))) for n in (size, valid_size)
+        )
+        model, optimizer, loss = copy.deepcopy((one._step.plain, one.optimizer, one.loss))
+        expected = meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid, backend=backend)
+        report = one.step(train, valid)
+        torch.testing.assert_close(report.task_loss, expected.task_loss)
+        for a, b in zip(values(one._step.plain), values(model), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_a_meta_gradient_that_is_not_finite_is_skipped() -> None:

@@ -307,6 +307,13 @@ def test_a_flat_loss_keeps_a_finite_gradient() -> None:
     assert slope_of(loss(logits, labels), logits).abs().max() < 1e-19
 
 
+def test_transforms_are_refused_not_wrong() -> None:
+    logits, labels = torch.randn(6, 4), torch.randint(4, (6,))  # with vmap 6 times [C]
+    for transform in (torch.func.grad, torch.vmap):
+        with pytest.raises(RuntimeError, match="inside of a function being transformed"):
+            transform(made(normalize_slope=True))(logits, labels)
+
+
 def test_normalized_in_half_precision_and_without_gradients() -> None:
     loss = made(normalize_slope=True)
     logits, labels = torch.randn(6, 4).bfloat16(), torch.randint(4, (6,))

@@ -1,0 +1,39 @@
+"""What the learners are fed, refused where it is unfit before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lossmeta.adalfl.meta_gradient import Batch
+
+
+def checked(where: str, name: str, batch: Any) -> Batch:
+    """A batch that is a pair and not empty. What fits within it the model and the loss know."""
+    if not isinstance(batch, Sequence) or len(batch) != 2:
+        got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, Sequence) else "")
+        raise TypeError(
+            f"{where}: {name} must be a pair (inputs, target), got {got}; several inputs go into a tuple of their own"
+        )
+    inputs, target = batch
+    if isinstance(target, Tensor) and target.numel() == 0:
+        raise ValueError(f"{where}: {name} must hold at least one sample, got a target {list(target.shape)}")
+    return inputs, target
+
+
+def endless(where: str, name: str, batches: Iterable[Any]) -> Iterator[Batch]:
+    """The batches, from the start again where they end."""
+    while True:
+        count = 0
+        for batch in batches:
+            count += 1
+            yield checked(where, f"a batch of {name}", batch)
+        if not count:
+            raise ValueError(f"{where}: {name} must hold at least one batch, got none")
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                f"{where}: {name} must start again where it ends, got an iterator that ended after {count} batches; "
+                "give a list or a DataLoader, or an iterator without end"
+            )
