@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl.meta_gradient import Batch, Loss
+from lossmeta.adalfl.differentiable_step import Batch, Loss
 
 
 def initialize(

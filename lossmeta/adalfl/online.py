@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl.meta_gradient import Batch, DifferentiableStep, Loss
+from lossmeta.adalfl.differentiable_step import Batch, DifferentiableStep, Loss
 
 
 @dataclass

@@ -104,7 +104,10 @@ class LossNetwork(OutputwiseLoss):
             nn.init.kaiming_normal_(weight)
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
-        loss, _ = loss_network(
+        return self._both(pred, target)[0]
+
+    def _both(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return loss_network(
             pred,
             target,
             self.input_weight,
@@ -118,7 +121,31 @@ class LossNetwork(OutputwiseLoss):
             ignore_index=self.ignore_index,
             exact=self.exact,
         )
-        return loss
+
+    def value_and_slope(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The mean loss and its gradient in ``pred`` [N, C] from one pass, both differentiable in the weights.
+
+        For class indices ``[N]``, as a call and ``autograd.grad`` give them; ``None`` where those must do it: for other
+        targets and options, a subclass, and a module with hooks.
+        """
+        if (
+            type(self) is not LossNetwork
+            or self.link != "softmax"
+            or self.reduction != "mean"
+            or self.weight is not None
+            or self.label_smoothing
+            or pred.dim() != 2
+            or target.is_floating_point()
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+        ):
+            return None
+        self._check(pred, target)
+        loss, slope = self._both(pred, target)
+        count = (target != self.ignore_index).sum()
+        return loss.sum() / count, slope * (loss.new_ones(()) / count)
 
     def extra_repr(self) -> str:
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,8 @@ def choose_backend(model: nn.Module) -> tuple[str, str]:
             return "finite_difference", f"{type(module).__name__} has no forward-mode derivative"
         if isinstance(module, nn.modules.conv._ConvNd):
             return "finite_difference", "for convolutions one forward pass costs least"
+    if _has_kinks(model):
+        return "finite_difference", "for ReLU and max-pooling one forward pass costs least"
     return "double_backward", "the model is small and exactness is cheap"
 
 
@@ -170,14 +172,16 @@ class DifferentiableStep:
         self.phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
         self.names = _names(self.plain, optimizer)
         self.device = next(iter(self.names)).device
-        # Where the output has kinks, a second pass gains nothing.
-        self.central = not any(isinstance(m, _KINKED) for m in self.plain.modules())
+        self.central = not _has_kinks(self.plain)
+        self._spatial: bool | None = None  # not yet known
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.names}
 
     # ---- One step.
 
     def __call__(self, train_batch: Batch, valid_batch: Batch) -> MetaGradient:
         inputs, target = train_batch
+        if self._spatial is None:
+            self._spatial = self._accepts_channels_last(inputs)
         random = _random_state(self.device)
         buffers = _cloned(self.plain.buffers())
         saved = _copied_state(self.optimizer)
@@ -187,6 +191,8 @@ class DifferentiableStep:
                 inputs, target, double=self.backend == "double_backward"
             )
             ratio = self._slope_ratio(prediction, target, slope)
+            # In another layout random numbers would fall elsewhere.
+            relaid = self._spatial and _same(random, _random_state(self.device))
             jacobian = StepJacobian(self.optimizer, approximate=self.approximate)
             moved = [p for p, *_ in jacobian.stepped]
             self._clip(moved)
@@ -195,7 +201,7 @@ class DifferentiableStep:
                 stepped = True
                 self.optimizer.step()
             with self._undone():
-                task_value, v = self._validate(*valid_batch, moved)
+                task_value, v = self._validate(*valid_batch, moved, relaid)
             before = [self._before[p] for p in moved]
             rates = self._learning_rate_gradients(v, jacobian, before) if self.learning_rates else []
             w = self._unclipped(jacobian.products(v, before))
@@ -203,7 +209,8 @@ class DifferentiableStep:
             if not self.phi:
                 pass  # only the learning rate is learned
             elif gradients is None:
-                u = self._push_forward(inputs, dict(zip(moved, w, strict=True)), prediction, random, buffers)
+                at = _in_channels_last(inputs) if relaid else inputs
+                u = self._push_forward(at, dict(zip(moved, w, strict=True)), prediction, random, buffers)
                 phi = torch.autograd.grad(slope, self.phi, u, allow_unused=True)
             else:
                 phi = torch.autograd.grad([gradients[p] for p in moved], self.phi, w, allow_unused=True)
@@ -242,18 +249,7 @@ class DifferentiableStep:
                 _copy_back(self.plain.buffers(), list(buffers.values()))
             else:
                 prediction = self._call(self.model, inputs)
-            f = prediction.detach().requires_grad_()
-            value = self.loss(f, target)
-            if value.dim():
-                raise ValueError(
-                    f"AdaLFL: loss must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
-                )
-            if self.device.type == "cpu" and not math.isfinite(value.item()):
-                raise RuntimeError(
-                    f"AdaLFL: the learned loss is {value.item()} on this batch; the step was not taken. Lower the "
-                    "learning rates, or load an earlier state"
-                )
-            (slope,) = torch.autograd.grad(value, f, create_graph=create_graph)
+            value, slope = self._value_and_slope(prediction.detach(), target, create_graph)
             if not double:
                 prediction.backward(slope.detach().to(prediction.dtype))
                 return prediction.detach(), value.detach(), slope, None
@@ -269,14 +265,35 @@ class DifferentiableStep:
             p.grad = g.detach().clone()
         return prediction.detach(), value.detach(), slope, with_graph
 
-    def _validate(self, inputs: Any, target: Tensor, moved: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _value_and_slope(self, f: Tensor, target: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+        """The learned loss at the prediction ``f``, and its gradient there. A loss that has both from one pass may say
+        so by a method ``value_and_slope(pred, target)``, which returns ``None`` where it does not apply."""
+        direct = getattr(self.loss, "value_and_slope", None)
+        with torch.set_grad_enabled(create_graph):
+            both = direct(f, target) if direct is not None else None
+        value = self.loss(f.requires_grad_(), target) if both is None else both[0]
+        if value.dim():
+            raise ValueError(
+                f"AdaLFL: loss must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
+            )
+        if self.device.type == "cpu" and not math.isfinite(value.item()):
+            raise RuntimeError(
+                f"AdaLFL: the learned loss is {value.item()} on this batch; the step was not taken. Lower the "
+                "learning rates, or load an earlier state"
+            )
+        return both or (value, *torch.autograd.grad(value, f, create_graph=create_graph))
+
+    def _validate(
+        self, inputs: Any, target: Tensor, moved: list[Tensor], relaid: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         """The task loss after the step and its gradients."""
         with torch.enable_grad():
-            value = self.task_loss(self._call(self.plain, inputs), target)
+            prediction = self._call(self.plain, _in_channels_last(inputs) if relaid else inputs)
+            value = self.task_loss(prediction, target)
             if value.dim():
                 raise ValueError(f"AdaLFL: task_loss must reduce to a scalar, got {list(value.shape)}")
             v = torch.autograd.grad(value, moved, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(moved, v, strict=True)]
+        filled = _writable([torch.zeros_like(p) if g is None else g for p, g in zip(moved, v, strict=True)])
         return value.detach(), self._averaged(filled)  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -284,39 +301,42 @@ class DifferentiableStep:
         self, inputs: Any, w: dict[Tensor, Tensor], prediction: Tensor, random: Any, buffers: list[Tensor]
     ) -> Tensor:
         """u = J w at the parameters before the step, with the random numbers and buffers of the training pass."""
-        with self._undone():
+        if self.backend == "jvp":
+            return self._jvp(inputs, w, prediction, random, buffers)
+        # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
+        # costs as much as curvature, e or for two passes e^2.
+        eps = torch.finfo(prediction.dtype).eps
+        start = [self._before[p] for p in w]
+        size = _norm(start) * eps ** (1 / 3 if self.central else 1 / 2)
+        moved = list(w.values())
+        norm = _norm(moved)
+        step = torch.where(norm > 0, size / norm, 0)
+        torch._foreach_mul_(moved, step)
+
+        def at(points: list[Tensor]) -> Tensor:
             _set_random_state(self.device, random)
-            names = [name for name, _ in self.plain.named_buffers()]
-            state = dict(zip(names, _cloned(buffers), strict=True))
-            if self.backend == "jvp":
-                with forward_ad.dual_level():
-                    for p, name in self.names.items():
-                        old = self._before[p]
-                        state[name] = forward_ad.make_dual(old, w[p]) if p in w else old
-                    output = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
-                    u = forward_ad.unpack_dual(output).tangent
-                return torch.zeros_like(prediction) if u is None else u
-            # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
-            # costs as much as curvature, e or for two passes e^2.
-            eps = torch.finfo(prediction.dtype).eps
-            start = [self._before[p] for p in w]
-            size = _norm(start) * eps ** (1 / 3 if self.central else 1 / 2)
-            norm = _norm(list(w.values()))
-            step = torch.where(norm > 0, size / norm, 0)
-            moved = list(w.values())
-            torch._foreach_mul_(moved, step)
+            _copy_back(self.plain.buffers(), buffers)
+            with _holding(w, points):
+                return self._call(self.plain, inputs)
 
-            def at(points: Sequence[Tensor]) -> Tensor:
-                _set_random_state(self.device, random)
-                values = dict(zip(names, _cloned(buffers), strict=True))
-                values.update({name: self._before[p] for p, name in self.names.items()})
-                values.update({self.names[p]: point for p, point in zip(w, points, strict=True)})
-                return self._call(lambda *a, **k: functional_call(self.plain, values, a, k), inputs)
-
+        with self._undone():
             behind = at(torch._foreach_sub(start, moved)) if self.central else prediction
             torch._foreach_add_(moved, start)
             difference = at(moved) - behind
-            return difference / (step.where(step > 0, 1) * (2 if self.central else 1))
+        return difference / (step.where(step > 0, 1) * (2 if self.central else 1))
+
+    def _jvp(
+        self, inputs: Any, w: dict[Tensor, Tensor], prediction: Tensor, random: Any, buffers: list[Tensor]
+    ) -> Tensor:
+        names = [name for name, _ in self.plain.named_buffers()]
+        state = dict(zip(names, _cloned(buffers), strict=True))
+        with self._undone(), forward_ad.dual_level():
+            _set_random_state(self.device, random)
+            for p, name in self.names.items():
+                state[name] = forward_ad.make_dual(self._before[p], w[p]) if p in w else self._before[p]
+            output = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
+            u = forward_ad.unpack_dual(output).tangent
+        return torch.zeros_like(prediction) if u is None else u
 
     # ---- Clipping.
 
@@ -368,6 +388,29 @@ class DifferentiableStep:
         return sums
 
     # ---- Small things.
+
+    @torch.no_grad()
+    def _accepts_channels_last(self, inputs: Any) -> bool:
+        """Whether the passes after the step may take the layout in which a CPU convolves and pools fastest. It is tried
+        once: not every model is free of ``view`` and of random numbers."""
+        if not (
+            self.device.type == "cpu"
+            and any(isinstance(m, nn.Conv2d) for m in self.plain.modules())
+            and isinstance(inputs, Tensor)
+            and inputs.dim() == 4
+            and inputs.dtype == torch.float32
+        ):
+            return False
+        with self._undone():
+            random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+            expected = self._call(self.plain, inputs)
+            _set_random_state(self.device, random)
+            _copy_back(self.plain.buffers(), buffers)
+            try:
+                actual = self._call(self.plain, _in_channels_last(inputs))
+            except RuntimeError:
+                return False
+        return bool((actual - expected).norm() <= 1e-3 * expected.norm())
 
     def _call(self, model: Callable[..., Any], inputs: Any) -> Tensor:
         context = (
@@ -423,7 +466,12 @@ class DifferentiableStep:
         _set_random_state(self.device, random)
 
 
+# Piecewise linear, where a second pass of finite differences gains nothing.
 _KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+def _has_kinks(model: nn.Module) -> bool:
+    return any(isinstance(m, _KINKED) for m in model.modules())
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
@@ -458,6 +506,38 @@ def _copied_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     }
 
 
+def _writable(tensors: list[Tensor]) -> list[Tensor]:
+    """The same values: autograd may hand one tensor to several parameters, or an expanded one."""
+    seen: set[int] = set()
+    for i, t in enumerate(tensors):
+        if 0 in t.stride() or t.untyped_storage().data_ptr() in seen:
+            tensors[i] = t = t.clone(memory_format=torch.contiguous_format)
+        seen.add(t.untyped_storage().data_ptr())
+    return tensors
+
+
+def _in_channels_last(inputs: Tensor) -> Tensor:
+    _, channels, height, width = inputs.shape
+    if channels == 1:  # both layouts at once; the strides tell which is meant
+        return inputs.contiguous().as_strided(inputs.shape, (height * width, 1, width, 1))
+    return inputs.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _holding(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+    """The parameters have other values for a while, wherever the model keeps them: tied, parametrized, or in lists of
+    its own as recurrent layers do."""
+    parameters = list(parameters)
+    own = [p.data for p in parameters]
+    try:
+        for p, value in zip(parameters, values, strict=True):
+            p.data = value
+        yield
+    finally:
+        for p, value in zip(parameters, own, strict=True):
+            p.data = value
+
+
 def _cloned(tensors: Any) -> list[Tensor]:
     return [t.clone() for t in tensors]
 
@@ -470,6 +550,10 @@ def _copy_back(tensors: Any, values: list[Tensor]) -> None:
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _same(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> bool:
+    return all(x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
 
 
 def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
