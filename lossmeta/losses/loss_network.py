@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
 from lossmeta.ops._arguments import choice
-from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network
+from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
 
 class LossNetwork(OutputwiseLoss):
@@ -104,30 +106,30 @@ class LossNetwork(OutputwiseLoss):
             nn.init.kaiming_normal_(weight)
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
-        return self._both(pred, target)[0]
+        weights = (self.input_weight, self.hidden_weight, self.output_weight)
+        return loss_network(pred, target, *weights, **self._options())[0]
 
-    def _both(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return loss_network(
-            pred,
-            target,
-            self.input_weight,
-            self.hidden_weight,
-            self.output_weight,
-            link=self.link,
-            leak=self.leak,
-            smoothness=self.smoothness,
-            hidden=self.activation,
-            output=self.output,
-            ignore_index=self.ignore_index,
-            exact=self.exact,
-        )
+    def _options(self) -> dict[str, Any]:
+        return {
+            "link": self.link,
+            "leak": self.leak,
+            "smoothness": self.smoothness,
+            "hidden": self.activation,
+            "output": self.output,
+            "ignore_index": self.ignore_index,
+            "exact": self.exact,
+        }
 
-    def value_and_slope(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The mean loss and its gradient in ``pred`` [N, C] from one pass, both differentiable in the weights.
+    def with_mixed_derivative(
+        self, pred: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, ...]]] | None:
+        """The loss, its gradient in ``pred`` and, of the latter's product with ``u``, the gradients in the weights:
+        what :func:`~lossmeta.adalfl.meta_gradient` needs, without autograd.
 
-        For class indices ``[N]``, as a call and ``autograd.grad`` give them; ``None`` where those must do it: for other
-        targets and options, a subclass, and a module with hooks.
+        For the mean over logits ``[N, C]`` with class indices ``[N]``. ``None`` where a call and autograd must do it:
+        for anything else, a subclass, weights of which one is frozen, and a module with hooks.
         """
+        weights = (self.input_weight, self.hidden_weight, self.output_weight)
         if (
             type(self) is not LossNetwork
             or self.link != "softmax"
@@ -135,17 +137,25 @@ class LossNetwork(OutputwiseLoss):
             or self.weight is not None
             or self.label_smoothing
             or pred.dim() != 2
-            or target.is_floating_point()
+            or target.dtype != torch.int64
+            or target.shape != pred.shape[:1]
+            or pred.shape[1] == 0
+            or not all(w.requires_grad for w in weights)
             or self._forward_hooks
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
         ):
             return None
-        self._check(pred, target)
-        loss, slope = self._both(pred, target)
+        loss, slope, mixed = with_mixed_derivative(pred, target, *weights, **self._options())
         count = (target != self.ignore_index).sum()
-        return loss.sum() / count, slope * (loss.new_ones(()) / count)
+
+        def mixed_of_mean(u: Tensor) -> tuple[Tensor, ...]:
+            gradients = mixed(u)
+            torch._foreach_div_(gradients, count)
+            return gradients
+
+        return loss.sum() / count, slope / count, mixed_of_mean
 
     def extra_repr(self) -> str:
         return (
