@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* op = "loss_network";
 constexpr int64_t min_intervals = 16, max_intervals = 1024;
-constexpr int64_t elements_per_node = 4;  // below this the table costs more than it saves
+constexpr int64_t elements_per_node = 2;  // below this the table costs more than it saves
 
 // Checks the arguments that forward and backward share and fills in the problem.
 struct Arguments {

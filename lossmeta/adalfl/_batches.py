@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lossmeta.adalfl.meta_gradient import Batch
+from lossmeta.adalfl.differentiable_step import Batch
 
 
 def checked(where: str, name: str, batch: Any) -> Batch:

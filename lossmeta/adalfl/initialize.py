@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
 from lossmeta.adalfl._batches import endless
-from lossmeta.adalfl.meta_gradient import Batch, Loss, _random_state, _set_random_state
+from lossmeta.adalfl.differentiable_step import Batch, Loss, _random_state, _set_random_state
 from lossmeta.ops._arguments import choice
 
 Product = Callable[[list[Tensor]], list[Tensor]]

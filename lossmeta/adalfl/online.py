@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lossmeta.adalfl._batches import checked
-from lossmeta.adalfl.meta_gradient import Batch, DifferentiableStep, Loss
+from lossmeta.adalfl.differentiable_step import Batch, DifferentiableStep, Loss
 
 
 @dataclass
@@ -159,7 +160,7 @@ class OnlineLearner:
             raise ValueError("OnlineLearner: loss must have parameters to learn, got none")
         self.loss = loss
         self.optimizer = optimizer
-        self.meta_optimizer = meta_optimizer or (Adam(phi, lr=1e-5) if phi else None)
+        self.meta_optimizer = meta_optimizer or (Adam(phi, lr=1e-5, fused=True) if phi else None)
         self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope
@@ -234,13 +235,14 @@ class OnlineLearner:
                 return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
             self._accepted = [p.detach().clone() for p in phi]
         present = [g for g in (*gradients, *rates) if g is not None]
-        if not all(bool(g.isfinite().all()) for g in present):
+        if not all(map(math.isfinite, torch._foreach_norm(present))):
             return "the meta-gradient is not finite"
         if self.meta_optimizer is not None:
             for p, g in zip(phi, gradients, strict=True):
                 p.grad = g
             self.meta_optimizer.step()
-            self.meta_optimizer.zero_grad(set_to_none=True)
+            for p in phi:
+                p.grad = None
         for group, g in zip(self.optimizer.param_groups, rates, strict=False):
             # A rate of 0 could never be left again: its gradient is that of the step per unit of the rate.
             group["lr"] = max(float(group["lr"]) - self.learning_rate * g.item(), 1e-3 * float(group["lr"]))

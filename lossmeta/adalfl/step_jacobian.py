@@ -19,7 +19,7 @@ class StepJacobian:
 
     With :math:`\theta' = \theta - \mathrm{step}(g)`, the steps of SGD, Adam, AdamW, RMSprop and Adagrad depend on each
     element of the gradient by itself, in closed form; the state from before the step is a constant. Make one before
-    the step; after it, ``products(v)`` are the derivatives times ``v``.
+    the step; after it, ``products(v, before)`` are the derivatives times ``v``.
 
     Where a second moment and the gradient are both 0 the derivative is defined as 0: unrolling gives NaN there.
 
@@ -65,13 +65,22 @@ class StepJacobian:
             )
 
     @torch.no_grad()
-    def products(self, vectors: list[Tensor], before: list[Tensor]) -> list[Tensor]:
-        """The derivative times ``vectors``, which are overwritten, after the step. ``before``: the parameters before
-        it. In the order of ``stepped``; the gradients must still be those of the step."""
-        for v, old, (parameter, group, first) in zip(vectors, before, self.stepped, strict=True):
-            state = self.optimizer.state.get(parameter, {})
-            v *= self.rule(parameter.grad, old, group, state, first)  # type: ignore[misc]
-        return vectors
+    def products(self, vectors: list[Tensor], before: list[Tensor]) -> tuple[list[Tensor], float]:
+        """The derivative times ``vectors``, after the step, as tensors, for which ``vectors`` are overwritten, and a
+        factor of them all. ``before``: the parameters before the step. In the order of ``stepped``; the gradients must
+        still be those of the step."""
+        derivatives: Iterator[Any] = (
+            self.rule(parameter.grad, old, group, self.optimizer.state.get(parameter, {}), first)  # type: ignore[misc]
+            for old, (parameter, group, first) in zip(before, self.stepped, strict=True)
+        )
+        if self.rule in (_sgd, _identity):
+            numbers = list(derivatives)
+            if len(set(numbers)) == 1:
+                return vectors, numbers[0]
+            derivatives = iter(numbers)
+        for v, derivative in zip(vectors, derivatives, strict=True):
+            v *= derivative
+        return vectors, 1.0
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from lossmeta import _checks
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
 from lossmeta.ops._arguments import choice
 from lossmeta.ops._operator import accumulation_dtype
-from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network
+from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
 RESIDUALS = {"cross_entropy": "softmax", "squared_error": "identity"}
 
@@ -174,21 +176,58 @@ class LossNetwork(OutputwiseLoss):
         return torch.where(steep, task / own.where(steep, 1), 1)
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
-        loss, _ = loss_network(
-            pred,
-            target,
-            self.input_weight,
-            self.hidden_weight,
-            self.output_weight,
-            link=self.link,
-            leak=self.leak,
-            smoothness=self.smoothness,
-            hidden=self.activation,
-            output=self.output,
-            ignore_index=self.ignore_index,
-            exact=self.exact,
-        )
-        return loss
+        weights = (self.input_weight, self.hidden_weight, self.output_weight)
+        return loss_network(pred, target, *weights, **self._options())[0]
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "link": self.link,
+            "leak": self.leak,
+            "smoothness": self.smoothness,
+            "hidden": self.activation,
+            "output": self.output,
+            "ignore_index": self.ignore_index,
+            "exact": self.exact,
+        }
+
+    def with_mixed_derivative(
+        self, pred: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, ...]]] | None:
+        """The loss, its gradient in ``pred`` and, of the latter's product with ``u``, the gradients in the weights:
+        what :func:`~lossmeta.adalfl.meta_gradient` needs, without autograd.
+
+        For the mean over logits ``[N, C]`` with class indices ``[N]``. ``None`` where a call and autograd must do it:
+        for anything else, a subclass, weights of which one is frozen, and a module with hooks.
+        """
+        weights = (self.input_weight, self.hidden_weight, self.output_weight)
+        if (
+            type(self) is not LossNetwork
+            or self.link != "softmax"
+            or self.residual is not None
+            or self.normalize_slope
+            or self.reduction != "mean"
+            or self.weight is not None
+            or self.label_smoothing
+            or pred.dim() != 2
+            or target.dtype != torch.int64
+            or target.shape != pred.shape[:1]
+            or pred.shape[1] == 0
+            or not all(w.requires_grad for w in weights)
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+        ):
+            return None
+        loss, slope, mixed = with_mixed_derivative(pred, target, *weights, **self._options())
+        count = (target != self.ignore_index).sum()
+
+        def mixed_of_mean(u: Tensor) -> tuple[Tensor, ...]:
+            gradients = mixed(u)
+            torch._foreach_div_(gradients, count)
+            return gradients
+
+        return loss.sum() / count, slope / count, mixed_of_mean
 
     def _task_loss(self, pred: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy or squared error, reduced like this loss. The arguments have been checked."""

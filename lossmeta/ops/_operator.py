@@ -122,9 +122,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """The differentiable outputs, by the cheapest path that is right where it is called."""
-        for i, name, required in self._tensor_arguments:
-            if not isinstance(args[i], Tensor) and (required or args[i] is not None):
-                raise TypeError(f"{self.public_name}: {name} must be a tensor, got {type(args[i]).__name__}")
+        self._check(args)
         if _debugging and not torch.compiler.is_compiling():
             self._check_on_cpu(args)
         if torch.compiler.is_compiling():
@@ -142,6 +140,23 @@ class Operator:
             return self._eager.apply(*args)
         with _BelowAutograd():  # the result of an operator without gradient does not require one
             return self._outputs(self.op(*args))
+
+    def without_autograd(self, *args: Any) -> tuple[Tensor, ...]:
+        """All results, the ones that the backward operator wants too, for callers who will call it themselves."""
+        self._check(args)
+        if _debugging:
+            self._check_on_cpu(args)
+        with _BelowAutograd():
+            return tuple(self.op(*args))
+
+    def backward_without_autograd(self, *args: Any) -> tuple[Tensor, ...]:
+        with _BelowAutograd():
+            return tuple(self.backward_op(*args))
+
+    def _check(self, args: Sequence[Any]) -> None:
+        for i, name, required in self._tensor_arguments:
+            if not isinstance(args[i], Tensor) and (required or args[i] is not None):
+                raise TypeError(f"{self.public_name}: {name} must be a tensor, got {type(args[i]).__name__}")
 
     @torch.no_grad()
     def _check_on_cpu(self, args: Sequence[Any]) -> None:

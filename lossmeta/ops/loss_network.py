@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ LINKS = {"identity": False, "softmax": True}
 HIDDEN = {"smooth_leaky_relu": True, "relu": False}
 OUTPUTS = {"linear": False, "softplus": True}
 MIN_TABLE_SIZE, MAX_TABLE_SIZE = 16, 1024
+SMALL_TABLE_SIZE = 256  # with fewer intervals weights of twice the usual size have their table refused
 
 
 def loss_network(
@@ -45,14 +46,15 @@ def loss_network(
     is the loss of ML³.
 
     With class indices, the softmax link and the smooth activation, :math:`\ell_\phi` is only two functions of a
-    probability. Where N·C is at least four times the number of their nodes, they are tabulated: the cost per element is
-    then that of cross-entropy, whatever the width. The slope is a piecewise cubic through the network's slopes at
-    ``table_size`` + 3 equally spaced probabilities, the loss its integral, and the gradients are the exact derivatives
-    of these two. Where the estimated error of :math:`\partial \ell / \partial f` is above 1e-5 of its largest value on
-    [0, 1] (weights several times their usual size), the table is refused and every element goes through the network.
-    At the usual size the error is about 1e-9 (float64; for float32 it is below the rounding). The one visible error
-    is that of the gradient of the slope with respect to ``pred`` in float32, about 1e-4: the curvature comes from
-    differences of neighbouring nodes.
+    probability. From N·C = 1036 on (on GPUs 8 ``table_size`` + 24) they are tabulated: the cost per element is then
+    that of cross-entropy, whatever the width. The slope is a piecewise cubic through the network's slopes at equally
+    spaced probabilities (``table_size`` + 3 of them, in small batches N·C / 4), the loss its integral, and the
+    gradients are the exact derivatives of these two. Where the estimated error of
+    :math:`\partial \ell / \partial f` is above 1e-5 of its largest value on [0, 1] (weights several times their usual
+    size), the table is refused and every element goes through the network. At the usual size the error is about 1e-8
+    with 512 intervals, 1e-7 with 256. The one
+    visible error is that of the gradient of the slope with respect to ``pred`` in float32, about 1e-4: the curvature
+    comes from differences of neighbouring nodes.
 
     Args:
         pred: predictions, ``[N, C]``; float32, float64, bfloat16 or float16 (accumulated and returned in float32).
@@ -67,7 +69,7 @@ def loss_network(
         output: ``"linear"`` or ``"softplus"``.
         ignore_index: class index whose rows have loss 0, slope 0 and no gradient.
         exact: never use the table.
-        table_size: intervals of the table, 16 to 1024 (float64 on GPUs of compute capability 8.6 and 8.9: 896).
+        table_size: most intervals of the table, 16 to 1024 (float64 on GPUs of compute capability 8.6 and 8.9: 896).
 
     Returns:
         The loss ``[N]`` and ``slope`` ``[N, C]``, the derivative of ``loss[n]`` with respect to ``pred[n]`` (with the
@@ -87,6 +89,67 @@ def loss_network(
         >>> loss, slope = loss_network(logits, labels, w1, w2, w3, link="softmax")
         >>> loss.mean().backward()
     """
+    return _operator(
+        pred,
+        target,
+        input_weight,
+        hidden_weight,
+        output_weight,
+        *_options(pred, target, link, leak, smoothness, hidden, output, ignore_index, exact, table_size),
+    )
+
+
+def with_mixed_derivative(
+    pred: Tensor,
+    target: Tensor,
+    *weights: Tensor,
+    link: str = "identity",
+    leak: float = 0.01,
+    smoothness: float = 10.0,
+    hidden: str = "smooth_leaky_relu",
+    output: str = "linear",
+    ignore_index: int = -100,
+    exact: bool = False,
+    table_size: int = 512,
+) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    r""":func:`loss_network` without autograd, which for a small batch costs as much as the operator.
+
+    Args:
+        pred, target, weights: and all else as in :func:`loss_network`.
+
+    Returns:
+        The loss ``[N]``, the slope ``[N, C]``, and the function that takes ``u`` [N, C] to the gradients of
+        :math:`\langle \mathrm{slope}, u \rangle` with respect to the three weights.
+
+    Example:
+        >>> w = torch.randn(40, 2), torch.randn(40, 40) / 6, torch.randn(1, 40) / 6
+        >>> loss, slope, mixed = with_mixed_derivative(torch.rand(8, 3), torch.rand(8, 3), *w)
+        >>> [g.shape for g in mixed(torch.rand(8, 3))]
+        [torch.Size([40, 2]), torch.Size([40, 40]), torch.Size([1, 40])]
+    """
+    options = _options(pred, target, link, leak, smoothness, hidden, output, ignore_index, exact, table_size)
+    loss, slope, table = _operator.without_autograd(pred, target, *weights, *options)
+
+    def mixed(u: Tensor) -> tuple[Tensor, ...]:
+        arguments = (None, u, pred, target, *weights, *options, table)
+        return _operator.backward_without_autograd(*arguments, False, True, True, True)[1:]
+
+    return loss, slope, mixed
+
+
+def _options(
+    pred: Tensor,
+    target: Tensor,
+    link: str,
+    leak: float,
+    smoothness: float,
+    hidden: str,
+    output: str,
+    ignore_index: int,
+    exact: bool,
+    table_size: int,
+) -> tuple[bool, bool, float, float, bool, int, int]:
+    """What the operator takes after its tensors."""
     softmax = choice("loss_network", "link", link, LINKS)
     smooth = choice("loss_network", "hidden", hidden, HIDDEN)
     has_softplus = choice("loss_network", "output", output, OUTPUTS)
@@ -98,25 +161,23 @@ def loss_network(
         raise ValueError(
             f"loss_network: table_size must lie in [{MIN_TABLE_SIZE}, {MAX_TABLE_SIZE}], got {table_size}"
         )
-    check_tensors("loss_network", target=target)
+    check_tensors("loss_network", pred=pred, target=target)
     if target.requires_grad:
         raise RuntimeError(
             "loss_network: target must not require a gradient, which it would not get; detach it"
         )
-    return _operator(
-        pred,
-        target,
-        input_weight,
-        hidden_weight,
-        output_weight,
-        softmax,
-        smooth,
-        float(leak),
-        float(smoothness),
-        has_softplus,
-        ignore_index,
-        0 if exact else table_size,
-    )
+    intervals = 0 if exact else _intervals(table_size, pred)
+    return softmax, smooth, float(leak), float(smoothness), has_softplus, ignore_index, intervals
+
+
+def _intervals(most: int, pred: Tensor) -> int:
+    """As many as leave two elements for each of the 2 (intervals + 3) nodes; 0 where these are too few."""
+    if pred.device.type != "cpu":  # where the network itself is cheap, and a table one more kernel
+        return most if pred.numel() >= 8 * (most + 3) else 0
+    fitting = pred.numel() // 4 - 3
+    if fitting >= most:
+        return most
+    return fitting if fitting >= SMALL_TABLE_SIZE else 0
 
 
 def _reference(
@@ -186,7 +247,7 @@ def _fake(
     dtype = accumulation_dtype(pred.dtype)
     tabulates = table_size > 0 and softmax and smooth and not target.dtype.is_floating_point
     # loss_network_nodes and loss_network_table_size of csrc/math/loss_network.h
-    table = 10 * table_size + 1 if tabulates and pred.numel() >= 4 * 2 * (table_size + 3) else 0
+    table = 10 * table_size + 1 if tabulates and pred.numel() >= 2 * 2 * (table_size + 3) else 0
     return (
         pred.new_empty(pred.shape[:1], dtype=dtype),
         pred.new_empty(pred.shape, dtype=dtype),

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from lossmeta.adalfl import meta_gradient
-from lossmeta.adalfl.meta_gradient import DifferentiableStep
+from lossmeta.adalfl.differentiable_step import DifferentiableStep
 from lossmeta.losses import LossNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:AdaLFL. the first step")

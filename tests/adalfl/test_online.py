@@ -394,7 +394,9 @@ def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.M
             super().__init__()
             self.module = mlp()
 
-    monkeypatch.setattr(sys.modules["lossmeta.adalfl.meta_gradient"], "DistributedDataParallel", Parallel)
+    monkeypatch.setattr(
+        sys.modules["lossmeta.adalfl.differentiable_step"], "DistributedDataParallel", Parallel
+    )
     with pytest.raises(ValueError, match="backend must be 'jvp' or 'finite_difference' for a Distributed"):
         learner(model=Parallel(), backend="double_backward")
     assert learner(model=Parallel()).backend.startswith("finite_difference: the model is wrapped")

@@ -50,7 +50,8 @@ def product(make: Callable[..., Optimizer], steps: int, g: Tensor, v: Tensor) ->
     jacobian = StepJacobian(optimizer)
     before = parameter.detach().clone()
     optimizer.step()
-    return jacobian.products([v.clone()], [before])[0]
+    (product,), factor = jacobian.products([v.clone()], [before])
+    return factor * product
 
 
 def step(make: Callable[..., Optimizer], steps: int, g: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def test_dead_elements_have_derivative_zero(name: str) -> None:
     parameter.grad = g
     jacobian = StepJacobian(optimizer)
     optimizer.step()
-    (w,) = jacobian.products([torch.ones(6, dtype=torch.float64)], [torch.zeros(6, dtype=torch.float64)])
+    (w,), _ = jacobian.products([torch.ones(6, dtype=torch.float64)], [torch.zeros(6, dtype=torch.float64)])
     assert w.isfinite().all()
     assert w[[0, 2, 4]].tolist() == [0, 0, 0]
 
@@ -118,7 +119,8 @@ def test_groups_have_their_own_options() -> None:
     optimizer.step()
     v = torch.ones(3, dtype=torch.float64)
     assert [p is q for (p, *_), q in zip(jacobian.stepped, (a, b), strict=True)] == [True, True]
-    products = jacobian.products([v.clone(), v.clone()], [v, v])
+    products, factor = jacobian.products([v.clone(), v.clone()], [v, v])
+    assert factor == 1.0
     torch.testing.assert_close(products, [0.1 * v, 0.5 * v])
 
 
@@ -132,7 +134,7 @@ def test_refusals() -> None:
     for other in (torch.optim.Adamax([parameter]), Mine([parameter], lr=0.1)):
         with pytest.raises(TypeError, match=f"optimizer must be one of SGD, .*, got {type(other).__name__}"):
             StepJacobian(other)
-        assert StepJacobian(other, approximate=True).products([parameter.grad], [parameter.grad])[0][0] > 0
+        assert StepJacobian(other, approximate=True).products([parameter.grad], [parameter.grad])[1] > 0
     with_hook = SGD([parameter], lr=0.1)
     with_hook.register_step_pre_hook(lambda *_: None)
     with pytest.raises(ValueError, match="step hooks"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from lossmeta.adalfl.step_jacobian import StepJacobian, parameters_of
 
 Batch = tuple[Any, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Mixed = Callable[[Any], Sequence[Tensor | None]]
 
 BACKENDS = ("auto", "double_backward", "jvp", "finite_difference")
 
@@ -126,6 +127,8 @@ def choose_backend(model: nn.Module) -> tuple[str, str]:
             return "finite_difference", f"{type(module).__name__} has no forward-mode derivative"
         if isinstance(module, nn.modules.conv._ConvNd):
             return "finite_difference", "for convolutions one forward pass costs least"
+    if _has_kinks(model):
+        return "finite_difference", "for ReLU and max-pooling one forward pass costs least"
     return "double_backward", "the model is small and exactness is cheap"
 
 
@@ -170,54 +173,59 @@ class DifferentiableStep:
         self.phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
         self.names = _names(self.plain, optimizer)
         self.device = next(iter(self.names)).device
-        # Where the output has kinks, a second pass gains nothing.
-        self.central = not any(isinstance(m, _KINKED) for m in self.plain.modules())
+        self.central = not _has_kinks(self.plain)
+        self._spatial: bool | None = None  # not yet known
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.names}
 
     # ---- One step.
 
     def __call__(self, train_batch: Batch, valid_batch: Batch) -> MetaGradient:
         inputs, target = train_batch
-        random = _random_state(self.device)
-        buffers = _cloned(self.plain.buffers())
+        if self._spatial is None:
+            self._spatial = self._accepts_channels_last(inputs)
+        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
         saved = _copied_state(self.optimizer)
         stepped = False
         try:
-            prediction, value, slope, gradients = self._train(
-                inputs, target, double=self.backend == "double_backward"
-            )
+            prediction, value, slope, mixed = self._train(inputs, target)
             ratio = self._slope_ratio(prediction, target, slope)
-            jacobian = StepJacobian(self.optimizer, approximate=self.approximate)
-            moved = [p for p, *_ in jacobian.stepped]
-            self._clip(moved)
             with torch.no_grad():
+                jacobian = StepJacobian(self.optimizer, approximate=self.approximate)
+                moved = [p for p, *_ in jacobian.stepped]
+                self._clip(moved)
                 torch._foreach_copy_(list(self._before.values()), list(self._before))
+                before = [self._before[p] for p in moved]
+                if self.backend == "finite_difference":  # now, while the copies are in the cache
+                    self._size = _norm(before, 1e-3)
                 stepped = True
                 self.optimizer.step()
-            with self._undone():
-                task_value, v = self._validate(*valid_batch, moved)
-            before = [self._before[p] for p in moved]
-            rates = self._learning_rate_gradients(v, jacobian, before) if self.learning_rates else []
-            w = self._unclipped(jacobian.products(v, before))
-            phi: Sequence[Tensor | None] = ()
-            if not self.phi:
-                pass  # only the learning rate is learned
-            elif gradients is None:
-                u = self._push_forward(inputs, dict(zip(moved, w, strict=True)), prediction, random, buffers)
-                phi = torch.autograd.grad(slope, self.phi, u, allow_unused=True)
-            else:
-                phi = torch.autograd.grad([gradients[p] for p in moved], self.phi, w, allow_unused=True)
+                after = _random_state(self.device)
+                with self._undone(after):
+                    # In another layout random numbers would fall elsewhere.
+                    relaid = self._spatial and _same(random, after)
+                    task_value, v = self._validate(*valid_batch, moved, relaid)
+                    rates = self._learning_rate_gradients(v, jacobian, before) if self.learning_rates else []
+                    products, rate = jacobian.products(v, before)
+                    w = dict(zip(moved, self._unclipped(products), strict=True))
+                    # All behind w is linear in it: a factor of all its elements can wait.
+                    if not self.phi:
+                        phi: Sequence[Tensor | None] = ()  # only the learning rate is learned
+                    elif self.backend == "double_backward":
+                        phi = mixed(w)
+                    else:
+                        at = _in_channels_last(inputs) if relaid else inputs
+                        phi = mixed(self._push_forward(at, w, prediction, random, buffers))
         except BaseException:
             self._restore(stepped, saved, random, buffers)
             raise
-        results = self._averaged([None if g is None else g.neg_() for g in phi])
+        results = self._averaged([None if g is None else g.mul_(-rate) for g in phi])
         return MetaGradient(value, task_value, results, rates, ratio, self.backend)
 
     def plain_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
         random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
         try:
-            prediction, value, slope, _ = self._train(*batch, double=False, create_graph=False)
+            prediction, value, slope, _ = self._train(*batch, meta=False)
             ratio = self._slope_ratio(prediction, batch[1], slope)
             self._clip([p for p, _ in parameters_of(self.optimizer) if p.grad is not None])
         except BaseException:
@@ -227,96 +235,125 @@ class DifferentiableStep:
         return value, ratio
 
     def _train(
-        self, inputs: Any, target: Tensor, *, double: bool, create_graph: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor, dict[Tensor, Tensor] | None]:
-        """Forward and backward of the training loss: its gradients are left in ``.grad``, and for double_backward also
-        returned with the graph that leads to the loss's parameters."""
+        self, inputs: Any, target: Tensor, *, meta: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Mixed]:
+        """Forward and backward of the training loss, which leaves its gradients in ``.grad``. Returns the prediction,
+        the loss, its slope at the prediction, and what takes u, or for double_backward w, to the loss's parameters."""
         self.optimizer.zero_grad(set_to_none=True)
-        leaves: dict[Tensor, Tensor] = {}
         with torch.enable_grad():
-            if double:  # the graph must not notice that parameters and buffers change: it is made of copies
-                leaves = {p: p.detach().clone().requires_grad_() for p in self.names}
-                buffers = {name: b.clone() for name, b in self.plain.named_buffers()}
-                state = {**buffers, **{self.names[p]: leaf for p, leaf in leaves.items()}}
-                prediction = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
-                _copy_back(self.plain.buffers(), list(buffers.values()))
-            else:
-                prediction = self._call(self.model, inputs)
-            f = prediction.detach().requires_grad_()
-            value = self.loss(f, target)
-            if value.dim():
-                raise ValueError(
-                    f"AdaLFL: loss must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
-                )
-            if self.device.type == "cpu" and not math.isfinite(value.item()):
-                raise RuntimeError(
-                    f"AdaLFL: the learned loss is {value.item()} on this batch; the step was not taken. Lower the "
-                    "learning rates, or load an earlier state"
-                )
-            (slope,) = torch.autograd.grad(value, f, create_graph=create_graph)
-            if not double:
-                prediction.backward(slope.detach().to(prediction.dtype))
-                return prediction.detach(), value.detach(), slope, None
-            gradients = torch.autograd.grad(
-                prediction,
-                list(leaves.values()),
-                slope.to(prediction.dtype),
-                create_graph=True,
-                allow_unused=True,
-            )
-        with_graph = {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
-        for p, g in with_graph.items():
-            p.grad = g.detach().clone()
-        return prediction.detach(), value.detach(), slope, with_graph
+            if meta and self.backend == "double_backward":
+                return self._train_with_graph(inputs, target)
+            prediction = self._call(self.model, inputs)
+            value, slope, mixed = self._differentiated_loss(prediction.detach(), target, meta)
+            prediction.backward(slope.to(prediction.dtype))
+        return prediction.detach(), value, slope, mixed
 
-    def _validate(self, inputs: Any, target: Tensor, moved: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _train_with_graph(self, inputs: Any, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Mixed]:
+        # The graph must not notice that parameters and buffers change: it is made of copies.
+        leaves: dict[Tensor, Tensor] = {p: p.detach().clone().requires_grad_() for p in self.names}
+        buffers = {name: b.clone() for name, b in self.plain.named_buffers()}
+        state = {**buffers, **{self.names[p]: leaf for p, leaf in leaves.items()}}
+        prediction = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
+        _copy_back(self.plain.buffers(), list(buffers.values()))
+        value, slope = self._loss_and_slope(prediction.detach(), target, True)
+        gradients = torch.autograd.grad(
+            prediction,
+            list(leaves.values()),
+            slope.to(prediction.dtype),
+            create_graph=True,
+            allow_unused=True,
+        )
+        with_graph = dict(zip(self.names, gradients, strict=True))
+        for p, g in zip(leaves, gradients, strict=True):
+            p.grad = None if g is None else g.detach().clone()
+
+        def mixed(w: dict[Tensor, Tensor]) -> Sequence[Tensor | None]:
+            along = [with_graph[p] for p in w]
+            return torch.autograd.grad(along, self.phi, list(w.values()), allow_unused=True)
+
+        return prediction.detach(), value, slope.detach(), mixed
+
+    def _differentiated_loss(self, f: Tensor, target: Tensor, meta: bool) -> tuple[Tensor, Tensor, Mixed]:
+        """The learned loss at the prediction ``f``, its slope there, and what takes u to its parameters: from the
+        loss's own ``with_mixed_derivative`` where it has one for these arguments, which is cheaper, or by autograd."""
+        direct = getattr(self.loss, "with_mixed_derivative", None)
+        result = direct(f, target) if direct is not None else None
+        if result is not None:
+            self._check_loss(result[0])
+            return result
+        value, slope = self._loss_and_slope(f, target, meta)
+        return (
+            value,
+            slope.detach(),
+            lambda u: torch.autograd.grad(slope, self.phi, u, allow_unused=True),
+        )
+
+    def _loss_and_slope(self, f: Tensor, target: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+        value = self.loss(f.requires_grad_(), target)
+        self._check_loss(value)
+        (slope,) = torch.autograd.grad(value, f, create_graph=create_graph)
+        return value.detach(), slope
+
+    def _check_loss(self, value: Tensor) -> None:
+        if value.dim():
+            raise ValueError(
+                f"AdaLFL: loss must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
+            )
+        if self.device.type == "cpu" and not math.isfinite(value.item()):
+            raise RuntimeError(
+                f"AdaLFL: the learned loss is {value.item()} on this batch; the step was not taken. Lower the "
+                "learning rates, or load an earlier state"
+            )
+
+    def _validate(
+        self, inputs: Any, target: Tensor, moved: list[Tensor], relaid: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         """The task loss after the step and its gradients."""
         with torch.enable_grad():
-            value = self.task_loss(self._call(self.plain, inputs), target)
+            prediction = self._call(self.plain, _in_channels_last(inputs) if relaid else inputs)
+            value = self.task_loss(prediction, target)
             if value.dim():
                 raise ValueError(f"AdaLFL: task_loss must reduce to a scalar, got {list(value.shape)}")
             v = torch.autograd.grad(value, moved, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(moved, v, strict=True)]
+        filled = _writable([torch.zeros_like(p) if g is None else g for p, g in zip(moved, v, strict=True)])
         return value.detach(), self._averaged(filled)  # type: ignore[return-value]
 
-    @torch.no_grad()
     def _push_forward(
         self, inputs: Any, w: dict[Tensor, Tensor], prediction: Tensor, random: Any, buffers: list[Tensor]
     ) -> Tensor:
         """u = J w at the parameters before the step, with the random numbers and buffers of the training pass."""
-        with self._undone():
+        if self.backend == "jvp":
+            return self._jvp(inputs, w, prediction, random, buffers)
+        # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
+        # costs as much as curvature, e or for two passes e^2.
+        eps = torch.finfo(prediction.dtype).eps
+        start, moved = [self._before[p] for p in w], list(w.values())
+        # Weights may all be 0, and so may w: u is then 0.
+        step = self._size * eps ** (1 / 3 if self.central else 1 / 2) / _norm(moved, 1e-30)
+        torch._foreach_mul_(moved, step)
+
+        def at(points: Iterable[Tensor]) -> Tensor:
             _set_random_state(self.device, random)
-            names = [name for name, _ in self.plain.named_buffers()]
-            state = dict(zip(names, _cloned(buffers), strict=True))
-            if self.backend == "jvp":
-                with forward_ad.dual_level():
-                    for p, name in self.names.items():
-                        old = self._before[p]
-                        state[name] = forward_ad.make_dual(old, w[p]) if p in w else old
-                    output = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
-                    u = forward_ad.unpack_dual(output).tangent
-                return torch.zeros_like(prediction) if u is None else u
-            # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
-            # costs as much as curvature, e or for two passes e^2.
-            eps = torch.finfo(prediction.dtype).eps
-            start = [self._before[p] for p in w]
-            size = _norm(start) * eps ** (1 / 3 if self.central else 1 / 2)
-            norm = _norm(list(w.values()))
-            step = torch.where(norm > 0, size / norm, 0)
-            moved = list(w.values())
-            torch._foreach_mul_(moved, step)
+            _copy_back(self.plain.buffers(), buffers)
+            with _holding(w, points):
+                return self._call(self.plain, inputs)
 
-            def at(points: Sequence[Tensor]) -> Tensor:
-                _set_random_state(self.device, random)
-                values = dict(zip(names, _cloned(buffers), strict=True))
-                values.update({name: self._before[p] for p, name in self.names.items()})
-                values.update({self.names[p]: point for p, point in zip(w, points, strict=True)})
-                return self._call(lambda *a, **k: functional_call(self.plain, values, a, k), inputs)
+        behind = at(torch._foreach_sub(start, moved)) if self.central else prediction
+        torch._foreach_add_(moved, start)
+        return (at(moved) - behind) / (2 * step if self.central else step)
 
-            behind = at(torch._foreach_sub(start, moved)) if self.central else prediction
-            torch._foreach_add_(moved, start)
-            difference = at(moved) - behind
-            return difference / (step.where(step > 0, 1) * (2 if self.central else 1))
+    def _jvp(
+        self, inputs: Any, w: dict[Tensor, Tensor], prediction: Tensor, random: Any, buffers: list[Tensor]
+    ) -> Tensor:
+        names = [name for name, _ in self.plain.named_buffers()]
+        state = dict(zip(names, _cloned(buffers), strict=True))
+        _set_random_state(self.device, random)
+        with forward_ad.dual_level():
+            for p, name in self.names.items():
+                state[name] = forward_ad.make_dual(self._before[p], w[p]) if p in w else self._before[p]
+            output = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
+            u = forward_ad.unpack_dual(output).tangent
+        return torch.zeros_like(prediction) if u is None else u
 
     # ---- Clipping.
 
@@ -330,14 +367,13 @@ class DifferentiableStep:
             torch._foreach_clamp_min_(gradients, -self.clip_value)
             torch._foreach_clamp_max_(gradients, self.clip_value)
         if self.clip_norm is not None:
-            norm = _norm(gradients)
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
             # As torch.nn.utils.clip_grad_norm_.
             self._scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             self._direction = [g / (norm + 1e-6) for g in gradients]
             self._norm = norm
             torch._foreach_mul_(gradients, self._scale)
 
-    @torch.no_grad()
     def _unclipped(self, w: list[Tensor]) -> list[Tensor]:
         """The transposed derivative of the clipping, times w."""
         if self._scale is not None:
@@ -355,7 +391,6 @@ class DifferentiableStep:
 
     # ---- Learning rates.
 
-    @torch.no_grad()
     def _learning_rate_gradients(
         self, v: list[Tensor], jacobian: StepJacobian, before: list[Tensor]
     ) -> list[Tensor]:
@@ -369,12 +404,37 @@ class DifferentiableStep:
 
     # ---- Small things.
 
+    @torch.no_grad()
+    def _accepts_channels_last(self, inputs: Any) -> bool:
+        """Whether the passes after the step may take the layout in which a CPU convolves and pools fastest. It is tried
+        once: not every model is free of ``view`` and of random numbers."""
+        if not (
+            self.device.type == "cpu"
+            and any(isinstance(m, nn.Conv2d) for m in self.plain.modules())
+            and isinstance(inputs, Tensor)
+            and inputs.dim() == 4
+            and inputs.dtype == torch.float32
+        ):
+            return False
+        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+        with self._undone(random):
+            expected = self._call(self.plain, inputs)
+            _set_random_state(self.device, random)
+            _copy_back(self.plain.buffers(), buffers)
+            try:
+                actual = self._call(self.plain, _in_channels_last(inputs))
+            except RuntimeError:
+                return False
+        return bool((actual - expected).norm() <= 1e-3 * expected.norm())
+
     def _call(self, model: Callable[..., Any], inputs: Any) -> Tensor:
         context = (
             nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
         )
         with context:
-            if isinstance(inputs, Mapping):
+            if isinstance(inputs, Tensor):
+                output = model(inputs)
+            elif isinstance(inputs, Mapping):
                 output = model(**inputs)
             elif isinstance(inputs, Sequence):
                 output = model(*inputs)
@@ -404,9 +464,9 @@ class DifferentiableStep:
         return slope.detach().abs().mean() / plain.abs().mean()
 
     @contextmanager
-    def _undone(self) -> Iterator[None]:
-        """Buffers and random state are afterwards what they were before."""
-        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+    def _undone(self, random: Any) -> Iterator[None]:
+        """Buffers and random state are afterwards what they are now; nothing random has happened since ``random``."""
+        buffers = _cloned(self.plain.buffers())
         try:
             yield
         finally:
@@ -423,11 +483,20 @@ class DifferentiableStep:
         _set_random_state(self.device, random)
 
 
+# Piecewise linear, where a second pass of finite differences gains nothing.
 _KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+def _has_kinks(model: nn.Module) -> bool:
+    return any(isinstance(m, _KINKED) for m in model.modules())
+
+
+def _norm(tensors: list[Tensor], least: float) -> Any:
+    """Of all elements, but not below ``least``: a number, or on a GPU, where reading it would wait, a tensor."""
+    norms = torch._foreach_norm(tensors)
+    if norms[0].device.type != "cpu":
+        return torch.stack(norms).norm().clamp(min=least)
+    return max(math.hypot(*map(float, norms)), least)
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
@@ -458,18 +527,55 @@ def _copied_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     }
 
 
+def _writable(tensors: list[Tensor]) -> list[Tensor]:
+    """The same values: autograd may hand one tensor to several parameters, or an expanded one."""
+    seen: set[int] = set()
+    for i, t in enumerate(tensors):
+        if 0 in t.stride() or t.untyped_storage().data_ptr() in seen:
+            tensors[i] = t = t.clone(memory_format=torch.contiguous_format)
+        seen.add(t.untyped_storage().data_ptr())
+    return tensors
+
+
+def _in_channels_last(inputs: Tensor) -> Tensor:
+    _, channels, height, width = inputs.shape
+    if channels == 1:  # both layouts at once; the strides tell which is meant
+        return inputs.contiguous().as_strided(inputs.shape, (height * width, 1, width, 1))
+    return inputs.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _holding(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+    """The parameters have other values for a while, wherever the model keeps them: tied, parametrized, or in lists of
+    its own as recurrent layers do."""
+    parameters = list(parameters)
+    own = [p.data for p in parameters]
+    try:
+        for p, value in zip(parameters, values, strict=True):
+            p.data = value
+        yield
+    finally:
+        for p, value in zip(parameters, own, strict=True):
+            p.data = value
+
+
 def _cloned(tensors: Any) -> list[Tensor]:
     return [t.clone() for t in tensors]
 
 
-@torch.no_grad()
-def _copy_back(tensors: Any, values: list[Tensor]) -> None:
-    for t, value in zip(tensors, values, strict=True):
-        t.copy_(value)
+def _copy_back(tensors: Iterable[Tensor], values: list[Tensor]) -> None:
+    if values:
+        with torch.no_grad():
+            for t, value in zip(tensors, values, strict=True):
+                t.copy_(value)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _same(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> bool:
+    return all(x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
 
 
 def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
