@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from lossmeta.adalfl import OnlineLearner, Snapshot, initialize
+from lossmeta.adalfl import OnlineLearner, Snapshot, initialize, initialize_learning_rate
 from lossmeta.losses import LossNetwork, TaylorLoss
 from lossmeta.recipes._problems import Problem, Splits
 
@@ -36,7 +36,7 @@ class Method:
         tuned: whether the base learning rate is the one tuned for plain training, or the paper's.
         parts: of the data that are trained on.
         loss: a key of ``LOSSES``, or ``None`` for the task loss itself.
-        inner_steps: of Algorithm 1; 0 leaves it out.
+        inner_steps: of Algorithm 1, or of 3 without a learned loss; 0 leaves it out.
         online: meta learning rate of Algorithm 2; 0 keeps the loss as it is.
         learning_rate: step size of Algorithm 4 for the base learning rate; 0 keeps it.
         normalize: whether the loss's slope is scaled to the task loss's.
@@ -91,7 +91,7 @@ class Trials:
     device: torch.device
     offline_steps: int
     history: list[Snapshot] = field(default_factory=list)
-    _initialised: dict[tuple[Any, ...], tuple[dict[str, Tensor], float]] = field(default_factory=dict)
+    _initialised: dict[tuple[Any, ...], tuple[dict[str, Tensor], float, float]] = field(default_factory=dict)
 
     def run(self, method: Method, rate: float) -> dict[str, Any]:
         """Trains a model; its errors, ``None`` where training diverged, and what it took.
@@ -100,7 +100,7 @@ class Trials:
         """
         self.history = []
         task_loss = TaskLoss(self.splits.regression)
-        loss, offline_seconds = self._loss(method, rate, task_loss)
+        loss, rate, offline_seconds = self._prepared(method, rate, task_loss)
         model = self._model(self.seed + WEIGHTS)
         optimizer = SGD(model.parameters(), rate, **self.problem.optimizer_options)  # type: ignore[arg-type]
         batches = self._batches(method.parts, TRAIN)
@@ -161,9 +161,8 @@ class Trials:
     def _batches(self, parts: tuple[str, ...], stream: int) -> Any:
         return self.splits.batches(self.splits.joined(*parts), self.problem.batch, self.seed + stream)
 
-    def _loss(self, method: Method, rate: float, task_loss: nn.Module) -> tuple[nn.Module, float]:
-        if method.loss is None:
-            return task_loss, 0.0
+    def _prepared(self, method: Method, rate: float, task_loss: nn.Module) -> tuple[nn.Module, float, float]:
+        """The loss and the learning rate that training starts with, and the seconds that learning them took."""
         with _seeded(self.seed + LOSS):
             loss = self.loss(method).to(self.device)
         seconds = 0.0
@@ -171,24 +170,31 @@ class Trials:
             key = (method.loss, method.inner_steps, rate)
             if key not in self._initialised:
                 start = time.perf_counter()
-                with _seeded(self.seed + RESETS):
-                    initialize(
-                        loss,
-                        self._new_model,
-                        self._batches(("train",), OFFLINE_TRAIN),
-                        self._batches(("validation",), OFFLINE_VALIDATION),
-                        task_loss,
-                        steps=self.offline_steps,
-                        inner_steps=method.inner_steps,
-                        learning_rate=rate,
-                    )
+                learned_rate = self._initialise(loss, method, rate, task_loss)
                 state = {name: t.clone() for name, t in loss.state_dict().items()}
-                self._initialised[key] = state, time.perf_counter() - start
-            state, seconds = self._initialised[key]
+                self._initialised[key] = state, learned_rate, time.perf_counter() - start
+            state, rate, seconds = self._initialised[key]
             loss.load_state_dict(state)
         if method.normalize:
             loss.normalize_slope = True  # type: ignore[assignment]
-        return loss, seconds
+        return loss, rate, seconds
+
+    def _initialise(self, loss: nn.Module, method: Method, rate: float, task_loss: nn.Module) -> float:
+        """Algorithm 1 changes the loss; without a learned loss Algorithm 3 returns another rate."""
+        options: dict[str, Any] = {
+            "train_batches": self._batches(("train",), OFFLINE_TRAIN),
+            "valid_batches": self._batches(("validation",), OFFLINE_VALIDATION),
+            "task_loss": task_loss,
+            "learning_rate": rate,
+            "steps": self.offline_steps,
+            "inner_steps": method.inner_steps,
+        }
+        with _seeded(self.seed + RESETS):
+            if method.loss is None:
+                rate, _ = initialize_learning_rate(self._new_model, **options)
+            else:
+                initialize(loss, self._new_model, **options)
+        return rate
 
     def _slope_ratio(self, model: nn.Module, loss: nn.Module, task_loss: nn.Module) -> float:
         """How many times larger the learned loss's mean absolute slope is than the task loss's, on training data."""

@@ -13,8 +13,8 @@ RECIPES = (
         ("regression", "mnist", "cifar10", "cifar100", "svhn"),
         (
             PLAIN,
-            Method("Meta-LR, 1e-5", "meta-lr", learning_rate=1e-5),
-            Method("Meta-LR, 1e-3", learning_rate=1e-3),
+            Method("Meta-LR, 1e-5", "meta-lr", inner_steps=1, learning_rate=1e-5),
+            Method("Meta-LR, 1e-3", inner_steps=1, learning_rate=1e-3),
             Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
             Method("AdaLFL, 1e-3", loss="network", inner_steps=1, online=1e-3),
             Method(

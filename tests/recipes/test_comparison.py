@@ -157,6 +157,8 @@ def test_learned_learning_rate_moves() -> None:
     trials = Trials(TOY, split(images(), 0, CPU, False), 0, CPU, 3)
     assert trials.run(Method("a", learning_rate=1e-3), 0.05)["final_rate"] != 0.05
     assert trials.run(Method("b"), 0.05)["final_rate"] == 0.05
+    offline = trials.run(Method("c", inner_steps=1), 0.05)
+    assert offline["rate"] == offline["final_rate"] != 0.05
 
 
 def test_normalised_slope_is_the_task_loss_s() -> None:
