@@ -161,19 +161,29 @@ class LossNetwork(OutputwiseLoss):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self._scale(pred.clone(), target.clone()).detach()
-        f = pred.detach().to(accumulation_dtype(pred.dtype))
-        if self.link == "softmax" and not target.is_floating_point():
-            # Cross-entropy's gradient in an ignored row is NaN where the row holds NaN.
-            ignored = target == self.ignore_index
-            f = f.masked_fill(ignored.unsqueeze(1) if pred.dim() > 1 else ignored, 0)
         create_graph = torch.is_grad_enabled()
+        _, wanted = self._task_slope(pred, target)
+        f = self._filled(pred, target)
         with torch.enable_grad():
             f.requires_grad_()
-            (wanted,) = torch.autograd.grad(self._task_loss(f, target).sum(), f)
             (slope,) = torch.autograd.grad(self._unscaled(f, target).sum(), f, create_graph=create_graph)
-        task, own = wanted.abs().sum(), slope.abs().sum()
-        steep = own > torch.finfo(f.dtype).eps * task
-        return torch.where(steep, task / own.where(steep, 1), 1)
+        return _ratio(wanted, slope.abs().sum())[0]
+
+    def _filled(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The prediction, detached; cross-entropy's gradient in an ignored row is NaN where the row holds NaN."""
+        f = pred.detach().to(accumulation_dtype(pred.dtype))
+        if self.link == "softmax" and not target.is_floating_point():
+            ignored = target == self.ignore_index
+            f = f.masked_fill(ignored.unsqueeze(1) if pred.dim() > 1 else ignored, 0)
+        return f
+
+    def _task_slope(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The task loss, summed where it is not reduced, and its gradient."""
+        with torch.enable_grad():
+            f = self._filled(pred, target).requires_grad_()
+            task = self._task_loss(f, target).sum()
+            (slope,) = torch.autograd.grad(task, f)
+        return task.detach(), slope
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
         weights = (self.input_weight, self.hidden_weight, self.output_weight)
@@ -196,38 +206,63 @@ class LossNetwork(OutputwiseLoss):
         """The loss, its gradient in ``pred`` and, of the latter's product with ``u``, the gradients in the weights:
         what :func:`~lossmeta.adalfl.meta_gradient` needs, without autograd.
 
-        For the mean over logits ``[N, C]`` with class indices ``[N]``. ``None`` where a call and autograd must do it:
-        for anything else, a subclass, weights of which one is frozen, and a module with hooks.
+        For the mean over logits ``[N, C]`` with class indices ``[N]``, or over predictions and targets of one shape.
+        ``None`` where a call and autograd must do it: for anything else, a subclass, weights of which one is frozen,
+        and a module with hooks.
         """
         weights = (self.input_weight, self.hidden_weight, self.output_weight)
         if (
             type(self) is not LossNetwork
-            or self.link != "softmax"
-            or self.residual is not None
-            or self.normalize_slope
             or self.reduction != "mean"
             or self.weight is not None
             or self.label_smoothing
-            or pred.dim() != 2
-            or target.dtype != torch.int64
-            or target.shape != pred.shape[:1]
-            or pred.shape[1] == 0
             or not all(w.requires_grad for w in weights)
             or self._forward_hooks
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
+            or not self._fits(pred, target)
         ):
             return None
-        loss, slope, mixed = with_mixed_derivative(pred, target, *weights, **self._options())
-        count = (target != self.ignore_index).sum()
+        if self.link == "softmax":
+            loss, slope, mixed = with_mixed_derivative(pred, target, *weights, **self._options())
+            count: Tensor | int = (target != self.ignore_index).sum()
+        else:
+            rows = (len(pred), math.prod(pred.shape[1:]))
+            loss, slope, mixed = with_mixed_derivative(
+                pred.reshape(rows), target.reshape(rows), *weights, **self._options()
+            )
+            count = len(pred)
+        value, slope = loss.sum() / count, slope.reshape(pred.shape) / count
+        task_slope: Tensor | None = None
+        if self.residual is not None or self.normalize_slope:
+            task, task_slope = self._task_slope(pred, target)
+            if self.residual is not None:
+                value, slope = value + task, slope + task_slope
+        along = slope
+        scale: Tensor | None = None
+        if self.normalize_slope and task_slope is not None:
+            own = slope.abs().sum()
+            scale, steep = _ratio(task_slope, own)
+            value, slope = value * scale, slope * scale
 
         def mixed_of_mean(u: Tensor) -> tuple[Tensor, ...]:
-            gradients = mixed(u)
+            if scale is not None:
+                # s = t / |g|_1 depends on the weights through g: ds = -s <sign(g), dg> / |g|_1.
+                back = ((along * u).sum() / own).where(steep, 0)
+                u = scale * (u - back * along.sign())
+            gradients = mixed(u.reshape(len(pred), -1))
             torch._foreach_div_(gradients, count)
             return gradients
 
-        return loss.sum() / count, slope / count, mixed_of_mean
+        return value, slope, mixed_of_mean
+
+    def _fits(self, pred: Tensor, target: Tensor) -> bool:
+        if pred.numel() == 0 or not pred.is_floating_point():
+            return False
+        if self.link == "softmax":
+            return pred.dim() == 2 and target.dtype == torch.int64 and target.shape == pred.shape[:1]
+        return pred.dim() > 0 and target.is_floating_point() and target.shape == pred.shape
 
     def _task_loss(self, pred: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy or squared error, reduced like this loss. The arguments have been checked."""
@@ -274,3 +309,11 @@ class LossNetwork(OutputwiseLoss):
             f"output={self.output!r}, residual={self.residual!r}, normalize_slope={self.normalize_slope}, "
             f"exact={self.exact}, {super().extra_repr()}"
         )
+
+
+def _ratio(task_slope: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor that makes a slope of absolute sum ``own`` as steep as the task loss's, and whether there is one: 1
+    where the slope is nothing but rounding."""
+    task = task_slope.abs().sum()
+    steep = own > torch.finfo(task_slope.dtype).eps * task
+    return torch.where(steep, task / own.where(steep, 1), 1), steep

@@ -363,3 +363,66 @@ def test_representation() -> None:
 def test_refuses_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         LossNetwork(**options)
+
+
+@pytest.mark.parametrize("link", ["softmax", "identity"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_mixed_derivative_is_autograd_s(link: str, normalize: bool, residual: bool) -> None:
+    names = {"softmax": "cross_entropy", "identity": "squared_error"}
+    loss = LossNetwork(
+        6,
+        link=link,
+        normalize_slope=normalize,
+        residual=names[link] if residual else None,
+        dtype=torch.float64,
+    )
+    with torch.no_grad():
+        loss.output_weight.normal_()
+    pred = torch.randn(7, 5, dtype=torch.float64)
+    target = torch.tensor([0, 4, 2, -100, 1, 3, 3]) if link == "softmax" else torch.rand_like(pred)
+    if link == "softmax" and not residual:  # cross-entropy's own gradient is NaN there
+        pred[3] = torch.nan
+    u = torch.randn_like(pred)
+    u[3] = 0
+    result = loss.with_mixed_derivative(pred, target)
+    assert result is not None
+    value, slope, mixed = result
+    f = pred.clone().requires_grad_()
+    expected = loss(f, target)
+    (expected_slope,) = torch.autograd.grad(expected, f, create_graph=True)
+    gradients = torch.autograd.grad(expected_slope, list(loss.parameters()), u)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slope, expected_slope.detach(), rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(mixed(u), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    if normalize:
+        (along_scale,) = mixed(slope)[2:]
+        assert (along_scale * loss.output_weight).sum().abs() < 1e-12 or residual
+
+
+def test_flat_loss_is_not_scaled_by_its_own_mixed_derivative() -> None:
+    loss = LossNetwork(6, link="identity", normalize_slope=True, dtype=torch.float64)
+    with torch.no_grad():
+        loss.output_weight.zero_()
+    pred, target, u = torch.rand(3, 4, 2, dtype=torch.float64)
+    value, slope, mixed = loss.with_mixed_derivative(pred, target)  # type: ignore[misc]
+    assert value == 0
+    assert torch.equal(slope, torch.zeros_like(slope))
+    assert all(g.isfinite().all() for g in mixed(u))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reduction": "sum"}, {"label_smoothing": 0.1}, {"weight": torch.ones(5)}],
+    ids=lambda options: next(iter(options)),
+)
+def test_mixed_derivative_is_left_to_autograd(options: dict[str, Any]) -> None:
+    pred, labels = torch.randn(4, 5), torch.randint(5, (4,))
+    assert LossNetwork(6, **options).with_mixed_derivative(pred, labels) is None
+    loss = LossNetwork(6)
+    assert loss.with_mixed_derivative(pred, labels) is not None
+    assert loss.with_mixed_derivative(pred[:, :, None], labels[:, None]) is None
+    assert loss.with_mixed_derivative(pred, pred.softmax(1)) is None
+    loss.hidden_weight.requires_grad_(False)
+    assert loss.with_mixed_derivative(pred, labels) is None
