@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import peak_memory
 from torch import nn
 from torch.optim import SGD
 
 from lossmeta.adalfl import OnlineLearner
 from lossmeta.losses import LossNetwork
-
-spec = importlib.util.spec_from_file_location(
-    "peak_memory", Path(__file__).parents[2] / "benchmarks" / "peak_memory.py"
-)
-assert spec is not None
-assert spec.loader is not None
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
 
 
 def cnn() -> nn.Module:
@@ -52,7 +43,7 @@ def peak(model: Callable[[], nn.Module], backend: str | None) -> int:
         learner = OnlineLearner(network, optimizer, LossNetwork(), F.cross_entropy, backend=backend)
         return lambda: learner.step(train, valid)
 
-    return module.peak_memory(make)
+    return peak_memory(make)
 
 
 @pytest.mark.parametrize("backend", ["jvp", "finite_difference"])
