@@ -33,11 +33,22 @@ def measure(benchmark: Any, threads: int) -> Callable[..., Any]:
     """
 
     def run(
-        function: Callable[[], Any], *, operator: str, size: str, candidate: str, bytes_moved: int
+        function: Callable[[], Any],
+        *,
+        operator: str,
+        size: str,
+        candidate: str,
+        bytes_moved: int,
+        **info: Any,
     ) -> Any:
         benchmark.group = f"{operator} | {size} | {threads}"
         benchmark.extra_info.update(
-            operator=operator, size=size, candidate=candidate, threads=threads, bytes_moved=bytes_moved
+            operator=operator,
+            size=size,
+            candidate=candidate,
+            threads=threads,
+            bytes_moved=bytes_moved,
+            **info,
         )
         # A candidate is compiled for its own size: never a recompilation for many sizes, nor the limit on those.
         torch._dynamo.reset()

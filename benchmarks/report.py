@@ -39,7 +39,9 @@ def report(run: dict[str, Any]) -> str:
     if bandwidth:
         figures = (f"{b / 1e9:.1f} GB/s with {t} thread{'s' * (t > 1)}" for t, b in sorted(bandwidth.items()))
         parts.append(f"Copy bandwidth: {', '.join(figures)}.\n")
-    parts += [_table(name, rows, bandwidth) for name, rows in sorted(operators.items())]
+    for name, rows in sorted(operators.items()):
+        parts.append(_table(name, rows, bandwidth))
+        parts += _memory(name, rows)
     return "\n".join(parts)
 
 
@@ -84,6 +86,26 @@ def _table(operator: str, rows: dict[tuple[str, int], Row], bandwidth: dict[int,
             cells.append(f"{100 * moved / ours / copy:.0f} %" if ours and copy else "–")
             lines.append(_line(cells))
     return "\n".join(lines) + "\n"
+
+
+def _memory(operator: str, rows: dict[tuple[str, int], Row]) -> list[str]:
+    """Peak memory, where it was measured: it does not depend on the number of threads."""
+    sizes = {size: row for (size, _), row in rows.items() if any("peak_bytes" in r for r in row.values())}
+    if not sizes:
+        return []
+    candidates = list(dict.fromkeys(c for row in sizes.values() for c in row))
+    candidates.sort(key=lambda c: c != "lossmeta")
+    lines = [f"Peak memory of the {operator}, batches, parameters and optimizer state included:\n"]
+    lines += [_line(["size", *candidates]), _line(["---", *("--:" for _ in candidates)])]
+    for size, row in sizes.items():
+        cells = [size]
+        for candidate in candidates:
+            peak = row.get(candidate, {}).get("peak_bytes")
+            ours = row.get("lossmeta", {}).get("peak_bytes")
+            ratio = f" ({_significant(peak / ours)}×)" if peak and ours and candidate != "lossmeta" else ""
+            cells.append(_bytes(peak) + ratio if peak else "–")
+        lines.append(_line(cells))
+    return ["\n".join(lines) + "\n"]
 
 
 def _line(cells: list[str]) -> str:

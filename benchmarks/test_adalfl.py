@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import peak_memory
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,16 +29,18 @@ def mlp(classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers[:-1])
 
 
-def cnn(classes: int) -> nn.Module:
+def cnn(classes: int, channels_last: bool = False) -> nn.Module:
     channels = [1, 16, 32, 64]
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(channels):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 9, classes))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 9, classes))
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "three convolutions, 10 classes": lambda: cnn(10),
+    "the same in channels-last layout": lambda: cnn(10, channels_last=True),
     "784-256-256-10": lambda: mlp(10),
     "784-256-256-100": lambda: mlp(100),
 }
@@ -164,11 +167,19 @@ CANDIDATES = {
 @pytest.mark.parametrize("candidate", CANDIDATES)
 @pytest.mark.parametrize("name", MODELS)
 def test_online_step(name: str, candidate: str, measure: Any) -> None:
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    classes = 100 if name.endswith("100") else 10
-    train, valid = ((torch.randn(BATCH, 1, 28, 28), torch.randint(classes, (BATCH,))) for _ in range(2))
-    step = CANDIDATES[candidate](model, classes, train, valid)
+    def make() -> Callable[[], None]:
+        torch.manual_seed(0)
+        classes = 100 if name.endswith("100") else 10
+        train, valid = ((torch.randn(BATCH, 1, 28, 28), torch.randint(classes, (BATCH,))) for _ in range(2))
+        return CANDIDATES[candidate](MODELS[name](), classes, train, valid)
+
     # The parameters are read by three passes over each batch, and their gradients and the step written.
-    moved = 4 * sum(p.numel() for p in model.parameters()) * 8
-    measure(step, operator="online step of AdaLFL", size=name, candidate=candidate, bytes_moved=moved)
+    moved = 4 * sum(p.numel() for p in MODELS[name]().parameters()) * 8
+    measure(
+        make(),
+        operator="online step of AdaLFL",
+        size=name,
+        candidate=candidate,
+        bytes_moved=moved,
+        peak_bytes=peak_memory(make),
+    )

@@ -90,7 +90,8 @@ def meta_gradient(
         learning_rates: also differentiate with respect to the learning rates of the optimizer's groups.
 
     Raises:
-        ValueError: for a model and an optimizer whose parameters differ, and a prediction or loss of the wrong shape.
+        ValueError: for a model and an optimizer whose parameters differ, a loss of the wrong shape, and a prediction in
+            float16: a ``GradScaler`` would not see these backward passes. bfloat16 needs none.
         TypeError: for an optimizer of another kind, and a prediction that is no tensor.
         RuntimeError: if the learned loss is not finite, before the step.
 
@@ -154,6 +155,8 @@ class DifferentiableStep:
             raise ValueError(
                 f"AdaLFL: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
             )
+        if autocast is not None and autocast != torch.bfloat16:
+            raise ValueError(f"AdaLFL: autocast must be torch.bfloat16{_UNSCALED}, got {autocast}")
         self.reason = "as asked for"
         if backend == "auto":
             backend, self.reason = choose_backend(model)
@@ -442,6 +445,8 @@ class DifferentiableStep:
                 output = model(inputs)
         if not isinstance(output, Tensor):
             raise TypeError(f"AdaLFL: the model must return a tensor, got {type(output).__name__}")
+        if output.dtype == torch.float16:
+            raise ValueError(f"AdaLFL: the model must run in float32 or in bfloat16{_UNSCALED}, got float16")
         return output
 
     def _averaged(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -482,6 +487,10 @@ class DifferentiableStep:
         _copy_back(self.plain.buffers(), buffers)
         _set_random_state(self.device, random)
 
+
+_UNSCALED = (
+    ", whose gradients need no scaling (the backward passes here are none that a GradScaler would see)"
+)
 
 # Piecewise linear, where a second pass of finite differences gains nothing.
 _KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)

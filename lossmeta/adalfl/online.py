@@ -75,7 +75,8 @@ class OnlineLearner:
         clip_norm: see :func:`meta_gradient`.
         clip_value: see :func:`meta_gradient`.
         approximate: see :func:`meta_gradient`.
-        autocast: dtype under which the model runs, ``torch.bfloat16``.
+        autocast: dtype under which the model runs, ``torch.bfloat16``. Not float16, which needs a ``GradScaler``: it
+            would not see the backward passes here.
         log_slope: whether to report the slope ratio of every step.
         snapshot_every: training steps after which a copy of the loss is added to ``history``, a list of
             :class:`Snapshot` that starts with the loss before the first step; see :func:`plot_loss`. ``None``: never.

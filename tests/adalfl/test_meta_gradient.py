@@ -214,6 +214,148 @@ def test_finite_differences_in_float32(model: str, bound: float, optimizer: str)
     assert relative_error(actual, [e.float() for e in expected]) < bound
 
 
+class Subclass(LossNetwork):
+    """The same loss, by a call and autograd."""
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("samples", [7, 400])  # 400: from a table
+def test_a_loss_without_autograd_is_the_same(samples: int, options: dict[str, Any]) -> None:
+    train, valid = ((torch.randn(samples, 64), torch.randint(3, (samples,))) for _ in range(2))
+    model, loss = nn.Linear(64, 3), LossNetwork(8, **options)
+    other = Subclass(8, **options)
+    other.load_state_dict(loss.state_dict())
+    assert loss.with_mixed_derivative(model(train[0]), train[1]) is not None
+    results = []
+    for module in (loss, other):
+        net = copy.deepcopy(model)
+        results.append(
+            meta_gradient(
+                net, SGD(net.parameters(), 0.1), module, F.cross_entropy, train, valid, backend="jvp"
+            )
+        )
+    torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-6, atol=0)
+    assert relative_error(results[0].gradients, results[1].gradients) < 1e-5  # type: ignore[arg-type]
+    assert other.with_mixed_derivative(model(train[0]), train[1]) is None
+    loss.register_forward_hook(lambda *_: None)
+    assert loss.with_mixed_derivative(model(train[0]), train[1]) is None
+
+
+# ---- Finite differences.
+
+
+def spatial(*tail: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), *tail, nn.Linear(36, 3)
+    )
+
+
+class View(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    ("tail", "relaid"),
+    [((nn.Flatten(),), True), ((View(),), False), ((nn.Dropout(0.3), nn.Flatten()), False)],
+    ids=["flatten", "view", "dropout"],
+)
+def test_channels_last_where_the_model_allows_it(tail: tuple[nn.Module, ...], relaid: bool) -> None:
+    network, loss = spatial(*tail), LossNetwork(8)
+    train, valid = batches(dtype=torch.float32)
+    layouts: list[bool] = []
+    network[0].register_forward_hook(
+        lambda m, i, o: layouts.append(
+            o.is_contiguous(memory_format=torch.channels_last) and not o.is_contiguous()
+        )
+    )
+    double = copy.deepcopy((network, loss))
+    for module in double:
+        module.double()
+    step = DifferentiableStep(network, SGD(network.parameters(), 0.1), loss, F.cross_entropy)
+    random = torch.get_rng_state()
+    actual = step(train, valid).gradients
+    assert layouts[-3:] == [False, relaid, relaid]  # training, validation, push-forward
+    torch.set_rng_state(random)
+    expected = meta_gradient(
+        double[0], SGD(double[0].parameters(), 0.1), double[1], F.cross_entropy,
+        *((x.double(), y) for x, y in (train, valid)), backend="jvp",
+    ).gradients  # fmt: skip
+    assert relative_error(actual, [e.float() for e in expected]) < 5e-3  # type: ignore[union-attr]
+
+
+def test_dropout_that_begins_later_keeps_its_masks() -> None:
+    network, loss = spatial(nn.Dropout(0.3), nn.Flatten()), LossNetwork(8)
+    step = DifferentiableStep(network, SGD(network.parameters(), 0.1), loss, F.cross_entropy)
+    train, valid = batches(dtype=torch.float32)
+    network.eval()
+    step(train, valid)
+    network.train()
+    other = copy.deepcopy(network)
+    random = torch.get_rng_state()
+    actual = step(train, valid).gradients
+    torch.set_rng_state(random)
+    optimizer = SGD(other.parameters(), 0.1)
+    expected = meta_gradient(other, optimizer, loss, F.cross_entropy, train, valid, backend="jvp").gradients
+    assert relative_error(actual, expected) < 5e-3  # type: ignore[arg-type]
+
+
+def test_parameters_wherever_the_model_keeps_them() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = nn.GRU(8, 5, batch_first=True)
+            self.first = nn.Linear(5, 5)
+            self.tied = nn.Linear(5, 5)
+            self.tied.weight = self.first.weight
+            self.last = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+            self.same = nn.Parameter(torch.zeros(7, 3))
+            self.again = nn.Parameter(torch.zeros(7, 3))  # autograd gives both one gradient
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.tied(self.first(self.recurrent(x.squeeze(1))[0][:, -1]).tanh())
+            return self.last(h) + self.same + self.again
+
+    network, loss = Model().double(), LossNetwork(8, dtype=torch.float64)
+    weight = network.first.weight
+    address, values = weight.data_ptr(), [p.clone() for p in network.parameters()]
+    both = batches()
+    results = []
+    for backend in ("finite_difference", "double_backward"):
+        model = network if backend == "finite_difference" else copy.deepcopy(network)
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), values, strict=True):
+                p.copy_(value)
+        optimizer = SGD(model.parameters(), 0.1)
+        results.append(
+            meta_gradient(model, optimizer, loss, F.cross_entropy, *both, backend=backend).gradients
+        )
+    assert relative_error(results[0], results[1]) < 1e-6  # type: ignore[arg-type]
+    assert weight.data_ptr() == address
+    assert network.tied.weight is weight
+
+
+def test_weights_and_gradients_of_zero() -> None:
+    network, loss = nn.Linear(4, 3), LossNetwork(8)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.zero_()
+    batch = torch.randn(5, 4), torch.randint(3, (5,))
+    other = copy.deepcopy(network)
+    results = [
+        meta_gradient(
+            n, SGD(n.parameters(), 0.1), loss, F.cross_entropy, batch, batch, backend=backend
+        ).gradients
+        for n, backend in ((network, "finite_difference"), (other, "jvp"))
+    ]
+    assert relative_error(results[0], results[1]) < 1e-3  # type: ignore[arg-type]
+    flat = meta_gradient(
+        network, SGD(network.parameters(), 0.1), loss, lambda x, y: 0 * x.sum(), batch, batch,
+        backend="finite_difference",
+    ).gradients  # fmt: skip
+    assert all(bool((g == 0).all()) for g in flat)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("backend", [*EXACT, "finite_difference"])
 @pytest.mark.parametrize("optimizer", ["sgd", "sgd, nesterov", "adam", "rmsprop"])
 @pytest.mark.parametrize("model", MODELS)

@@ -348,7 +348,30 @@ def test_autocast() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_float16_which_needs_a_grad_scaler_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"autocast must be torch\.bfloat16, whose .* GradScaler would not see"
+    ):
+        learner(autocast=torch.float16)
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp().float()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).half()
+
+    one = learner(LossNetwork(8), Half())
+    before = values(one._step.plain)
+    with pytest.raises(ValueError, match=r"must run in float32 or in bfloat16, .* got float16"):
+        one.step(*batches(dtype=torch.float32))
+    assert equal(values(one._step.plain), before)
+
+
 def test_says_which_backend_and_why() -> None:
+    relu = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.ReLU()).double()
+    assert learner(model=relu).backend.startswith("finite_difference: for ReLU and max-pooling")
     assert learner().backend == "double_backward: the model is small and exactness is cheap"
     assert learner(model=cnn()).backend.startswith("finite_difference: for convolutions")
     assert learner(backend="jvp").backend == "jvp: as asked for"
