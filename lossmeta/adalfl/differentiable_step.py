@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -114,7 +115,14 @@ def meta_gradient(
         approximate=approximate,
         learning_rates=learning_rates,
     )
-    return step(train_batch, valid_batch)
+    result = step(train_batch, valid_batch)
+    if step.learned_nearly_nothing:
+        warnings.warn(
+            f"AdaLFL: the first step of {type(optimizer).__name__} hardly depends on the size of the gradient, so that "
+            "nearly nothing is learned from it; start with SGD, or let the optimizer take some steps first",
+            stacklevel=2,
+        )
+    return result
 
 
 def choose_backend(model: nn.Module) -> tuple[str, str]:
@@ -177,6 +185,7 @@ class DifferentiableStep:
         self.names = _names(self.plain, optimizer)
         self.device = next(iter(self.names)).device
         self.central = not _has_kinks(self.plain)
+        self.learned_nearly_nothing = False
         self._spatial: bool | None = None  # not yet known
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.names}
 
@@ -194,6 +203,7 @@ class DifferentiableStep:
             ratio = self._slope_ratio(prediction, target, slope)
             with torch.no_grad():
                 jacobian = StepJacobian(self.optimizer, approximate=self.approximate)
+                self.learned_nearly_nothing = jacobian.learns_nearly_nothing
                 moved = [p for p, *_ in jacobian.stepped]
                 self._clip(moved)
                 torch._foreach_copy_(list(self._before.values()), list(self._before))

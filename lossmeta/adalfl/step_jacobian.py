@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,12 +56,11 @@ class StepJacobian:
                     f"AdaLFL: gradients must be dense and real, got {'sparse' if grad.is_sparse else 'complex'}"
                 )
             self.stepped.append((parameter, group, _is_first(optimizer.state.get(parameter, {}))))
-        if self.adaptive and any(first for *_, first in self.stepped):
-            warnings.warn(
-                f"AdaLFL: the first step of {type(optimizer).__name__} hardly depends on the size of the gradient, so "
-                "that nearly nothing is learned from it; start with SGD, or let the optimizer take some steps first",
-                stacklevel=3,
-            )
+
+    @property
+    def learns_nearly_nothing(self) -> bool:
+        """Whether the step hardly depends on the size of the gradient: the first one of an adaptive optimizer."""
+        return self.adaptive and any(first for *_, first in self.stepped)
 
     @torch.no_grad()
     def products(self, vectors: list[Tensor], before: list[Tensor]) -> tuple[list[Tensor], float]:

@@ -350,7 +350,8 @@ def test_autocast() -> None:
 
 def test_float16_which_needs_a_grad_scaler_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"autocast must be torch\.bfloat16, whose .* GradScaler would not see"
+        ValueError,
+        match=r"autocast must be torch\.bfloat16, whose .* GradScaler would see\), got torch\.float16",
     ):
         learner(autocast=torch.float16)
 

@@ -148,12 +148,12 @@ def test_refusals() -> None:
         StepJacobian(SGD([parameter], lr=0.1))
 
 
-def test_first_adaptive_step_warns() -> None:
-    for name, warns in (("adam", True), ("adagrad", True), ("rmsprop", True), ("sgd, momentum", False)):
-        parameter, optimizer = warmed(MAKE[name], 0)
-        parameter.grad = torch.ones(6, dtype=torch.float64)
-        if warns:
-            with pytest.warns(UserWarning, match="AdaLFL: the first step of"):
-                StepJacobian(optimizer)
-            optimizer.step()
-        StepJacobian(optimizer)
+@pytest.mark.parametrize(
+    ("name", "fresh"), [("adam", True), ("adagrad", True), ("rmsprop", True), ("sgd, momentum", False)]
+)
+def test_first_adaptive_step_learns_nearly_nothing(name: str, fresh: bool) -> None:
+    parameter, optimizer = warmed(MAKE[name], 0)
+    parameter.grad = torch.ones(6, dtype=torch.float64)
+    assert StepJacobian(optimizer).learns_nearly_nothing == fresh
+    optimizer.step()
+    assert not StepJacobian(optimizer).learns_nearly_nothing
