@@ -30,7 +30,7 @@ PLAIN = Method("plain, paper's rate", "baseline")
 TUNED = Method("plain, tuned rate", tuned=True)
 # The rate of TUNED is chosen by the selection error of these seeds, which no comparison reports.
 TUNING_SEEDS = range(10_000, 10_003)
-OFFLINE_STEPS = {"small": 1000, "paper": 2500}
+OFFLINE_STEPS = 2500
 LEGEND = """\
 Test error: mean squared error, or share of wrong classes; mean ± sd over seeds. Difference: to "{reference}", paired by
 seed, negative is better; p: paired t-test. Slope: how many times steeper the loss is than the task loss when training
@@ -113,7 +113,7 @@ class Recipe:
             for problem in tasks:
                 if steps is not None:
                     problem = problem.shortened(steps)
-                offline_steps = OFFLINE_STEPS[size] if steps is None else steps
+                offline_steps = OFFLINE_STEPS if steps is None else steps
                 try:
                     dataset = data.load(problem.data)
                 except data.MissingDataError as error:
