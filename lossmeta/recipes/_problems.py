@@ -64,7 +64,9 @@ class Splits:
 
     parts: dict[str, Batch]
     classes: int | None
-    augment: bool
+    augment: bool = False
+    pixel_mean: Tensor | None = None  # [C, 1, 1], of images as bytes
+    pixel_deviation: Tensor | None = None
 
     @property
     def regression(self) -> bool:
@@ -95,13 +97,9 @@ class Splits:
             yield self.prepared(inputs[chosen], generator), targets[chosen]
 
     def prepared(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Inputs for the model: grey images in [0, 1], colour images normalised, and augmented if the task asks for it
-        and there is a generator."""
-        if inputs.dtype == torch.uint8:
-            colour = inputs.shape[1] == 3
-            inputs = inputs.float().div_(255)
-            if colour:
-                inputs.sub_(0.5).div_(0.25)
+        """Inputs for the model: images are normalised and, with a generator, augmented if the task asks for it."""
+        if self.pixel_mean is not None:
+            inputs = (inputs - self.pixel_mean) / self.pixel_deviation
         return augmented(inputs, generator) if self.augment and generator else inputs
 
     @torch.no_grad()
@@ -138,7 +136,8 @@ def augmented(images: Tensor, generator: torch.Generator, padding: int = 4) -> T
 def split(dataset: Dataset, seed: int, device: torch.device, augment: bool) -> Splits:
     """A seed's parts: the official test set where there is one, else a share of the rows.
 
-    Inputs of regression are standardised and its targets brought to [0, 1] by what is not tested on.
+    Images are normalised per channel and inputs of regression standardised, its targets brought to [0, 1], by what is not
+    tested on.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = dataset.train
@@ -164,9 +163,12 @@ def split(dataset: Dataset, seed: int, device: torch.device, augment: bool) -> S
             name: (((a - mean) / deviation).float(), ((b - low) / (high - low)).float())
             for name, (a, b) in parts.items()
         }
-    return Splits(
-        {name: (a.to(device), b.to(device)) for name, (a, b) in parts.items()}, dataset.classes, augment
-    )
+    on_device = {name: (a.to(device), b.to(device)) for name, (a, b) in parts.items()}
+    if inputs.dtype != torch.uint8:
+        return Splits(on_device, dataset.classes, augment)
+    sample = on_device["train"][0][:10_000].float().transpose(0, 1).flatten(1)
+    mean, deviation = (t[:, None, None] for t in (sample.mean(1), sample.std(1)))
+    return Splits(on_device, dataset.classes, augment, mean, deviation)
 
 
 # ---- The tasks. Paper: batch 128; SGD without momentum at 1e-3 (regression) and 1e-2; CIFAR and SVHN with Nesterov

@@ -92,6 +92,14 @@ def test_regression_is_scaled_by_what_is_not_tested_on() -> None:
     assert splits.regression and splits.outputs == 1 and splits.features == 4
 
 
+def test_images_are_normalised_by_training_images() -> None:
+    splits = split(images(), 0, CPU, False)
+    x = splits.prepared(splits.parts["train"][0])
+    assert x.mean().abs() < 1e-5
+    assert x.std() == pytest.approx(1, abs=1e-5)
+    assert splits.prepared(splits.parts["test"][0]).mean().abs() > 1e-5
+
+
 def test_batches_are_whole_epochs_in_the_seed_s_order() -> None:
     splits = split(regression(), 0, CPU, False)
     part = (torch.arange(10.0)[:, None], torch.arange(10.0)[:, None])
@@ -116,7 +124,7 @@ def test_augmentation_shifts_and_flips_whole_images() -> None:
 
 
 def test_error_is_that_of_every_row() -> None:
-    splits = Splits({"test": (torch.eye(3).repeat(400, 1), torch.arange(3).repeat(400))}, 3, False)
+    splits = Splits({"test": (torch.eye(3).repeat(400, 1), torch.arange(3).repeat(400))}, 3)
     model = nn.Linear(3, 3, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.eye(3)[[0, 1, 1]])
