@@ -65,8 +65,7 @@ class Splits:
     parts: dict[str, Batch]
     classes: int | None
     augment: bool = False
-    pixel_mean: Tensor | None = None  # [C, 1, 1], of images as bytes
-    pixel_deviation: Tensor | None = None
+    pixels: tuple[Tensor, Tensor] | None = None  # mean and deviation, [C, 1, 1] each, of images as bytes
 
     @property
     def regression(self) -> bool:
@@ -98,8 +97,9 @@ class Splits:
 
     def prepared(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Inputs for the model: images are normalised and, with a generator, augmented if the task asks for it."""
-        if self.pixel_mean is not None:
-            inputs = (inputs - self.pixel_mean) / self.pixel_deviation
+        if self.pixels is not None:
+            mean, deviation = self.pixels
+            inputs = (inputs - mean) / deviation
         return augmented(inputs, generator) if self.augment and generator else inputs
 
     @torch.no_grad()
@@ -136,8 +136,8 @@ def augmented(images: Tensor, generator: torch.Generator, padding: int = 4) -> T
 def split(dataset: Dataset, seed: int, device: torch.device, augment: bool) -> Splits:
     """A seed's parts: the official test set where there is one, else a share of the rows.
 
-    Images are normalised per channel and inputs of regression standardised, its targets brought to [0, 1], by what is not
-    tested on.
+    By what is not tested on, images are normalised per channel, inputs of regression standardised, and its targets
+    brought to [0, 1].
     """
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = dataset.train
@@ -168,7 +168,7 @@ def split(dataset: Dataset, seed: int, device: torch.device, augment: bool) -> S
         return Splits(on_device, dataset.classes, augment)
     sample = on_device["train"][0][:10_000].float().transpose(0, 1).flatten(1)
     mean, deviation = (t[:, None, None] for t in (sample.mean(1), sample.std(1)))
-    return Splits(on_device, dataset.classes, augment, mean, deviation)
+    return Splits(on_device, dataset.classes, augment, (mean, deviation))
 
 
 # ---- The tasks. Paper: batch 128; SGD without momentum at 1e-3 (regression) and 1e-2; CIFAR and SVHN with Nesterov
