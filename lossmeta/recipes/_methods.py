@@ -36,7 +36,7 @@ class Method:
         tuned: whether the base learning rate is the one tuned for plain training, or the paper's.
         parts: of the data that are trained on.
         loss: a key of ``LOSSES``, or ``None`` for the task loss itself.
-        inner_steps: of Algorithm 1, or of 3 without a learned loss; 0 leaves it out.
+        inner_steps: of Algorithm 1, or of 3 without a learned loss, at the paper's rate; 0 leaves it out.
         online: meta learning rate of Algorithm 2; 0 keeps the loss as it is.
         learning_rate: step size of Algorithm 4 for the base learning rate; 0 keeps it.
         normalize: whether the loss's slope is scaled to the task loss's.
@@ -91,7 +91,9 @@ class Trials:
     device: torch.device
     offline_steps: int
     history: list[Snapshot] = field(default_factory=list)
-    _initialised: dict[tuple[Any, ...], tuple[dict[str, Tensor], float, float]] = field(default_factory=dict)
+    _initialised: dict[tuple[Any, ...], tuple[dict[str, Tensor], float | None, float]] = field(
+        default_factory=dict
+    )
 
     def run(self, method: Method, rate: float) -> dict[str, Any]:
         """Trains a model; its errors, ``None`` where training diverged, and what it took.
@@ -167,34 +169,34 @@ class Trials:
             loss = self.loss(method).to(self.device)
         seconds = 0.0
         if method.inner_steps:
-            key = (method.loss, method.inner_steps, rate)
+            key = (method.loss, method.inner_steps)
             if key not in self._initialised:
                 start = time.perf_counter()
-                learned_rate = self._initialise(loss, method, rate, task_loss)
+                learned_rate = self._initialise(loss, method, task_loss)
                 state = {name: t.clone() for name, t in loss.state_dict().items()}
                 self._initialised[key] = state, learned_rate, time.perf_counter() - start
-            state, rate, seconds = self._initialised[key]
+            state, learned_rate, seconds = self._initialised[key]
+            rate = rate if learned_rate is None else learned_rate
             loss.load_state_dict(state)
         if method.normalize:
             loss.normalize_slope = True  # type: ignore[assignment]
         return loss, rate, seconds
 
-    def _initialise(self, loss: nn.Module, method: Method, rate: float, task_loss: nn.Module) -> float:
-        """Algorithm 1 changes the loss; without a learned loss Algorithm 3 returns another rate."""
+    def _initialise(self, loss: nn.Module, method: Method, task_loss: nn.Module) -> float | None:
+        """Algorithm 1 changes the loss; without a learned loss Algorithm 3 returns a learning rate."""
         options: dict[str, Any] = {
             "train_batches": self._batches(("train",), OFFLINE_TRAIN),
             "valid_batches": self._batches(("validation",), OFFLINE_VALIDATION),
             "task_loss": task_loss,
-            "learning_rate": rate,
+            "learning_rate": self.problem.rate,
             "steps": self.offline_steps,
             "inner_steps": method.inner_steps,
         }
         with _seeded(self.seed + RESETS):
             if method.loss is None:
-                rate, _ = initialize_learning_rate(self._new_model, **options)
-            else:
-                initialize(loss, self._new_model, **options)
-        return rate
+                return initialize_learning_rate(self._new_model, **options)[0]
+            initialize(loss, self._new_model, **options)
+        return None
 
     def _slope_ratio(self, model: nn.Module, loss: nn.Module, task_loss: nn.Module) -> float:
         """How many times larger the learned loss's mean absolute slope is than the task loss's, on training data."""
