@@ -285,6 +285,7 @@ def test_channels_last_where_the_model_allows_it(tail: tuple[nn.Module, ...], re
 
 
 def test_dropout_that_begins_later_keeps_its_masks() -> None:
+    torch.manual_seed(0)
     network, loss = spatial(nn.Dropout(0.3), nn.Flatten()), LossNetwork(8)
     step = DifferentiableStep(network, SGD(network.parameters(), 0.1), loss, F.cross_entropy)
     train, valid = batches(dtype=torch.float32)
