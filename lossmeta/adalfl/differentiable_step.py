@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lossmeta.adalfl._capture import is_capturing
 from lossmeta.adalfl.step_jacobian import StepJacobian, parameters_of
 
 Batch = tuple[Any, Tensor]
@@ -196,7 +197,8 @@ class DifferentiableStep:
         if self._spatial is None:
             self._spatial = self._accepts_channels_last(inputs)
         random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
-        saved = _copied_state(self.optimizer)
+        capturing = is_capturing(self.device)  # then nothing runs yet, nor has to be undone
+        saved = {} if capturing else _copied_state(self.optimizer)
         stepped = False
         try:
             prediction, value, slope, mixed = self._train(inputs, target)
@@ -229,7 +231,8 @@ class DifferentiableStep:
                         at = _in_channels_last(inputs) if relaid else inputs
                         phi = mixed(self._push_forward(at, w, prediction, random, buffers))
         except BaseException:
-            self._restore(stepped, saved, random, buffers)
+            if not capturing:
+                self._restore(stepped, saved, random, buffers)
             raise
         results = self._averaged([None if g is None else g.mul_(-rate) for g in phi])
         return MetaGradient(value, task_value, results, rates, ratio, self.backend)
@@ -589,15 +592,19 @@ def _copy_back(tensors: Iterable[Tensor], values: list[Tensor]) -> None:
                 t.copy_(value)
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+    if is_capturing(device):
+        return None  # it cannot be read, and a captured step draws no random numbers
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _same(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> bool:
-    return all(x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
+def _same(a: Any, b: Any) -> bool:
+    return all(x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None] | None) -> None:
+    if state is None:
+        return
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lossmeta.adalfl._batches import checked
+from lossmeta.adalfl._capture import CapturedStep, check_capturable, update_where_finite
 from lossmeta.adalfl.differentiable_step import Batch, DifferentiableStep, Loss
 
 
@@ -80,9 +81,15 @@ class OnlineLearner:
         log_slope: whether to report the slope ratio of every step.
         snapshot_every: training steps after which a copy of the loss is added to ``history``, a list of
             :class:`Snapshot` that starts with the loss before the first step; see :func:`plot_loss`. ``None``: never.
+        capture: replay training step, meta-gradient and update as one CUDA graph, which spares a small model the time
+            of launching kernels. For batches on the GPU, SGD, or Adam or AdamW with ``capturable=True``, and models
+            that draw no random numbers; nothing is read back, so that ``skipped`` is a tensor and never a reason.
+            Steps without a meta-update run as they would without it.
 
     Raises:
-        ValueError: for options out of range, and for a model and an optimizer whose parameters differ.
+        ValueError: for options out of range, for a model and an optimizer whose parameters differ, and for what cannot
+            be captured.
+        RuntimeError: for ``capture=True`` with a model that is not on a CUDA device.
 
     Example:
         >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
@@ -149,6 +156,7 @@ class OnlineLearner:
         autocast: torch.dtype | None = None,
         log_slope: bool = False,
         snapshot_every: int | None = None,
+        capture: bool = False,
     ) -> None:
         if snapshot_every is not None and snapshot_every < 1:
             raise ValueError(f"OnlineLearner: snapshot_every must be at least 1, got {snapshot_every}")
@@ -161,14 +169,17 @@ class OnlineLearner:
             raise ValueError("OnlineLearner: loss must have parameters to learn, got none")
         self.loss = loss
         self.optimizer = optimizer
-        self.meta_optimizer = meta_optimizer or (Adam(phi, lr=1e-5, fused=True) if phi else None)
+        fused = all(p.device.type in ("cpu", "cuda") for p in phi)
+        self.meta_optimizer = meta_optimizer or (
+            Adam(phi, lr=1e-5, fused=fused, capturable=capture) if phi else None
+        )
         self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope
         self.snapshot_every = snapshot_every
         self.history: list[Snapshot] = []
         self.steps = 0
-        self.skipped = 0
+        self.skipped: int | Tensor = 0
         self._accepted: list[Tensor] | None = None
         self._step = DifferentiableStep(
             model,
@@ -183,6 +194,35 @@ class OnlineLearner:
             autocast=autocast,
             log_slope=log_slope or min_slope is not None,
         )
+
+        self._captured = self._make_captured() if capture else None
+
+    def _make_captured(self) -> CapturedStep:
+        device = self._step.device
+        if device.type != "cuda":
+            raise RuntimeError(
+                f"OnlineLearner: capture=True needs the model on a CUDA device, got {device}; move it, or leave capture"
+            )
+        if self.meta_optimizer is None or self.learning_rate or self.min_slope is not None:
+            raise ValueError(
+                "OnlineLearner: with capture=True the loss must have parameters, and learning_rate and min_slope, "
+                "which decide on the host, must be left as they are"
+            )
+        if self._step.distributed:
+            raise ValueError("OnlineLearner: with capture=True model must not be a DistributedDataParallel")
+        optimizers = [self.optimizer, self.meta_optimizer]
+        for name, optimizer in zip(("optimizer", "meta_optimizer"), optimizers, strict=True):
+            check_capturable(name, optimizer)
+        return CapturedStep(self._step_on_device, list(self._step.names), optimizers)
+
+    def _step_on_device(self, train_batch: Batch, valid_batch: Batch) -> list[Tensor]:
+        """A step with a meta-update that reads nothing back: the losses, whether the update was taken, and the slope
+        ratio if asked for."""
+        result = self._step(train_batch, valid_batch)
+        assert self.meta_optimizer is not None
+        taken = update_where_finite(self.meta_optimizer, self._step.phi, result.gradients)
+        ratio = [] if result.slope_ratio is None else [result.slope_ratio]
+        return [result.loss, result.task_loss, taken, *ratio]
 
     @property
     def backend(self) -> str:
@@ -219,7 +259,13 @@ class OnlineLearner:
             loss, ratio = self._step.plain_step(train_batch)
             self.steps += 1
             return StepReport(loss, None, ratio, None)
-        result = self._step(train_batch, train_batch if valid_batch is None else valid_batch)
+        valid_batch = train_batch if valid_batch is None else valid_batch
+        if self._captured is not None:
+            loss, task_loss, taken, *ratios = self._captured(train_batch, valid_batch)
+            self.steps += 1
+            self.skipped = self.skipped + taken.logical_not().long()
+            return StepReport(loss, task_loss, ratios[0] if ratios else None, None)
+        result = self._step(train_batch, valid_batch)
         self.steps += 1
         skipped = self._update(result.gradients, result.learning_rate_gradients, result.slope_ratio)
         self.skipped += skipped is not None
@@ -260,7 +306,7 @@ class OnlineLearner:
             "loss": self.loss.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
             "steps": self.steps,
-            "skipped": self.skipped,
+            "skipped": int(self.skipped),
             "accepted": self._accepted,
             "history": [(s.step, s.state, s.slope_ratio) for s in self.history],
         }

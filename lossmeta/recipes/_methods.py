@@ -123,7 +123,7 @@ class Trials:
                     objective = self._batches((method.objective,), VALIDATION)
                     for _ in range(self.problem.steps):
                         learner.step(next(batches), next(objective))
-                    skipped, self.history = learner.skipped, learner.history
+                    skipped, self.history = int(learner.skipped), learner.history
                 else:
                     for _ in range(self.problem.steps):
                         inputs, target = next(batches)
