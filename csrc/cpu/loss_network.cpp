@@ -19,6 +19,7 @@ void forward(const LossNetwork& a) {
   const int64_t workers = worker_count(a.samples, grain_elements / a.classes + 1);
   const WorkerBuffer<Vec<A>> scratch(workers, NetworkForward<A>::scratch_size(weights));
   parallel_for_workers(a.samples, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     const NetworkForward<A> network(weights, scratch[worker]);
     forward_rows(p, begin, end, [&](const Tile<A>& tile, A* values, A* slopes) {
       network(tile.f, tile.y, tile.count, values, slopes);
@@ -40,6 +41,7 @@ void backward(const LossNetwork& a) {
   const WorkerBuffer<Vec<A>> of_network(workers, Network::scratch_size(weights));
   const WorkerBuffer<A> of_rows(workers, long_rows ? a.classes : 0);
   parallel_for_workers(chunks.count, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     Network network(weights, of_network[worker]);
     RowsBackward<T> rows(p, of_rows[worker]);
     for (int64_t c = begin; c < end; ++c) {

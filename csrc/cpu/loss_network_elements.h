@@ -1,11 +1,33 @@
 // The loss network on a flat list of elements, lanes along the elements.
 #pragma once
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 #include "cpu/buffer.h"
 #include "cpu/simd.h"
 #include "math/loss_network.h"
 
 namespace lossmeta::LOSSMETA_ISA {
+
+// While it lives, this thread takes denormal numbers for 0: a confident softmax is full of them, and an operation on one
+// costs a hundred others.
+class FlushDenormals {
+#ifdef __SSE2__
+  static constexpr unsigned flush_to_zero = 0x8000, denormals_are_zero = 0x0040;
+  const unsigned before_ = _mm_getcsr();
+
+ public:
+  FlushDenormals() { _mm_setcsr(before_ | flush_to_zero | denormals_are_zero); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+#else
+ public:
+  FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
 
 // Hidden units per register block: two accumulators for each, the weights broadcast.
 #if defined(__AVX512F__)

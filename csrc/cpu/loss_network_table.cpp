@@ -25,6 +25,7 @@ void tabulate(const LossNetwork& a) {
   const int64_t chunks = (nodes + node_chunk - 1) / node_chunk, workers = worker_count(chunks, 1);
   const WorkerBuffer<Vec<A>> scratch(workers, NetworkForward<A>::scratch_size(weights));
   parallel_for_workers(chunks, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     const NetworkForward<A> network(weights, scratch[worker]);
     alignas(64) A f[node_chunk], y[node_chunk];
     for (int64_t c = begin; c < end; ++c) {
@@ -109,6 +110,7 @@ void forward(const LossNetwork& a) {
   const Table<A> others{table, a.intervals}, own{table + coefficients * a.intervals, a.intervals};
   const Rows<T> p{a};
   parallel_for(a.samples, grain_elements / a.classes + 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     forward_rows(p, begin, end, [&](const Tile<A>& tile, A* values, A* slopes) {
       for (int64_t i = 0; i < tile.count; i += V::size) {
         const auto at = others.place(load(tile.f + i));
@@ -225,6 +227,7 @@ void network_gradients(const LossNetwork& a, const double* sums) {  // [2, inter
   const Buffer<A> partials(chunks * size);
   const WorkerBuffer<Vec<A>> scratch(workers, Network::scratch_size(weights));
   parallel_for_workers(chunks, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     Network network(weights, scratch[worker]);
     alignas(64) A r[node_chunk], slopes[node_chunk];
     for (int64_t c = begin; c < end; ++c) {
@@ -252,6 +255,7 @@ void backward(const LossNetwork& a) {
   const WorkerBuffer<double> of_sums(workers, size);
   const WorkerBuffer<A> of_rows(workers, a.classes > tile_elements && need_pred ? a.classes : 0);
   parallel_for_workers(chunks.count, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     Bins<A> bins(intervals, of_near[worker], of_sums[worker]);
     RowsBackward<T> rows(p, of_rows[worker]);
     for (int64_t chunk = begin; chunk < end; ++chunk) {

@@ -211,6 +211,16 @@ def test_table_is_refused_for_rough_networks_and_used_for_usual_ones() -> None:
     assert all(o.isnan().all() for o in loss_network(pred, target, *nan, link="softmax"))
 
 
+@pytest.mark.parametrize("samples", [8, 400])  # 400: from a table
+def test_denormal_numbers_count_as_zero_inside_only(samples: int) -> None:
+    # One operation on a denormal number costs a hundred others, and a confident softmax is full of them.
+    pred, target, w = inputs(samples, 6, 40, "indices", torch.float32)
+    tiny = 1e-39 * torch.randn_like(pred)
+    _, slope = loss_network(pred, target, *w, link="softmax")
+    assert all(bool((g == 0).all()) for g in torch.autograd.grad(slope, w, tiny))
+    assert bool((tiny * 0.5 != 0).all())
+
+
 def test_where_there_is_no_table() -> None:
     pred, target, w = inputs(*TABLE, 8, "indices")
     dense = torch.nn.functional.one_hot(target, TABLE[1]).double()
