@@ -1,8 +1,9 @@
 """Table 1 of the AdaLFL paper: fixed, offline and online learned losses on every task.
 
-Beside the paper's three columns stand what they leave open: plain training at a tuned learning rate and with the
-validation data that a learned loss has seen too, the offline loss with its slope scaled to the task loss's (its shape
-without its scale), larger meta learning rates, and the defaults of :class:`~lossmeta.adalfl.OnlineLearner`.
+Beside the paper's three columns stands what they leave open: plain training at a tuned learning rate and with the
+validation data that a learned loss has seen too; the offline loss with its slope scaled to the task loss's (its shape
+without its scale); larger meta learning rates; and at the tuned rate the shape alone, learned online, from Algorithm 1 or
+from the task loss itself, in the latter case on other batches of the training data.
 """
 
 from __future__ import annotations
@@ -19,8 +20,22 @@ METHODS = (
     Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
     Method("AdaLFL, 1e-4", loss="network", inner_steps=1, online=1e-4),
     Method("AdaLFL, 1e-3", loss="network", inner_steps=1, online=1e-3),
-    Method("residual loss, tuned rate, 1e-3", tuned=True, loss="residual", online=1e-3),
-    Method("the same, slope of the task loss", tuned=True, loss="residual", online=1e-3, normalize=True),
+    Method(
+        "AdaLFL, 1e-5, slope of the task loss, tuned rate",
+        tuned=True,
+        loss="network",
+        inner_steps=1,
+        online=1e-5,
+        normalize=True,
+    ),
+    Method(
+        "residual loss, 1e-2, slope of the task loss, tuned rate",
+        tuned=True,
+        loss="residual",
+        online=1e-2,
+        normalize=True,
+        objective="train",
+    ),
 )
 
 RECIPES = tuple(
