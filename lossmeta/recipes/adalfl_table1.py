@@ -2,8 +2,8 @@
 
 Beside the paper's three columns stands what they leave open: plain training at a tuned learning rate and with the
 validation data that a learned loss has seen too; the offline loss with its slope scaled to the task loss's (its shape
-without its scale); larger meta learning rates; and at the tuned rate the shape alone learned online, from Algorithm 1, or
-from the task loss itself and on other batches of the training data.
+without its scale); larger meta learning rates; and at the tuned rate the shape alone, learned online: from Algorithm 1
+on, and from the task loss on, there with other batches of the training data as meta-objective.
 """
 
 from __future__ import annotations
