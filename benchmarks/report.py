@@ -90,8 +90,10 @@ def _table(operator: str, rows: dict[tuple[str, int], Row], bandwidth: dict[int,
 
 def _memory(operator: str, rows: dict[tuple[str, int], Row]) -> list[str]:
     """Peak memory, where it was measured: it does not depend on the number of threads."""
-    sizes = {size: row for (size, _), row in rows.items() if any("peak_bytes" in r for r in row.values())}
-    if not sizes:
+    sizes: dict[str, Row] = {}
+    for (size, _), row in rows.items():
+        sizes.setdefault(size, {}).update(row)
+    if not any("peak_bytes" in result for row in sizes.values() for result in row.values()):
         return []
     candidates = list(dict.fromkeys(c for row in sizes.values() for c in row))
     candidates.sort(key=lambda c: c != "lossmeta")

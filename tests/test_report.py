@@ -113,3 +113,19 @@ def test_writes_the_file(run: dict[str, Any], tmp_path: Path) -> None:
     assert target.read_text() == report.report(run)
     with pytest.raises(SystemExit, match=r"pytest benchmarks --benchmark-json"):
         report.main([])
+
+
+def test_peak_memory_where_it_was_measured(run: dict[str, Any]) -> None:
+    assert "Peak memory" not in report.report(run)
+    run["benchmarks"] = [
+        benchmark("eager", 1e-3, peak_bytes=3_000_000),
+        benchmark("lossmeta", 1e-3, peak_bytes=1_500_000),
+        benchmark("lossmeta", 1e-3, threads=2, peak_bytes=1_500_000),
+        benchmark("eager", 1e-3, size="2×2"),
+    ]
+    text = report.report(run)
+    assert text.count("Peak memory of the op") == 1
+    memory = rows(text[text.index("Peak memory") :])
+    assert memory["size", "lossmeta"] == ["eager"]
+    assert memory["8×3", "1.5 MB"] == ["3.0 MB (2.00×)"]
+    assert memory["2×2", "–"] == ["–"]

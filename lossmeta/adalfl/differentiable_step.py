@@ -187,7 +187,7 @@ class DifferentiableStep:
         self.device = next(iter(self.names)).device
         self.central = not _has_kinks(self.plain)
         self.learned_nearly_nothing = False
-        self._spatial: bool | None = None  # not yet known
+        self._spatial: bool | None = None  # whether it may run in channels-last layout: not yet known
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.names}
 
     # ---- One step.
@@ -559,7 +559,9 @@ def _writable(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def _in_channels_last(inputs: Tensor) -> Tensor:
+def _in_channels_last(inputs: Any) -> Any:
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        return inputs
     _, channels, height, width = inputs.shape
     if channels == 1:  # both layouts at once; the strides tell which is meant
         return inputs.contiguous().as_strided(inputs.shape, (height * width, 1, width, 1))
