@@ -28,13 +28,16 @@ METHODS = (
         online=1e-5,
         normalize=True,
     ),
-    Method(
-        "residual loss, 1e-2, slope of the task loss, tuned rate",
-        tuned=True,
-        loss="residual",
-        online=1e-2,
-        normalize=True,
-        objective="train",
+    *(
+        Method(
+            f"residual loss, {rate}, slope of the task loss, tuned rate",
+            tuned=True,
+            loss="residual",
+            online=float(rate),
+            normalize=True,
+            objective="train",
+        )
+        for rate in ("1e-3", "1e-2")
     ),
 )
 
