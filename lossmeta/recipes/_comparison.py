@@ -49,7 +49,7 @@ class Recipe:
         about: one line for ``lossmeta list``.
         groups: of tasks, see ``_problems``.
         methods: the rows.
-        tasks: names of the tasks if not all of the groups' at ``--size paper``.
+        tasks: names of the tasks if not all of the groups' that there are at a size.
         seconds: whether the table is about time rather than error.
     """
 
@@ -62,9 +62,7 @@ class Recipe:
 
     def problems(self, size: str) -> list[Problem]:
         found = problems(size, *self.groups)
-        if self.tasks is None or size != "paper":
-            return found
-        return [p for p in found if p.name in self.tasks]
+        return [p for p in found if p.name in (self.tasks or ())] or found
 
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         """Trains every method with every seed, shows and keeps the results; returns the exit status.
@@ -116,7 +114,7 @@ class Recipe:
                 offline_steps = OFFLINE_STEPS if steps is None else steps
                 try:
                     dataset = data.load(problem.data)
-                except data.MissingDataError as error:
+                except (data.MissingDataError, ValueError) as error:  # absent, or not what it should be
                     missing[problem.name] = str(error)
                     continue
                 cell = Cell(problem, dataset, device, offline_steps, results)

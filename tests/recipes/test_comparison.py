@@ -262,16 +262,21 @@ def test_tasks_without_data_are_left_out(
     def load(name: str) -> Dataset:
         if name == "absent":
             raise data.MissingDataError("put it there")
+        if name == "torn":
+            raise ValueError("file.gz is cut off")
         return images()
 
     monkeypatch.setattr(data, "load", load)
-    tasks = [replace(TOY, name="other", data="absent"), TOY]
+    tasks = [replace(TOY, name="other", data="absent"), replace(TOY, name="third", data="torn"), TOY]
     monkeypatch.setattr(_comparison, "problems", lambda size, *groups: tasks)
     assert start(tmp_path, seeds=1) == 0
     captured = capsys.readouterr()
-    assert captured.err == "lossmeta run toy: other was left out. put it there\n"
+    assert captured.err.splitlines() == [
+        "lossmeta run toy: other was left out. put it there",
+        "lossmeta run toy: third was left out. file.gz is cut off",
+    ]
     assert "toy, 1 seed" in captured.out
-    del tasks[1]
+    del tasks[2]
     assert start(tmp_path / "none", seeds=1) == 2
     assert not (tmp_path / "none").exists()
 
