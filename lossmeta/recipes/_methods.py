@@ -40,7 +40,7 @@ class Method:
         online: meta learning rate of Algorithm 2; 0 keeps the loss as it is.
         learning_rate: step size of Algorithm 4 for the base learning rate; 0 keeps it.
         normalize: whether the loss's slope is scaled to the task loss's.
-        objective: the part of the data whose task loss Algorithm 2 lowers.
+        objective: the parts of the data whose task loss Algorithm 2 lowers.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Method:
     online: float = 0.0
     learning_rate: float = 0.0
     normalize: bool = False
-    objective: str = "validation"
+    objective: tuple[str, ...] = ("validation",)
 
 
 LOSSES: dict[str, Callable[[bool], nn.Module]] = {
@@ -120,7 +120,7 @@ class Trials:
                         learning_rate=method.learning_rate,
                         snapshot_every=max(1, self.problem.steps // SNAPSHOTS),
                     )
-                    objective = self._batches((method.objective,), VALIDATION)
+                    objective = self._batches(method.objective, VALIDATION)
                     for _ in range(self.problem.steps):
                         learner.step(next(batches), next(objective))
                     skipped, self.history = int(learner.skipped), learner.history

@@ -11,10 +11,19 @@ from __future__ import annotations
 from lossmeta.recipes._comparison import PLAIN, TUNED, Recipe
 from lossmeta.recipes._methods import Method
 
+ALL = ("train", "validation")
+
+
+def _residual(rate: str, parts: tuple[str, ...], remark: str = "") -> Method:
+    """The shape alone, from the task loss on, by other batches of the same data."""
+    label = f"residual loss, {rate}, slope of the task loss, tuned rate{remark}"
+    return Method(label, None, True, parts, "residual", online=float(rate), normalize=True, objective=parts)
+
+
 METHODS = (
     PLAIN,
     TUNED,
-    Method("plain, tuned rate, training + validation data", tuned=True, parts=("train", "validation")),
+    Method("plain, tuned rate, training + validation data", tuned=True, parts=ALL),
     Method("offline loss (ML³)", "offline", loss="network", inner_steps=1),
     Method("offline loss, slope of the task loss", loss="network", inner_steps=1, normalize=True),
     Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
@@ -28,17 +37,9 @@ METHODS = (
         online=1e-5,
         normalize=True,
     ),
-    *(
-        Method(
-            f"residual loss, {rate}, slope of the task loss, tuned rate",
-            tuned=True,
-            loss="residual",
-            online=float(rate),
-            normalize=True,
-            objective="train",
-        )
-        for rate in ("1e-3", "1e-2")
-    ),
+    _residual("1e-3", ("train",)),
+    _residual("1e-2", ("train",)),
+    _residual("1e-2", ALL, ", training + validation data"),
 )
 
 RECIPES = tuple(

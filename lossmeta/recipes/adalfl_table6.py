@@ -8,7 +8,7 @@ from lossmeta.recipes._methods import Method
 
 def _adalfl(rate: float, objective: str, column: str | None) -> Method:
     label = f"AdaLFL, {rate:g}, meta-objective on {'training' if objective == 'train' else objective} data"
-    return Method(label, column, loss="network", inner_steps=1, online=rate, objective=objective)
+    return Method(label, column, loss="network", inner_steps=1, online=rate, objective=(objective,))
 
 
 RECIPES = (
