@@ -84,8 +84,8 @@ def meta_gradient(
         backend: how :math:`u` is computed. ``"double_backward"``: exact, through the graph of the training step.
             ``"jvp"``: exact, by forward-mode differentiation; least memory. ``"finite_difference"``: one forward pass
             more, or two where the model has no ReLU or max-pooling; also for models that forward mode does not know,
-            such as compiled ones. Its relative error in float32 is about 1e-3, with two passes 1e-4. ``"auto"``: see
-            :func:`choose_backend`.
+            such as compiled ones. Its relative error in float32 is about 1e-3, with two passes 1e-4, in bfloat16 0.05.
+            ``"auto"``: see :func:`choose_backend`.
         clip_norm: largest norm of the whole gradient; larger ones are scaled down.
         clip_value: largest absolute value of an element of the gradient.
         approximate: take the step of an optimizer not named above for ``lr * g``.
@@ -166,6 +166,9 @@ class DifferentiableStep:
             )
         if autocast is not None and autocast != torch.bfloat16:
             raise ValueError(f"AdaLFL: autocast must be torch.bfloat16{_UNSCALED}, got {autocast}")
+        for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+            if bound is not None and not bound > 0:
+                raise ValueError(f"AdaLFL: {name} must be positive, got {bound}")
         self.reason = "as asked for"
         if backend == "auto":
             backend, self.reason = choose_backend(model)
@@ -196,6 +199,7 @@ class DifferentiableStep:
         inputs, target = train_batch
         if self._spatial is None:
             self._spatial = self._accepts_channels_last(inputs)
+        self._check_parameters()
         random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
         capturing = is_capturing(self.device)  # then nothing runs yet, nor has to be undone
         saved = {} if capturing else _copied_state(self.optimizer)
@@ -230,15 +234,17 @@ class DifferentiableStep:
                     else:
                         at = _in_channels_last(inputs) if relaid else inputs
                         phi = mixed(self._push_forward(at, w, prediction, random, buffers))
+                    # Not in place: autograd may give one tensor to several parameters.
+                    results = self._averaged([None if g is None else g * -rate for g in phi])
         except BaseException:
             if not capturing:
                 self._restore(stepped, saved, random, buffers)
             raise
-        results = self._averaged([None if g is None else g.mul_(-rate) for g in phi])
         return MetaGradient(value, task_value, results, rates, ratio, self.backend)
 
     def plain_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
+        self._check_parameters()
         random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
         try:
             prediction, value, slope, _ = self._train(*batch, meta=False)
@@ -249,6 +255,21 @@ class DifferentiableStep:
             raise
         self.optimizer.step()
         return value, ratio
+
+    def _check_parameters(self) -> None:
+        """Refuses what has been frozen or unfrozen since, and hooks, whose effect on a gradient is not known."""
+        for p, _ in parameters_of(self.optimizer):
+            if p.requires_grad != (p in self.names):
+                change = "unfrozen" if p.requires_grad else "frozen"
+                raise ValueError(
+                    "AdaLFL: the model's trainable parameters must stay the same, got one of shape "
+                    f"{list(p.shape)} that was {change} since; make a new learner"
+                )
+            if p._backward_hooks or p._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+                raise ValueError(
+                    "AdaLFL: the model's parameters must have no gradient hooks, whose derivative is not known, got "
+                    f"one on {self.names.get(p, 'a frozen parameter')}; to clip, use clip_norm or clip_value"
+                )
 
     def _train(
         self, inputs: Any, target: Tensor, *, meta: bool = True
@@ -270,7 +291,9 @@ class DifferentiableStep:
         buffers = {name: b.clone() for name, b in self.plain.named_buffers()}
         state = {**buffers, **{self.names[p]: leaf for p, leaf in leaves.items()}}
         prediction = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
-        _copy_back(self.plain.buffers(), list(buffers.values()))
+        _copy_back(
+            self.plain.buffers(), [state[name].detach() for name in buffers]
+        )  # the model may have replaced them
         value, slope = self._loss_and_slope(prediction.detach(), target, True)
         gradients = torch.autograd.grad(
             prediction,
@@ -295,30 +318,36 @@ class DifferentiableStep:
         direct = getattr(self.loss, "with_mixed_derivative", None)
         result = direct(f, target) if direct is not None else None
         if result is not None:
-            self._check_loss(result[0])
+            self._check_loss(*result[:2])
             return result
         value, slope = self._loss_and_slope(f, target, meta)
-        return (
-            value,
-            slope.detach(),
-            lambda u: torch.autograd.grad(slope, self.phi, u, allow_unused=True),
-        )
+
+        def mixed(u: Tensor) -> Sequence[Tensor | None]:
+            if not slope.requires_grad:  # no parameter changes the slope
+                return [None] * len(self.phi)
+            return torch.autograd.grad(slope, self.phi, u, allow_unused=True)
+
+        return value, slope.detach(), mixed
 
     def _loss_and_slope(self, f: Tensor, target: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
         value = self.loss(f.requires_grad_(), target)
-        self._check_loss(value)
-        (slope,) = torch.autograd.grad(value, f, create_graph=create_graph)
-        return value.detach(), slope
-
-    def _check_loss(self, value: Tensor) -> None:
         if value.dim():
             raise ValueError(
                 f"AdaLFL: loss must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
             )
-        if self.device.type == "cpu" and not math.isfinite(value.item()):
+        (slope,) = torch.autograd.grad(value, f, create_graph=create_graph)
+        self._check_loss(value, slope)
+        return value.detach(), slope
+
+    def _check_loss(self, value: Tensor, slope: Tensor) -> None:
+        if is_capturing(self.device):
+            return  # nothing can be read
+        finite = bool(slope.isfinite().all())
+        if not (finite and math.isfinite(value.item())):
             raise RuntimeError(
-                f"AdaLFL: the learned loss is {value.item()} on this batch; the step was not taken. Lower the "
-                "learning rates, or load an earlier state"
+                f"AdaLFL: the learned loss is {value.item()} on this batch, its slope "
+                f"{'finite' if finite else 'not finite'}; the step was not taken. Lower the learning rates, or load an "
+                "earlier state"
             )
 
     def _validate(
@@ -342,7 +371,7 @@ class DifferentiableStep:
             return self._jvp(inputs, w, prediction, random, buffers)
         # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
         # costs as much as curvature, e or for two passes e^2.
-        eps = torch.finfo(prediction.dtype).eps
+        eps = torch.finfo(self.autocast or prediction.dtype).eps
         start, moved = [self._before[p] for p in w], list(w.values())
         # Weights may all be 0, and so may w: u is then 0.
         step = self._size * eps ** (1 / 3 if self.central else 1 / 2) / _norm(moved, 1e-30)

@@ -470,7 +470,9 @@ def test_bad_input() -> None:
     with torch.no_grad():
         diverged.output_weight.fill_(float("nan"))
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(RuntimeError, match="the learned loss is nan on this batch; the step was not taken"):
+    with pytest.raises(
+        RuntimeError, match=r"the learned loss is nan on this batch, its slope .*; the step was not taken"
+    ):
         attempt(loss=diverged)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), before.values(), strict=True))
 
@@ -525,3 +527,169 @@ def test_first_adaptive_step_warns_where_it_is_the_only_one() -> None:
         meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid)
         learner = OnlineLearner(model, Adam(model.parameters()), loss, F.cross_entropy)
         learner.step(train, valid)
+
+
+BACKENDS = ("double_backward", "jvp", "finite_difference")
+
+
+class Sum(nn.Module):
+    """Autograd gives both parameters one tensor, or an expanded one."""
+
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.rand(3, dtype=torch.float64)) for _ in range(2))
+        self.expanded = expanded
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        if self.expanded:
+            return self.a.sum() * F.cross_entropy(pred, target)
+        return F.cross_entropy((self.a + self.b) * pred, target)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_share_a_gradient(backend: str, expanded: bool) -> None:
+    model, loss = mlp().double(), Sum(expanded)
+    train, valid = batches()
+    theta = dict(model.named_parameters())
+    g = torch.autograd.grad(loss(model(train[0]), train[1]), list(theta.values()), create_graph=True)
+    after = {name: p - 0.1 * d for (name, p), d in zip(theta.items(), g, strict=True)}
+    value = F.cross_entropy(functional_call(model, after, (valid[0],)), valid[1])
+    expected = torch.autograd.grad(value, list(loss.parameters()), allow_unused=True)
+    optimizer = SGD(model.parameters(), 0.1)
+    actual = meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid, backend=backend).gradients
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-12)
+
+
+class Root(nn.Module):
+    """Finite where its slope is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.a * (pred - pred.detach()).abs().sqrt().sum()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slope_that_is_not_finite_is_refused(backend: str) -> None:
+    model = mlp().double()
+    before = [p.clone() for p in model.parameters()]
+    train, valid = batches()
+    with pytest.raises(RuntimeError, match="its slope not finite; the step was not taken"):
+        meta_gradient(
+            model, SGD(model.parameters(), 0.1), Root(), F.cross_entropy, train, valid, backend=backend
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.a + pred.sum()
+
+
+def test_a_loss_whose_slope_no_parameter_changes() -> None:
+    model = mlp().double()
+    train, valid = batches()
+    for backend in BACKENDS[1:]:
+        optimizer = SGD(model.parameters(), 0.1)
+        result = meta_gradient(model, optimizer, Constant(), F.cross_entropy, train, valid, backend=backend)
+        assert result.gradients == [None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_hooks_and_changed_parameters_are_refused(backend: str) -> None:
+    model, loss = mlp().double(), LossNetwork(8).double()
+    train, valid = batches()
+    last = list(model.parameters())[-1]
+    step = DifferentiableStep(model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, backend=backend)
+    before = [p.clone() for p in model.parameters()]
+    hook = last.register_hook(lambda g: g.clamp(-1, 1))
+    for take in (lambda: step(train, valid), lambda: step.plain_step(train)):
+        with pytest.raises(ValueError, match=r"must have no gradient hooks.*; to clip, use clip_norm"):
+            take()
+    hook.remove()
+    last.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"must stay the same, got one of shape \[3\] that was frozen"):
+        step(train, valid)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    step = DifferentiableStep(model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, backend=backend)
+    step(train, valid)
+    last.requires_grad_(True)
+    with pytest.raises(ValueError, match="that was unfrozen since; make a new learner"):
+        step(train, valid)
+
+
+class Averaging(nn.Module):
+    """Puts a new buffer in the place of the old one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp().double()
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return y - self.mean
+
+
+def test_buffers_that_the_model_replaces() -> None:
+    start, loss = Averaging(), LossNetwork(8).double()
+    train, valid = batches()
+    ends = []
+    for backend in BACKENDS:
+        model = copy.deepcopy(start)
+        step = DifferentiableStep(model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, backend=backend)
+        step(train, valid)
+        ends.append(model.mean)
+    plain = copy.deepcopy(start)
+    plain(train[0])
+    for end in ends:
+        torch.testing.assert_close(end, plain.mean)
+        assert end.abs().max() > 0
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("option", ["clip_norm", "clip_value"])
+def test_bounds_of_clipping(option: str, bound: float) -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=f"AdaLFL: {option} must be positive, got"):
+        DifferentiableStep(
+            model, SGD(model.parameters(), 0.1), LossNetwork(), F.cross_entropy, **{option: bound}
+        )
+
+
+class Upcast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).float()
+
+
+def test_finite_differences_of_a_model_that_computes_in_bfloat16() -> None:
+    start, loss = Upcast(), LossNetwork(8)
+    train, valid = ((torch.randn(64, 1, 8, 8), torch.randint(3, (64,))) for _ in range(2))
+    found = []
+    for backend, autocast in (("jvp", None), ("finite_difference", torch.bfloat16)):
+        model = copy.deepcopy(start)
+        step = DifferentiableStep(
+            model,
+            SGD(model.parameters(), 0.1),
+            loss,
+            F.cross_entropy,
+            backend=backend,
+            autocast=autocast,
+        )
+        found.append(step(train, valid).gradients)
+    assert relative_error(found[1], found[0]) < 0.15  # type: ignore[arg-type]
