@@ -84,7 +84,8 @@ def meta_gradient(
         backend: how :math:`u` is computed. ``"double_backward"``: exact, through the graph of the training step.
             ``"jvp"``: exact, by forward-mode differentiation; least memory. ``"finite_difference"``: one forward pass
             more, or two where the model has no ReLU or max-pooling; also for models that forward mode does not know,
-            such as compiled ones. Its relative error in float32 is about 1e-3, with two passes 1e-4, in bfloat16 0.05.
+            such as compiled ones. Its relative error in float32 is about 1e-3, with two passes 1e-4; under autocast
+            it computes in float32, with one pass more, but a model of bfloat16 weights costs it a tenth and more.
             ``"auto"``: see :func:`choose_backend`.
         clip_norm: largest norm of the whole gradient; larger ones are scaled down.
         clip_value: largest absolute value of an element of the gradient.
@@ -371,8 +372,8 @@ class DifferentiableStep:
             return self._jvp(inputs, w, prediction, random, buffers)
         # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
         # costs as much as curvature, e or for two passes e^2.
-        eps = torch.finfo(self.autocast or prediction.dtype).eps
         start, moved = [self._before[p] for p in w], list(w.values())
+        eps = torch.finfo(prediction.dtype if self.autocast is None else start[0].dtype).eps
         # Weights may all be 0, and so may w: u is then 0.
         step = self._size * eps ** (1 / 3 if self.central else 1 / 2) / _norm(moved, 1e-30)
         torch._foreach_mul_(moved, step)
@@ -381,9 +382,12 @@ class DifferentiableStep:
             _set_random_state(self.device, random)
             _copy_back(self.plain.buffers(), buffers)
             with _holding(w, points):
-                return self._call(self.plain, inputs)
+                return self._call(self.plain, inputs, None)
 
-        behind = at(torch._foreach_sub(start, moved)) if self.central else prediction
+        if self.central:
+            behind = at(torch._foreach_sub(start, moved))
+        else:  # under autocast the prediction is rounded too coarsely for a difference
+            behind = prediction if self.autocast is None else at(start)
         torch._foreach_add_(moved, start)
         return (at(moved) - behind) / (2 * step if self.central else step)
 
@@ -472,11 +476,10 @@ class DifferentiableStep:
                 return False
         return bool((actual - expected).norm() <= 1e-3 * expected.norm())
 
-    def _call(self, model: Callable[..., Any], inputs: Any) -> Tensor:
-        context = (
-            nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
-        )
-        with context:
+    def _call(self, model: Callable[..., Any], inputs: Any, autocast: Any = ...) -> Tensor:
+        """The model's prediction, under the learner's autocast or another one."""
+        dtype = self.autocast if autocast is ... else autocast
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
             if isinstance(inputs, Tensor):
                 output = model(inputs)
             elif isinstance(inputs, Mapping):

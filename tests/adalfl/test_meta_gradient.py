@@ -671,7 +671,8 @@ def test_bounds_of_clipping(option: str, bound: float) -> None:
 class Upcast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 3))
+        wide = [nn.Linear(512, 512), nn.ReLU()]
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), *wide, nn.Linear(512, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x).float()
@@ -692,4 +693,4 @@ def test_finite_differences_of_a_model_that_computes_in_bfloat16() -> None:
             autocast=autocast,
         )
         found.append(step(train, valid).gradients)
-    assert relative_error(found[1], found[0]) < 0.15  # type: ignore[arg-type]
+    assert relative_error(found[1], found[0]) < 0.03  # type: ignore[arg-type]
