@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,39 @@ from lossmeta.recipes._paper import reported
 from lossmeta.recipes._problems import Problem, problems, split
 from lossmeta.recipes._results import replace_file, write_json
 
-PLAIN = Method("plain, paper's rate", "baseline")
+PLAIN = Method("plain, base rate", "baseline")
 TUNED = Method("plain, tuned rate", tuned=True)
+WITH_VALIDATION = Method(
+    "plain, tuned rate, training + validation data", tuned=True, parts=("train", "validation")
+)
+
+
+def standard(offline: str = "offline", online: str = "adalfl") -> tuple[Method, ...]:
+    """The rows of every comparison; the paper's columns for its own two may be another table's."""
+    return (
+        PLAIN,
+        TUNED,
+        WITH_VALIDATION,
+        Method("offline loss (ML³)", offline, loss="network", inner_steps=1),
+        Method("offline loss, slope of the task loss", loss="network", inner_steps=1, normalize=True),
+        Method("AdaLFL, 1e-5", online, loss="network", inner_steps=1, online=1e-5),
+        Method("AdaLFL, 1e-4", loss="network", inner_steps=1, online=1e-4),
+        Method("AdaLFL, 1e-3", loss="network", inner_steps=1, online=1e-3),
+    )
+
+
 # The rate of TUNED is chosen by the selection error of these seeds, which no comparison reports.
+# Where a data set has no test set of its own, they test on other rows, so that the tuned rate has seen some of the
+# others' test rows: to the advantage of plain training.
 TUNING_SEEDS = range(10_000, 10_003)
 OFFLINE_STEPS = 2500
 LEGEND = """\
-Test error: mean squared error, or share of wrong classes; mean ± sd over seeds. Difference: to "{reference}", paired by
-seed, negative is better; p: paired t-test. Slope: how many times steeper the loss is than the task loss when training
-ends, that is how much of a difference is only a learning rate."""
+Test error: mean squared error, or share of wrong classes; mean ± sd over seeds. Base rate: the paper's learning
+rate; in small regressions ten times that, for a tenth of the width. Difference, better, p: to "{reference}", paired
+by seed, negative is better, paired t-test; with validation: the same to plain training on training and validation
+data, as a loss that learns from validation batches has seen those too. Slope: how many times steeper the loss is
+than the task loss when training ends, that is how much of a difference is only a learning rate. Small sizes train
+smaller models for fewer steps than the paper: compare within a table."""
 SECONDS_LEGEND = "Seconds: all that training needed, learning the loss beforehand included."
 
 Trial = dict[str, Any]
@@ -148,8 +172,9 @@ class Recipe:
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         table.add_column("paper, hours" if self.seconds else "paper", justify="right")
         reference = rows[self._reference.label]
-        headings = ("times the first",) if self.seconds else ("difference", "better", "p", "slope", "rate")
-        for heading in headings:
+        wider = rows.get(WITH_VALIDATION.label)
+        headings = ["difference", "better", "p", *(["with validation"] if wider else []), "slope", "rate"]
+        for heading in ["times the first"] if self.seconds else headings:
             table.add_column(heading, justify="right")
         for method in self.methods:
             trials = rows[method.label]
@@ -159,13 +184,17 @@ class Recipe:
                 ratio = statistics.fmean(spent[0]) / statistics.fmean(spent[1])
                 table.add_row(method.label, spread(spent[0], ".2f"), paper, f"{ratio:.2f}")
                 continue
-            slope = statistics.median(t["slope_ratio"] or math.nan for t in trials)
+            cells = ["", "", ""] if trials is reference else list(compared(trials, reference))
+            if wider:
+                difference, _, p = ("", "", "") if trials is wider else compared(trials, wider)
+                cells.append(f"{difference.partition(' ')[0]} (p {p})" if p else difference)
+            slopes = [t["slope_ratio"] for t in trials if t["slope_ratio"] is not None]
             table.add_row(
                 method.label,
                 spread([t["test"] for t in trials]),
                 paper,
-                *(("", "", "") if trials is reference else compared(trials, reference)),
-                f"{slope:.2f}",
+                *cells,
+                f"{statistics.median(slopes):.2f}" if slopes else "",
                 f"{statistics.median(t['final_rate'] for t in trials):.3g}",
             )
         return table
@@ -188,6 +217,14 @@ class Cell:
 
     def trial(self, method: Method, seed: int, rate: float, label: str | None = None) -> Trial:
         key = {"task": self.problem.name, "method": label or method.label, "seed": seed}
+        settings = {
+            **{name: value for name, value in asdict(method).items() if name not in ("label", "column")},
+            "at": rate,
+            "batch": self.problem.batch,
+            "steps": self.problem.steps,
+            "offline_steps": self.offline_steps,
+            "versions": [lossmeta.__version__, torch.__version__],
+        }
 
         def compute() -> Trial:
             if self._trials is None or self._trials.seed != seed:
@@ -198,7 +235,7 @@ class Cell:
                 self._plot(method)
             return trial
 
-        return self.results.get(key, compute)
+        return self.results.get(key, settings, compute)
 
     def _plot(self, method: Method) -> None:
         """Draws how the loss changed (Figures 8 to 17), where matplotlib is installed."""
@@ -236,20 +273,32 @@ class Results:
         self.path = path
         self.report: dict[str, Any] = {"settings": settings, "versions": lossmeta.info(), "results": []}
         if path.exists():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            if earlier.get("settings") != settings:
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+                kept, results = earlier["settings"], list(earlier["results"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise SettingsError(
-                    f"{path} holds results of {earlier.get('settings')}, expected {settings}; "
+                    f"{path} must hold results of a recipe, got {type(error).__name__}: {error}; "
                     "choose another --output or remove it"
+                ) from error
+            if kept != settings:
+                raise SettingsError(
+                    f"{path} holds results of {kept}, expected {settings}; choose another --output or remove it"
                 )
-            self.report["results"] = earlier["results"]
+            self.report["results"] = results
 
-    def get(self, key: dict[str, Any], compute: Callable[[], Trial]) -> Trial:
-        for trial in self.report["results"]:
-            if all(trial[name] == value for name, value in key.items()):
-                return trial
-        trial = {**key, **compute()}
-        self.report["results"].append(trial)
+    def get(self, key: dict[str, Any], settings: dict[str, Any], compute: Callable[[], Trial]) -> Trial:
+        """The trial of these settings; one of others is trained anew and replaced."""
+        settings = json.loads(json.dumps(settings))
+        results = self.report["results"]
+        matching = [i for i, t in enumerate(results) if all(t.get(name) == v for name, v in key.items())]
+        if matching and results[matching[0]].get("settings") == settings:
+            return results[matching[0]]
+        trial = {**key, **compute(), "settings": settings}
+        if matching:
+            results[matching[0]] = trial
+        else:
+            results.append(trial)
         write_json(self.path, self.report)
         return trial
 

@@ -33,10 +33,10 @@ class Method:
     Attributes:
         label: of the row.
         column: the paper's column, see ``_paper``.
-        tuned: whether the base learning rate is the one tuned for plain training, or the paper's.
+        tuned: whether the learning rate is the one tuned for plain training, or the task's base rate.
         parts: of the data that are trained on.
         loss: a key of ``LOSSES``, or ``None`` for the task loss itself.
-        inner_steps: of Algorithm 1, or of 3 without a learned loss, at the paper's rate; 0 leaves it out.
+        inner_steps: of Algorithm 1, or of 3 without a learned loss, at the base rate; 0 leaves it out.
         online: meta learning rate of Algorithm 2; 0 keeps the loss as it is.
         learning_rate: step size of Algorithm 4 for the base learning rate; 0 keeps it.
         normalize: whether the loss's slope is scaled to the task loss's.
@@ -106,8 +106,8 @@ class Trials:
         model = self._model(self.seed + WEIGHTS)
         optimizer = SGD(model.parameters(), rate, **self.problem.optimizer_options)  # type: ignore[arg-type]
         batches = self._batches(method.parts, TRAIN)
-        start = time.perf_counter()
-        skipped, diverged = 0, False
+        start = self._now()
+        learner, diverged = None, False
         with _seeded(self.seed + NOISE):
             try:
                 if method.online or method.learning_rate:
@@ -123,7 +123,6 @@ class Trials:
                     objective = self._batches(method.objective, VALIDATION)
                     for _ in range(self.problem.steps):
                         learner.step(next(batches), next(objective))
-                    skipped, self.history = int(learner.skipped), learner.history
                 else:
                     for _ in range(self.problem.steps):
                         inputs, target = next(batches)
@@ -134,7 +133,9 @@ class Trials:
                 if "the learned loss is" not in str(error):
                     raise
                 diverged = True
-        seconds = time.perf_counter() - start
+        seconds = self._now() - start
+        if learner is not None:
+            self.history = learner.history
         errors = {name: self.splits.evaluate(model, name) for name in ("selection", "test")}
         diverged = diverged or not all(map(math.isfinite, errors.values()))
         return {
@@ -144,7 +145,7 @@ class Trials:
             "final_rate": float(optimizer.param_groups[0]["lr"]),
             "seconds": seconds,
             "offline_seconds": offline_seconds,
-            "skipped": skipped,
+            "skipped": int(learner.skipped) if learner is not None else 0,
         }
 
     def loss(self, method: Method) -> nn.Module:
@@ -152,6 +153,11 @@ class Trials:
         return (
             LOSSES[method.loss](self.splits.regression) if method.loss else TaskLoss(self.splits.regression)
         )
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _model(self, seed: int) -> nn.Module:
         with _seeded(seed):
@@ -171,10 +177,10 @@ class Trials:
         if method.inner_steps:
             key = (method.loss, method.inner_steps)
             if key not in self._initialised:
-                start = time.perf_counter()
+                start = self._now()
                 learned_rate = self._initialise(loss, method, task_loss)
                 state = {name: t.clone() for name, t in loss.state_dict().items()}
-                self._initialised[key] = state, learned_rate, time.perf_counter() - start
+                self._initialised[key] = state, learned_rate, self._now() - start
             state, learned_rate, seconds = self._initialised[key]
             rate = rate if learned_rate is None else learned_rate
             loss.load_state_dict(state)
@@ -201,6 +207,7 @@ class Trials:
     def _slope_ratio(self, model: nn.Module, loss: nn.Module, task_loss: nn.Module) -> float:
         """How many times larger the learned loss's mean absolute slope is than the task loss's, on training data."""
         inputs, target = next(self._batches(("train",), TRAIN))
+        model.eval()  # no dropout: the trial's random numbers are drawn
         with torch.no_grad():
             prediction = model(inputs)
         slopes = []

@@ -8,7 +8,7 @@ on, and from the task loss on, there with other batches of the training data as 
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import PLAIN, TUNED, Recipe
+from lossmeta.recipes._comparison import Recipe, standard
 from lossmeta.recipes._methods import Method
 
 ALL = ("train", "validation")
@@ -21,14 +21,7 @@ def _residual(rate: str, parts: tuple[str, ...], remark: str = "") -> Method:
 
 
 METHODS = (
-    PLAIN,
-    TUNED,
-    Method("plain, tuned rate, training + validation data", tuned=True, parts=ALL),
-    Method("offline loss (ML³)", "offline", loss="network", inner_steps=1),
-    Method("offline loss, slope of the task loss", loss="network", inner_steps=1, normalize=True),
-    Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
-    Method("AdaLFL, 1e-4", loss="network", inner_steps=1, online=1e-4),
-    Method("AdaLFL, 1e-3", loss="network", inner_steps=1, online=1e-3),
+    *standard(),
     Method(
         "AdaLFL, 1e-5, slope of the task loss, tuned rate",
         tuned=True,

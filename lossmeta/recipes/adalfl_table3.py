@@ -3,7 +3,7 @@ together, which the paper leaves to future work."""
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import PLAIN, Recipe
+from lossmeta.recipes._comparison import Recipe, standard
 from lossmeta.recipes._methods import Method
 
 RECIPES = (
@@ -12,11 +12,9 @@ RECIPES = (
         "AdaLFL, Table 3: learned learning rate, learned loss, and both",
         ("regression", "mnist", "cifar10", "cifar100", "svhn"),
         (
-            PLAIN,
+            *standard(),
             Method("Meta-LR, 1e-5", "meta-lr", inner_steps=1, learning_rate=1e-5),
             Method("Meta-LR, 1e-3", inner_steps=1, learning_rate=1e-3),
-            Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
-            Method("AdaLFL, 1e-3", loss="network", inner_steps=1, online=1e-3),
             Method(
                 "AdaLFL, 1e-3, and Meta-LR, 1e-3",
                 loss="network",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import PLAIN, Recipe
+from lossmeta.recipes._comparison import Recipe, standard
 from lossmeta.recipes._methods import Method
 
 RECIPES = (
@@ -11,10 +11,9 @@ RECIPES = (
         "AdaLFL, Table 4: loss network against quadratic and cubic Taylor polynomials",
         ("regression", "mnist", "cifar10", "cifar100", "svhn"),
         (
-            PLAIN,
-            Method("quadratic polynomial", "quadratic", loss="quadratic", inner_steps=1, online=1e-5),
-            Method("cubic polynomial", "cubic", loss="cubic", inner_steps=1, online=1e-5),
-            Method("loss network", "adalfl", loss="network", inner_steps=1, online=1e-5),
+            *standard(),
+            Method("quadratic polynomial, 1e-5", "quadratic", loss="quadratic", inner_steps=1, online=1e-5),
+            Method("cubic polynomial, 1e-5", "cubic", loss="cubic", inner_steps=1, online=1e-5),
         ),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import PLAIN, Recipe
+from lossmeta.recipes._comparison import Recipe, standard
 from lossmeta.recipes._methods import Method
 
 RECIPES = (
@@ -11,10 +11,8 @@ RECIPES = (
         "AdaLFL, Table 5: ReLU and softplus (ML³) against smooth leaky ReLU",
         ("regression", "mnist", "cifar10", "cifar100", "svhn"),
         (
-            PLAIN,
+            *standard(offline="offline, smooth"),
             Method("offline loss, ReLU + softplus", "offline, ReLU", loss="relu", inner_steps=1),
-            Method("offline loss, smooth leaky ReLU", "offline, smooth", loss="network", inner_steps=1),
-            Method("AdaLFL, 1e-5", "adalfl", loss="network", inner_steps=1, online=1e-5),
         ),
     ),
 )

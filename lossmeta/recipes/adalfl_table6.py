@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import PLAIN, Recipe
+from lossmeta.recipes._comparison import Recipe, standard
 from lossmeta.recipes._methods import Method
 
 
-def _adalfl(rate: float, objective: str, column: str | None) -> Method:
-    label = f"AdaLFL, {rate:g}, meta-objective on {'training' if objective == 'train' else objective} data"
-    return Method(label, column, loss="network", inner_steps=1, online=rate, objective=(objective,))
+def _on_training_data(rate: str, column: str | None = None) -> Method:
+    label = f"AdaLFL, {rate}, meta-objective on training data"
+    return Method(label, column, loss="network", inner_steps=1, online=float(rate), objective=("train",))
 
 
 RECIPES = (
@@ -17,11 +17,9 @@ RECIPES = (
         "AdaLFL, Table 6: meta-objective on training or validation data",
         ("regression",),
         (
-            PLAIN,
-            _adalfl(1e-5, "train", "training objective"),
-            _adalfl(1e-5, "validation", "validation objective"),
-            _adalfl(1e-3, "train", None),
-            _adalfl(1e-3, "validation", None),
+            *standard(online="validation objective"),
+            _on_training_data("1e-5", "training objective"),
+            _on_training_data("1e-3"),
         ),
         tasks=("Crime + MLP", "Diabetes + MLP"),
     ),

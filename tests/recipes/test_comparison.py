@@ -182,6 +182,22 @@ def test_divergence_is_a_result() -> None:
     for method in (Method("a"), Method("b", loss="residual", online=1e-3)):
         trial = trials.run(method, 1e6)
         assert trial["test"] is trial["selection"] is trial["slope_ratio"] is None
+        assert bool(trials.history) == bool(method.loss), "what a figure of the divergence needs is kept"
+
+
+def test_dropout_follows_from_the_seed() -> None:
+    def dropout(features: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(features, outputs))
+
+    results = []
+    for _ in range(2):
+        state = torch.get_rng_state()
+        trials = Trials(replace(TOY, model=dropout), split(images(), 0, CPU, False), 0, CPU, 3)
+        trial = trials.run(Method("m", loss="network", inner_steps=1, online=1e-3), 0.05)
+        assert torch.equal(state, torch.get_rng_state())
+        results.append({k: v for k, v in trial.items() if "seconds" not in k})
+        torch.manual_seed(5)
+    assert results[0] == results[1]
 
 
 # ---- Results and tables.
@@ -244,8 +260,20 @@ def test_results_of_other_settings_are_refused(
     assert start(tmp_path, steps=3, seeds=1) == 2
     assert "'steps': 2}, expected " in capsys.readouterr().err
     assert (tmp_path / "results.json").read_bytes() == before
-    with pytest.raises(SettingsError):
-        Results(tmp_path / "results.json", {})
+    for text in ("{", "[]", '{"settings": {}}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(SettingsError, match="must hold results of a recipe"):
+            Results(tmp_path / "results.json", {})
+
+
+def test_a_method_that_has_changed_is_trained_anew(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json", {})
+    key = {"task": "t", "method": "m", "seed": 0}
+    assert results.get(key, {"online": (1,)}, lambda: {"test": 1})["test"] == 1
+    results = Results(tmp_path / "results.json", {})
+    assert results.get(key, {"online": (1,)}, lambda: {"test": 2})["test"] == 1
+    assert results.get(key, {"online": (2,)}, lambda: {"test": 3})["test"] == 3
+    assert [t["test"] for t in Results(tmp_path / "results.json", {}).report["results"]] == [3]
 
 
 def test_bad_places_are_said(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
