@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lossmeta.adalfl.differentiable_step import Batch
+if TYPE_CHECKING:  # which itself calls models from here
+    from lossmeta.adalfl.differentiable_step import Batch
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model(*inputs)`` for a sequence, ``model(**inputs)`` for a mapping, else ``model(inputs)``."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, Sequence):
+        return model(*inputs)
+    return model(inputs)
 
 
 def checked(where: str, name: str, batch: Any) -> Batch:
