@@ -235,7 +235,7 @@ class Offsets(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.inner(x.flatten(1)) + self.a * self.b).tanh() + (self.a + self.b) + self.c.sum()
+        return self.inner(x.flatten(1)).tanh() + (self.a + self.b) + self.c.sum()
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
