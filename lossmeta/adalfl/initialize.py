@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import call_model, endless
+from lossmeta.adalfl._batches import call_model, check_meta_optimizer, endless
 from lossmeta.adalfl.differentiable_step import Batch, Loss, _random_state, _set_random_state
 from lossmeta.ops._arguments import choice
 
@@ -71,7 +71,7 @@ def initialize(
             no or negative curvature, and where that is the first, the meta-step is left out.
         implicit_terms: terms of the series, or iterations; one product with H each.
         damping: :math:`\lambda`. Networks are not convex: without it the inverse may be large or of the wrong sign.
-        meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-3.
+        meta_optimizer: of all trainable parameters of the loss; by default Adam with the paper's rate of 1e-3.
         progress: called with the number of meta-steps done and the last task loss.
 
     Returns:
@@ -81,7 +81,7 @@ def initialize(
     Raises:
         ValueError: for options out of range, for loaders without batches or with empty ones, for an iterator that ends
             too soon (what the meta-steps before have learned stays), for a loss or a model without parameters to learn,
-            and for a loss or task loss that is no scalar.
+            for a meta_optimizer of other parameters, and for a loss or task loss that is no scalar.
         TypeError: for batches that are not pairs.
 
     Sources:
@@ -107,6 +107,7 @@ def initialize(
     if not phi:
         raise ValueError("initialize: loss must have parameters to learn, got none")
     meta_optimizer = meta_optimizer or Adam(phi, lr=1e-3)
+    check_meta_optimizer("initialize", loss, meta_optimizer)
     train = endless("initialize", "train_batches", train_batches)
     valid = endless("initialize", "valid_batches", valid_batches)
     history = []

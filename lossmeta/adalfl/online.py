@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import checked
+from lossmeta.adalfl._batches import check_meta_optimizer, checked
 from lossmeta.adalfl._capture import CapturedStep, check_capturable, update_where_finite
 from lossmeta.adalfl.differentiable_step import Batch, DifferentiableStep, Loss
 
@@ -66,7 +66,7 @@ class OnlineLearner:
         loss: module ``loss(prediction, target) -> []``; initialise it first, see :func:`initialize`.
         task_loss: function of the same arguments, what is really to be lowered.
         meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-5. Its groups may hold the parameters
-            of several losses with rates of their own.
+            of several losses with rates of their own, together all trainable ones of ``loss``, and no others.
         meta_every: training steps per meta-update.
         learning_rate: step size of the learning rate's own update (Algorithm 4), together with the loss's or, for a
             loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient.
@@ -87,8 +87,8 @@ class OnlineLearner:
             Steps without a meta-update run as they would without it.
 
     Raises:
-        ValueError: for options out of range, for a model and an optimizer whose parameters differ, and for what cannot
-            be captured.
+        ValueError: for options out of range, for a model and an optimizer, or a loss and a meta-optimizer, whose
+            parameters differ, and for what cannot be captured.
         RuntimeError: for ``capture=True`` with a model that is not on a CUDA device.
 
     Example:
@@ -173,6 +173,8 @@ class OnlineLearner:
         self.meta_optimizer = meta_optimizer or (
             Adam(phi, lr=1e-5, fused=fused, capturable=capture) if phi else None
         )
+        if self.meta_optimizer is not None:
+            check_meta_optimizer("OnlineLearner", loss, self.meta_optimizer)
         self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope

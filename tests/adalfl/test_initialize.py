@@ -345,3 +345,14 @@ def test_losses_and_models_that_do_not_fit(method: str) -> None:
         ValueError, match=r"^AdaLFL: make_model must return a model with trainable parameters"
     ):
         initialize_learning_rate(nn.Flatten, both, both, steps=1)
+
+
+def test_a_meta_optimizer_of_other_parameters() -> None:
+    both, loss = batches(1, torch.float32), LossNetwork(8)
+    of_a_copy = Adam(copy.deepcopy(loss).parameters())
+    with pytest.raises(
+        ValueError,
+        match=r"^initialize: meta_optimizer must have all .* of the loss and no others, got 3 others, "
+        r"and of the loss's all but \['input_weight', 'hidden_weight', 'output_weight'\]; make",
+    ):
+        initialize(loss, lambda: mlp().float(), both, both, steps=1, meta_optimizer=of_a_copy)

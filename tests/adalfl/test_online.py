@@ -383,6 +383,28 @@ def test_bad_options() -> None:
         learner(learning_rate=-1.0)
 
 
+def test_a_meta_optimizer_of_other_parameters() -> None:
+    loss = LossNetwork(8, dtype=torch.float64)
+    message = (
+        r"^OnlineLearner: meta_optimizer must have all trainable parameters of the loss and no others, got "
+    )
+    for parameters, got in (
+        (
+            list(copy.deepcopy(loss).parameters()),
+            r"3 others, and of the loss's all but .'input_weight', 'hidden_.*",
+        ),
+        ([loss.input_weight, loss.output_weight], r"0 others, and of the loss's all but .'hidden_weight'\]"),
+        ([*loss.parameters(), nn.Parameter(torch.zeros(1))], r"1 others, and of the loss's all but \[\]"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}{got}; make it of loss"):
+            learner(loss, meta_optimizer=Adam(parameters))
+    loss.hidden_weight.requires_grad_(False)  # may be there, and stays
+    before = loss.hidden_weight.clone()
+    one = learner(loss, meta_optimizer=Adam(loss.parameters()))
+    assert one.step(*batches()).skipped is None
+    assert torch.equal(before, loss.hidden_weight)
+
+
 # ---- A step that reads nothing back, as it is captured in a CUDA graph.
 
 
