@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,21 @@ def check_capturable(argument: str, optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every element is, [] on the device; a Euclidean norm would overflow for finite ones."""
+    largest = torch._foreach_norm([t for t in tensors if t.numel()], ord=math.inf)
+    return torch.stack(largest).isfinite().all()
+
+
+@torch.no_grad()
 def update_where_finite(
     optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> Tensor:
-    """A step of the optimizer that the device itself undoes where a gradient is not finite; whether all were."""
-    finite = torch.stack([g.isfinite().all() for g in gradients if g is not None]).all()
+    """A step of the optimizer that the device itself undoes where a gradient is not finite; whether it was taken."""
+    present = [g for g in gradients if g is not None]
+    if not present:
+        return torch.zeros((), dtype=torch.bool, device=parameters[0].device)
+    finite = all_finite(present)
 
     def state() -> dict[tuple[Tensor, str], Tensor]:
         values = ((p, name, v) for p in parameters for name, v in optimizer.state.get(p, {}).items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lossmeta.adalfl._batches import check_meta_optimizer, checked
-from lossmeta.adalfl._capture import CapturedStep, check_capturable, update_where_finite
+from lossmeta.adalfl._capture import CapturedStep, all_finite, check_capturable, update_where_finite
 from lossmeta.adalfl.differentiable_step import Batch, DifferentiableStep, Loss
 
 
@@ -284,7 +283,9 @@ class OnlineLearner:
                 return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
             self._accepted = [p.detach().clone() for p in phi]
         present = [g for g in (*gradients, *rates) if g is not None]
-        if not all(map(math.isfinite, torch._foreach_norm(present))):
+        if not present:
+            return "no gradient reaches the loss's parameters"
+        if not all_finite(present):
             return "the meta-gradient is not finite"
         if self.meta_optimizer is not None:
             for p, g in zip(phi, gradients, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
 from lossmeta.adalfl import OnlineLearner, meta_gradient
-from lossmeta.adalfl._capture import check_capturable
+from lossmeta.adalfl._capture import all_finite, check_capturable
 from lossmeta.losses import DistanceMixtureLoss, LossNetwork, ParametricCrossEntropy, TaylorLoss
 
 
@@ -297,6 +297,64 @@ def test_a_meta_gradient_that_is_not_finite_is_skipped() -> None:
     assert equal(before, values(one.loss))
     assert not equal(weights, values(one._step.plain))  # the training step itself was sound
     assert one.step((x, y), (xv, yv)).skipped is None
+
+
+class Scaled(nn.Module):
+    """A loss whose parameter scales what it says to its slope, or does not reach it."""
+
+    def __init__(self, value: float, reaches: bool = True) -> None:
+        super().__init__()
+        self.phi, self.reaches = nn.Parameter(torch.full((4,), value)), reaches
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        value = F.cross_entropy(pred, target)
+        return self.phi.mean() * value if self.reaches else value + self.phi.mean()
+
+
+def both_ways(one: OnlineLearner, *pair: Any) -> tuple[str | None, bool]:
+    """Why the update was skipped; and whether the step that reads nothing back takes it."""
+    other = copy.deepcopy(one)
+    return one.step(*pair).skipped, bool(other._step_on_device(*pair)[2])
+
+
+@pytest.mark.parametrize("backend", ["double_backward", "jvp", "finite_difference"])
+def test_a_loss_whose_parameters_no_gradient_reaches(backend: str) -> None:
+    model, loss = mlp().float(), Scaled(1.0, reaches=False)
+    other = copy.deepcopy(model)
+    one = learner(loss, model, backend=backend, meta_optimizer=SGD(loss.parameters(), 1.0))
+    train, valid = batches(dtype=torch.float32)
+    skipped, taken = both_ways(one, train, valid)
+    assert skipped == "no gradient reaches the loss's parameters"
+    assert one.skipped == 1
+    assert not taken
+    F.cross_entropy(other(train[0]), train[1]).backward()
+    SGD(other.parameters(), 0.1).step()
+    for a, b in zip(values(model), values(other), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_large_meta_gradient_is_finite() -> None:
+    model, loss = mlp().float(), Scaled(1.0)
+    meta = SGD(loss.parameters(), 1e-20)
+    one = OnlineLearner(
+        model,
+        SGD(model.parameters(), 0.1),
+        loss,
+        lambda pred, target: 1e22 * F.cross_entropy(pred, target),
+        meta_optimizer=meta,
+    )
+    skipped, taken = both_ways(one, *batches(dtype=torch.float32))
+    assert skipped is None
+    assert taken
+    assert not equal(loss.phi, torch.ones(4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_element_that_is_not_finite(value: float) -> None:
+    tensors = [torch.zeros(3, 40), torch.zeros(0), torch.full((), 3e38), torch.zeros(2, dtype=torch.float64)]
+    assert all_finite(tensors)
+    tensors[0][1, 17] = value
+    assert not all_finite(tensors)
 
 
 def test_slope_that_falls_too_low() -> None:
