@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +71,10 @@ class OnlineLearner:
         meta_every: training steps per meta-update.
         learning_rate: step size of the learning rate's own update (Algorithm 4), together with the loss's or, for a
             loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient.
-        min_slope: meta-updates under which the slope ratio fell below this are undone, so that the loss does not stop
-            the training early; ``None`` lets it.
+        min_slope: meta-updates under which the slope ratio fell below this are undone, with what they left in the
+            meta-optimizer, so that the loss does not stop the training early; ``None`` lets it. A loss that starts
+            below it learns until it has once been above. The ratio is the mean over the processes of a
+            ``DistributedDataParallel`` model.
         backend: see :func:`meta_gradient`.
         clip_norm: see :func:`meta_gradient`.
         clip_value: see :func:`meta_gradient`.
@@ -163,6 +167,8 @@ class OnlineLearner:
             raise ValueError(f"OnlineLearner: meta_every must be at least 1, got {meta_every}")
         if not learning_rate >= 0:
             raise ValueError(f"OnlineLearner: learning_rate must not be negative, got {learning_rate}")
+        if min_slope is not None and not 0 < min_slope < math.inf:
+            raise ValueError(f"OnlineLearner: min_slope must be positive and finite, got {min_slope}")
         phi = [p for p in loss.parameters() if p.requires_grad]
         if not phi and not learning_rate:
             raise ValueError("OnlineLearner: loss must have parameters to learn, got none")
@@ -181,7 +187,7 @@ class OnlineLearner:
         self.history: list[Snapshot] = []
         self.steps = 0
         self.skipped: int | Tensor = 0
-        self._accepted: list[Tensor] | None = None
+        self._accepted: tuple[list[Tensor], dict[Any, Any]] | None = None
         self._step = DifferentiableStep(
             model,
             optimizer,
@@ -277,11 +283,9 @@ class OnlineLearner:
     ) -> str | None:
         phi = self._step.phi
         if self.min_slope is not None and slope_ratio is not None:
-            if self._accepted is not None and slope_ratio < self.min_slope:
-                with torch.no_grad():
-                    torch._foreach_copy_(phi, self._accepted)
-                return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
-            self._accepted = [p.detach().clone() for p in phi]
+            undone = self._undo_if_below(self.min_slope, slope_ratio)
+            if undone:
+                return undone
         present = [g for g in (*gradients, *rates) if g is not None]
         if not present:
             return "no gradient reaches the loss's parameters"
@@ -297,6 +301,24 @@ class OnlineLearner:
             # A rate of 0 could never be left again: its gradient is that of the step per unit of the rate.
             group["lr"] = max(float(group["lr"]) - self.learning_rate * g.item(), 1e-3 * float(group["lr"]))
         return None
+
+    @torch.no_grad()
+    def _undo_if_below(self, bound: float, slope_ratio: Tensor) -> str | None:
+        """What was undone: loss and meta-optimizer go back to those with which the ratio was last large enough."""
+        phi, meta = self._step.phi, self.meta_optimizer
+        if self._step.distributed:  # all must decide the same
+            slope_ratio = slope_ratio.clone()
+            torch.distributed.all_reduce(slope_ratio)
+            slope_ratio /= torch.distributed.get_world_size()
+        if slope_ratio >= bound:
+            self._accepted = [p.clone() for p in phi], deepcopy(meta.state_dict()["state"]) if meta else {}
+        if self._accepted is None or not slope_ratio < bound:
+            return None
+        values, state = self._accepted
+        torch._foreach_copy_(phi, values)
+        if meta:
+            meta.load_state_dict({**meta.state_dict(), "state": deepcopy(state)})
+        return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
 
     def _snapshot(self, slope_ratio: Tensor | None) -> None:
         state = {name: value.to("cpu", copy=True) for name, value in self.loss.state_dict().items()}

@@ -357,20 +357,82 @@ def test_one_element_that_is_not_finite(value: float) -> None:
     assert not all_finite(tensors)
 
 
+def scaled(value: float, **options: Any) -> OnlineLearner:
+    """The slope ratio is the mean of phi, and every meta-update lowers it or raises it."""
+    loss = Scaled(value)
+    meta = Adam(loss.parameters(), 0.1)
+    return learner(loss, mlp().float(), meta_optimizer=meta, **options)
+
+
 def test_slope_that_falls_too_low() -> None:
-    one = learner(min_slope=1e-9, log_slope=True)
-    train, valid = batches()
-    report = one.step(train, valid)
-    assert report.skipped is None
-    assert report.slope_ratio is not None
-    assert report.slope_ratio > 0
-    accepted = [p.clone() for p in one.loss.parameters()]
-    one.min_slope = 2 * float(report.slope_ratio)
-    one._accepted = [0.9 * p.detach() for p in accepted]
-    report = one.step(train, valid)
-    assert report.skipped is not None
-    assert "the last update is undone" in report.skipped
-    assert equal(one.loss.parameters(), one._accepted)
+    one = scaled(1.0, min_slope=0.5)
+    pair = batches(dtype=torch.float32)
+    assert one.step(*pair).skipped is None
+    assert one.step(*pair).skipped is None
+    assert one.meta_optimizer is not None
+    meta = one.meta_optimizer
+    ratio = float(one.loss.phi.detach().mean())
+    before, state = values(one.loss), copy.deepcopy(meta.state_dict())
+    assert one.step(*pair).slope_ratio == pytest.approx(ratio)
+    changed = meta.state_dict()
+    assert not equal(before, values(one.loss))
+    meta.param_groups[0]["lr"] = 0.05  # a scheduler's, not to be undone
+    state["param_groups"][0]["lr"] = 0.05
+    with torch.no_grad():
+        one.loss.phi.fill_(0.4)
+    for undone in (1, 2):  # and a second time, if it is below there too
+        report = one.step(*pair)
+        assert report.skipped is not None
+        assert report.skipped.endswith("of the task loss's; the last update is undone")
+        assert one.skipped == undone
+        assert equal(before, values(one.loss))
+        torch.testing.assert_close(meta.state_dict(), state, rtol=0, atol=0)
+        one.min_slope = 10.0
+    assert changed["state"][0]["step"] == 3
+    one.min_slope = 0.5
+    assert one.step(*pair).skipped is None
+    assert meta.state_dict()["state"][0]["step"] == 3
+
+
+def test_a_slope_that_starts_too_low_is_learned_all_the_same() -> None:
+    one = scaled(0.4, min_slope=0.5)
+    pair = batches(dtype=torch.float32)
+    assert [one.step(*pair).skipped for _ in range(2)] == [None, None]
+    assert not equal(values(one.loss), [torch.full((4,), 0.4)])
+    with torch.no_grad():
+        one.loss.phi.fill_(0.6)
+    before = values(one.loss)
+    assert one.step(*pair).skipped is None
+    with torch.no_grad():
+        one.loss.phi.fill_(0.45)
+    assert "fell to 0.45" in str(one.step(*pair).skipped)
+    assert equal(values(one.loss), before)
+
+
+def test_resumes_before_an_update_that_is_undone(tmp_path: Path) -> None:
+    one, two = scaled(1.0, min_slope=0.5), scaled(2.0, min_slope=0.5)
+    two._step.plain.load_state_dict(one._step.plain.state_dict())
+    pair = batches(dtype=torch.float32)
+    for _ in range(2):
+        one.step(*pair)
+    torch.save(
+        [one.state_dict(), one._step.plain.state_dict(), one.optimizer.state_dict()], tmp_path / "state.pt"
+    )
+    state, model, optimizer = torch.load(tmp_path / "state.pt", weights_only=True)
+    two.load_state_dict(state)
+    two._step.plain.load_state_dict(model)
+    two.optimizer.load_state_dict(optimizer)
+    for each in (one, two):
+        with torch.no_grad():
+            each.loss.phi.fill_(0.4)
+        assert each.step(*pair).skipped is not None
+        assert each.step(*pair).skipped is None
+    assert equal(values(one.loss), values(two.loss))
+    assert one.meta_optimizer is not None
+    assert two.meta_optimizer is not None
+    torch.testing.assert_close(
+        one.meta_optimizer.state_dict(), two.meta_optimizer.state_dict(), rtol=0, atol=0
+    )
 
 
 def test_resumes_in_the_same_bits(tmp_path: Path) -> None:
@@ -439,6 +501,9 @@ def test_bad_options() -> None:
         learner(meta_every=0)
     with pytest.raises(ValueError, match="learning_rate must not be negative, got -1"):
         learner(learning_rate=-1.0)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"min_slope must be positive and finite, got {bad}"):
+            learner(min_slope=bad)
 
 
 def test_a_meta_optimizer_of_other_parameters() -> None:
@@ -564,16 +629,48 @@ model.load_state_dict(data["model"])
 loss.load_state_dict(data["loss"])
 parallel = nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-learner = OnlineLearner(parallel, optimizer, loss, F.cross_entropy, backend="jvp")
-for pair in data["pairs"]:
-    learner.step(*((x[rank::2], y[rank::2]) for x, y in pair))
-torch.save([*model.state_dict().values(), *loss.state_dict().values()], f"{folder}/{rank}.pt")
+learner = OnlineLearner(parallel, optimizer, loss, F.cross_entropy, backend="jvp", min_slope=data["min_slope"])
+skipped, ratios = [], []
+for i, pair in enumerate(data["pairs"]):
+    if i and data["next_min_slope"]:
+        learner.min_slope = data["next_min_slope"]
+    report = learner.step(*((x[rank::2], y[rank::2]) for x, y in pair))
+    skipped.append(report.skipped)
+    ratios.append(report.slope_ratio)
+torch.save([skipped, ratios, *model.state_dict().values(), *loss.state_dict().values()], f"{folder}/{rank}.pt")
 # Gloo's threads sometimes abort a process that ends in the usual way: leave at once, when both have their results.
 open(f"{folder}/{rank}.done", "w").close()
 while not os.path.exists(f"{folder}/{1 - rank}.done"):
     time.sleep(0.01)
 os._exit(0)
 """
+
+
+def in_two_processes(
+    folder: Path,
+    model: nn.Module,
+    loss: nn.Module,
+    pairs: Any,
+    min_slope: float | None = None,
+    next_min_slope: float | None = None,
+) -> list[Any]:
+    """What each process has skipped, its slope ratios, and the weights of its model and loss."""
+    data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
+    folder.mkdir(exist_ok=True)
+    torch.save({**data, "min_slope": min_slope, "next_min_slope": next_min_slope}, folder / "data.pt")
+    command = [sys.executable, "-c", PROCESS, str(folder)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        errors = [p.communicate(timeout=200)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,30 +687,36 @@ def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.M
     assert learner(model=Parallel()).backend.startswith("finite_difference: the model is wrapped")
 
 
-def test_distributed_processes_do_what_one_does(tmp_path: Path) -> None:
-    def of_eight() -> list[tuple[Tensor, Tensor]]:
-        return [(torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(2)]
-
-    pairs = [of_eight() for _ in range(3)]
-    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
-    data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
-    torch.save(data, tmp_path / "data.pt")
-    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+def pairs_of_eight(count: int) -> list[list[tuple[Tensor, Tensor]]]:
+    return [
+        [(torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(2)]
+        for _ in range(count)
     ]
-    try:
-        errors = [p.communicate(timeout=200)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+
+
+def test_distributed_processes_do_what_one_does(tmp_path: Path) -> None:
+    pairs = pairs_of_eight(3)
+    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
+    results = in_two_processes(tmp_path, model, loss, pairs)
     one = learner(loss, model, backend="jvp")
     for pair in pairs:
         one.step(*pair)
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for _, _, *result in results:
         for a, b in zip(result, (*values(model), *values(loss)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_distributed_processes_undo_together(tmp_path: Path) -> None:
+    pairs = pairs_of_eight(3)
+    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
+    # The ratios differ between the processes; a bound between them and above their mean is one that one alone passes.
+    (_, a, *_), (_, b, *_) = in_two_processes(tmp_path / "a", model, loss, pairs, min_slope=1e-9)
+    assert a[1] != b[1]
+    bound = float(0.3 * min(a[1], b[1]) + 0.7 * max(a[1], b[1]))
+    (skipped, _, *first), (other, _, *second) = in_two_processes(
+        tmp_path / "b", model, loss, pairs, 1e-9, bound
+    )
+    assert skipped == other
+    assert skipped[0] is None
+    assert "the last update is undone" in skipped[1]
+    assert equal(first, second)
