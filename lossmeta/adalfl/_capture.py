@@ -25,6 +25,9 @@ def check_capturable(argument: str, optimizer: Optimizer) -> None:
             f"OnlineLearner: with capture=True {argument} must be SGD, or Adam or AdamW with capturable=True, "
             f"got {type(optimizer).__name__}"
         )
+    if any(group.get("momentum") and group["dampening"] for group in optimizer.param_groups):
+        # Undone, a first step leaves a momentum of 0, from which only one without dampening is again a first step.
+        raise ValueError(f"OnlineLearner: with capture=True {argument} must have no dampening, got some")
     if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
         raise ValueError(
             f"OnlineLearner: with capture=True {argument} must have a number as lr, got a tensor"
@@ -59,7 +62,7 @@ def update_where_finite(
     optimizer.step()
     for p in parameters:
         p.grad = None
-    # What the first step has made was 0 before.
+    # What the first step has made was 0 before, or is as good as 0: momentum without dampening.
     before += [(value, earlier.get(key, torch.zeros_like(value))) for key, value in state().items()]
     for value, old in before:
         value.copy_(torch.where(finite, value, old))
@@ -134,14 +137,17 @@ class CapturedStep:
         return numbers, tuple(t.data_ptr() for t in tensors if isinstance(t, Tensor))
 
     def _warm_up(self, train_batch: Any, valid_batch: Any) -> list[Tensor]:
-        random = torch.cuda.get_rng_state(self.device)
+        random = self._random_state()
         outputs = list(self.step(train_batch, valid_batch))
-        if not torch.equal(random, torch.cuda.get_rng_state(self.device)):
+        if not all(map(torch.equal, random, self._random_state())):
             raise ValueError(
                 "OnlineLearner: with capture=True the model must draw no random numbers: a graph cannot draw those of "
                 "dropout a second time. Use capture=False, or remove it; this step has been taken"
             )
         return outputs
+
+    def _random_state(self) -> tuple[Tensor, Tensor]:
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
 
     def _capture(self, tensors: list[Tensor], layout: Any) -> _Captured:
         inputs = [t.clone() for t in tensors]

@@ -70,7 +70,8 @@ class OnlineLearner:
             of several losses with rates of their own, together all trainable ones of ``loss``, and no others.
         meta_every: training steps per meta-update.
         learning_rate: step size of the learning rate's own update (Algorithm 4), together with the loss's or, for a
-            loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient.
+            loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient, to a
+            thousandth of itself at most; a tensor is filled in place. No group may start at 0.
         min_slope: meta-updates under which the slope ratio fell below this are undone, with what they left in the
             meta-optimizer, so that the loss does not stop the training early; ``None`` lets it. A loss that starts
             below it learns until it has once been above. The ratio is the mean over the processes of a
@@ -88,6 +89,18 @@ class OnlineLearner:
             of launching kernels. For batches on the GPU, SGD, or Adam or AdamW with ``capturable=True``, and models
             that draw no random numbers; nothing is read back, so that ``skipped`` is a tensor and never a reason.
             Steps without a meta-update run as they would without it.
+
+    A loss may offer ``with_mixed_derivative(pred, target)`` as :meth:`LossNetwork.with_mixed_derivative
+    <lossmeta.losses.LossNetwork.with_mixed_derivative>` does, which is then taken in place of differentiating it twice.
+
+    Attributes:
+        loss: the learned loss.
+        optimizer: the model's.
+        meta_optimizer: the loss's, or ``None`` where it has no parameters to learn.
+        steps: training steps done.
+        skipped: meta-updates that were due but not taken; a tensor with ``capture``.
+        history: snapshots of the loss, empty without ``snapshot_every``.
+        backend: how the meta-gradient is computed, and why so.
 
     Raises:
         ValueError: for options out of range, for a model and an optimizer, or a loss and a meta-optimizer, whose
@@ -167,6 +180,13 @@ class OnlineLearner:
             raise ValueError(f"OnlineLearner: meta_every must be at least 1, got {meta_every}")
         if not learning_rate >= 0:
             raise ValueError(f"OnlineLearner: learning_rate must not be negative, got {learning_rate}")
+        if learning_rate:
+            for i, group in enumerate(optimizer.param_groups):
+                if not float(group["lr"]) > 0:
+                    raise ValueError(
+                        "OnlineLearner: with a learning_rate every group of optimizer must have a positive lr to start "
+                        f"from, got {float(group['lr'])} in group {i}"
+                    )
         if min_slope is not None and not 0 < min_slope < math.inf:
             raise ValueError(f"OnlineLearner: min_slope must be positive and finite, got {min_slope}")
         phi = [p for p in loss.parameters() if p.requires_grad]
@@ -299,7 +319,12 @@ class OnlineLearner:
                 p.grad = None
         for group, g in zip(self.optimizer.param_groups, rates, strict=False):
             # A rate of 0 could never be left again: its gradient is that of the step per unit of the rate.
-            group["lr"] = max(float(group["lr"]) - self.learning_rate * g.item(), 1e-3 * float(group["lr"]))
+            old = float(group["lr"])
+            new = max(old - self.learning_rate * g.item(), 1e-3 * old)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(new)
+            else:
+                group["lr"] = new
         return None
 
     @torch.no_grad()
@@ -317,6 +342,7 @@ class OnlineLearner:
         values, state = self._accepted
         torch._foreach_copy_(phi, values)
         if meta:
+            # Copied: the optimizer keeps the tensors that it is given.
             meta.load_state_dict({**meta.state_dict(), "state": deepcopy(state)})
         return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
 from lossmeta.adalfl import OnlineLearner, meta_gradient
-from lossmeta.adalfl._capture import all_finite, check_capturable
+from lossmeta.adalfl._capture import CapturedStep, all_finite, check_capturable
 from lossmeta.losses import DistanceMixtureLoss, LossNetwork, ParametricCrossEntropy, TaylorLoss
 
 
@@ -120,6 +120,35 @@ def test_learning_rate() -> None:
     assert alone.optimizer.param_groups[0]["lr"] != before
     with pytest.raises(ValueError, match="loss must have parameters to learn, got none"):
         learner(nn.CrossEntropyLoss())
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_one() -> None:
+    pair = batches()
+    model = mlp()
+    rates = []
+    for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        other = copy.deepcopy(model)
+        one = OnlineLearner(
+            other, SGD(other.parameters(), rate), nn.CrossEntropyLoss(), F.cross_entropy, learning_rate=1e-3
+        )
+        one.step(*pair)
+        rates.append(one.optimizer.param_groups[0]["lr"])
+    assert rates[1] is rate
+    assert rate != 0.1
+    assert rates[0] == pytest.approx(float(rates[1]))
+
+
+def test_a_learning_rate_of_zero_cannot_be_learned() -> None:
+    model = mlp()
+    first, second = list(model[1].parameters()), list(model[3].parameters())  # type: ignore[index]
+    optimizer = SGD([{"params": first}, {"params": second, "lr": 0.0}], 0.1)
+    loss = LossNetwork(8, dtype=torch.float64)
+    with pytest.raises(
+        ValueError,
+        match=r"every group of optimizer must have a positive lr to start from, got 0\.0 in group 1$",
+    ):
+        OnlineLearner(model, optimizer, loss, F.cross_entropy, learning_rate=1e-3)
+    assert OnlineLearner(model, optimizer, loss, F.cross_entropy).step(*batches()).skipped is None
 
 
 def test_loss_and_learning_rate_together() -> None:
@@ -568,8 +597,26 @@ def test_what_cannot_be_captured_is_refused() -> None:
         check_capturable("optimizer", Adam(p))
     with pytest.raises(ValueError, match=r"meta_optimizer must be SGD, .*, got RMSprop"):
         check_capturable("meta_optimizer", RMSprop(p))
+    check_capturable("optimizer", SGD(p, 0.1, dampening=0.1))  # of no momentum
+    with pytest.raises(ValueError, match="meta_optimizer must have no dampening, got some"):
+        check_capturable("meta_optimizer", SGD(p, 0.1, momentum=0.9, dampening=0.1))
     with pytest.raises(ValueError, match="optimizer must have a number as lr, got a tensor"):
         check_capturable("optimizer", SGD(p, torch.tensor(0.1)))
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_random_numbers_of_either_device_are_refused(draws: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: only the CPU draws."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    step = CapturedStep(
+        lambda train, valid: [torch.rand(1) if draws else torch.ones(1)], [torch.zeros(1)], []
+    )
+    if draws:
+        with pytest.raises(ValueError, match="the model must draw no random numbers"):
+            step._warm_up(None, None)
+    else:
+        assert torch.equal(*step._warm_up(None, None), torch.ones(1))
 
 
 @pytest.mark.cuda
