@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, RMSprop
 
 from lossmeta.adalfl import OnlineLearner, meta_gradient
 from lossmeta.adalfl._capture import CapturedStep, all_finite, check_capturable
+from lossmeta.adalfl.differentiable_step import DifferentiableStep
 from lossmeta.losses import DistanceMixtureLoss, LossNetwork, ParametricCrossEntropy, TaylorLoss
 
 
@@ -496,6 +497,38 @@ def test_autocast() -> None:
     train, valid = batches(dtype=torch.float32)
     assert one.step(train, valid).skipped is None
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+class Upcast(nn.Module):
+    """Returns float32 though it computes in what autocast says."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), activation, nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).float()
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("backend", ["double_backward", "jvp"])
+def test_meta_gradient_under_autocast(backend: str, activation: Any) -> None:
+    gradients: dict[torch.dtype | None, list[Tensor]] = {None: [], torch.bfloat16: []}
+    for _ in range(8):
+        model, loss = Upcast(activation()), LossNetwork(8)
+        train, valid = batches(dtype=torch.float32)
+        for dtype, found in gradients.items():
+            other = copy.deepcopy(model)
+            step = DifferentiableStep(
+                other,
+                SGD(other.parameters(), 0.1),
+                loss,
+                F.cross_entropy,
+                backend=backend if dtype else "jvp",
+                autocast=dtype,
+            )
+            found.extend(step(train, valid).gradients)  # type: ignore[arg-type]
+    assert relative_error(gradients[torch.bfloat16], gradients[None]) < 0.1
 
 
 def test_float16_which_needs_a_grad_scaler_is_refused() -> None:
