@@ -302,7 +302,7 @@ class OnlineLearner:
         self, gradients: list[Tensor | None], rates: list[Tensor], slope_ratio: Tensor | None
     ) -> str | None:
         phi = self._step.phi
-        if self.min_slope is not None and slope_ratio is not None:
+        if phi and self.min_slope is not None and slope_ratio is not None:
             undone = self._undo_if_below(self.min_slope, slope_ratio)
             if undone:
                 return undone

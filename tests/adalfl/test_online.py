@@ -439,6 +439,13 @@ def test_a_slope_that_starts_too_low_is_learned_all_the_same() -> None:
     assert equal(values(one.loss), before)
 
 
+def test_a_slope_of_a_loss_without_parameters_has_nothing_to_undo() -> None:
+    one = learner(nn.CrossEntropyLoss(), min_slope=0.5, learning_rate=1e-3)
+    assert one.step(*batches()).skipped is None
+    one.min_slope = 2.0
+    assert one.step(*batches()).skipped is None
+
+
 def test_resumes_before_an_update_that_is_undone(tmp_path: Path) -> None:
     one, two = scaled(1.0, min_slope=0.5), scaled(2.0, min_slope=0.5)
     two._step.plain.load_state_dict(one._step.plain.state_dict())
