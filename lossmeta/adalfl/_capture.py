@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ def check_capturable(argument: str, optimizer: Optimizer) -> None:
             f"OnlineLearner: with capture=True {argument} must be SGD, or Adam or AdamW with capturable=True, "
             f"got {type(optimizer).__name__}"
         )
+    if any(group.get("momentum") and group["dampening"] for group in optimizer.param_groups):
+        # Undone, a first step leaves a momentum of 0, from which only one without dampening is again a first step.
+        raise ValueError(f"OnlineLearner: with capture=True {argument} must have no dampening, got some")
     if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
         raise ValueError(
             f"OnlineLearner: with capture=True {argument} must have a number as lr, got a tensor"
@@ -31,11 +35,21 @@ def check_capturable(argument: str, optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every element is, [] on the device; a Euclidean norm would overflow for finite ones."""
+    largest = torch._foreach_norm([t for t in tensors if t.numel()], ord=math.inf)
+    return torch.stack(largest).isfinite().all()
+
+
+@torch.no_grad()
 def update_where_finite(
     optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> Tensor:
-    """A step of the optimizer that the device itself undoes where a gradient is not finite; whether all were."""
-    finite = torch.stack([g.isfinite().all() for g in gradients if g is not None]).all()
+    """A step of the optimizer that the device itself undoes where a gradient is not finite; whether it was taken."""
+    present = [g for g in gradients if g is not None]
+    if not present:
+        return torch.zeros((), dtype=torch.bool, device=parameters[0].device)
+    finite = all_finite(present)
 
     def state() -> dict[tuple[Tensor, str], Tensor]:
         values = ((p, name, v) for p in parameters for name, v in optimizer.state.get(p, {}).items())
@@ -48,7 +62,7 @@ def update_where_finite(
     optimizer.step()
     for p in parameters:
         p.grad = None
-    # What the first step has made was 0 before.
+    # What the first step has made was 0 before, or is as good as 0: momentum without dampening.
     before += [(value, earlier.get(key, torch.zeros_like(value))) for key, value in state().items()]
     for value, old in before:
         value.copy_(torch.where(finite, value, old))
@@ -123,14 +137,17 @@ class CapturedStep:
         return numbers, tuple(t.data_ptr() for t in tensors if isinstance(t, Tensor))
 
     def _warm_up(self, train_batch: Any, valid_batch: Any) -> list[Tensor]:
-        random = torch.cuda.get_rng_state(self.device)
+        random = self._random_state()
         outputs = list(self.step(train_batch, valid_batch))
-        if not torch.equal(random, torch.cuda.get_rng_state(self.device)):
+        if not all(map(torch.equal, random, self._random_state())):
             raise ValueError(
                 "OnlineLearner: with capture=True the model must draw no random numbers: a graph cannot draw those of "
                 "dropout a second time. Use capture=False, or remove it; this step has been taken"
             )
         return outputs
+
+    def _random_state(self) -> tuple[Tensor, Tensor]:
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
 
     def _capture(self, tensors: list[Tensor], layout: Any) -> _Captured:
         inputs = [t.clone() for t in tensors]

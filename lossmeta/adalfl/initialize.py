@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import endless
+from lossmeta.adalfl._batches import call_model, check_meta_optimizer, endless
 from lossmeta.adalfl.differentiable_step import Batch, Loss, _random_state, _set_random_state
 from lossmeta.ops._arguments import choice
 
@@ -56,7 +56,8 @@ def initialize(
     Args:
         loss: module ``loss(prediction, target) -> []`` with the parameters to learn; changed in place.
         make_model: returns a newly initialised model. New weights every time: a repeated start ends in NaN.
-        train_batches: inputs and target per inner step; started again where it ends.
+        train_batches: inputs and target per inner step; started again where it ends. Several inputs of the model are a
+            sequence or a mapping, as for :func:`meta_gradient`.
         valid_batches: inputs and target per meta-step; started again where it ends.
         task_loss: function ``task_loss(prediction, target) -> []``.
         steps: :math:`S_{init}`, meta-steps.
@@ -70,7 +71,7 @@ def initialize(
             no or negative curvature, and where that is the first, the meta-step is left out.
         implicit_terms: terms of the series, or iterations; one product with H each.
         damping: :math:`\lambda`. Networks are not convex: without it the inverse may be large or of the wrong sign.
-        meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-3.
+        meta_optimizer: of all trainable parameters of the loss; by default Adam with the paper's rate of 1e-3.
         progress: called with the number of meta-steps done and the last task loss.
 
     Returns:
@@ -79,7 +80,8 @@ def initialize(
 
     Raises:
         ValueError: for options out of range, for loaders without batches or with empty ones, for an iterator that ends
-            too soon (what the meta-steps before have learned stays), and for a loss without parameters.
+            too soon (what the meta-steps before have learned stays), for a loss or a model without parameters to learn,
+            for a meta_optimizer of other parameters, and for a loss or task loss that is no scalar.
         TypeError: for batches that are not pairs.
 
     Sources:
@@ -105,6 +107,7 @@ def initialize(
     if not phi:
         raise ValueError("initialize: loss must have parameters to learn, got none")
     meta_optimizer = meta_optimizer or Adam(phi, lr=1e-3)
+    check_meta_optimizer("initialize", loss, meta_optimizer)
     train = endless("initialize", "train_batches", train_batches)
     valid = endless("initialize", "valid_batches", valid_batches)
     history = []
@@ -148,7 +151,8 @@ def initialize_learning_rate(
 
     Args:
         make_model: returns a newly initialised model.
-        train_batches: inputs and target per inner step; started again where it ends.
+        train_batches: inputs and target per inner step; started again where it ends. Several inputs of the model are a
+            sequence or a mapping, as for :func:`meta_gradient`.
         valid_batches: inputs and target per meta-step; started again where it ends.
         task_loss: function ``task_loss(prediction, target) -> []``.
         learning_rate: :math:`\alpha_0`.
@@ -162,8 +166,8 @@ def initialize_learning_rate(
         was not finite, and the rate was left as it was.
 
     Raises:
-        ValueError: for options out of range, for loaders without batches or with empty ones, and for an iterator that
-            ends too soon.
+        ValueError: for options out of range, for loaders without batches or with empty ones, for an iterator that ends
+            too soon, for a model without trainable parameters, and for a task loss that is no scalar.
         TypeError: for batches that are not pairs.
 
     Example:
@@ -214,8 +218,7 @@ def _unrolled(
         visited.append([p.detach().clone().requires_grad_() for p in theta])
         states.append(([b.clone() for b in model.buffers()], _random_state(device)))
         _descend(theta, gradient(visited[-1], batch, False), learning_rate)
-    value = task_loss(model(valid[0]), valid[1])
-    adjoint = list(torch.autograd.grad(value, theta))
+    value, adjoint = _validate(task_loss, model, theta, valid)
     end = _random_state(device)
     total = [torch.zeros_like(p) for p in phi]
     slope = torch.zeros_like(value)
@@ -230,13 +233,10 @@ def _unrolled(
         slope = slope - _dot(adjoint, g).detach()
         if not wanted:
             break
-        products = torch.autograd.grad(g, wanted, adjoint, allow_unused=True)
-        for t, product in zip(total, products, strict=False):
-            if product is not None:
-                t.sub_(product, alpha=learning_rate)
-        for a, product in zip(adjoint, products[len(phi) :], strict=False):
-            if product is not None:
-                a.sub_(product, alpha=learning_rate)
+        products = _transposed(g, wanted, adjoint)
+        total = list(torch._foreach_sub(total, products[: len(phi)], alpha=learning_rate)) if phi else []
+        if i:
+            adjoint = list(torch._foreach_sub(adjoint, products[len(phi) :], alpha=learning_rate))
     _set_random_state(device, end)
     return value.detach(), total, slope.detach()
 
@@ -259,17 +259,14 @@ def _implicit(
     gradient, theta = _gradient_of(loss, model)
     for batch in chain:
         _descend(theta, gradient(theta, batch, False), learning_rate)
-    value = task_loss(model(valid[0]), valid[1])
-    v = list(torch.autograd.grad(value, theta))
+    value, v = _validate(task_loss, model, theta, valid)
     g = gradient(theta, chain[-1], True)
 
     def product(x: list[Tensor]) -> list[Tensor]:
-        hx = torch.autograd.grad(g, theta, x, retain_graph=True, materialize_grads=True)
-        return list(torch._foreach_add(hx, x, alpha=damping))
+        return list(torch._foreach_add(_transposed(g, theta, x, retain_graph=True), x, alpha=damping))
 
     solution = solver(product, v, terms, learning_rate)
-    mixed = torch.autograd.grad(g, phi, solution, materialize_grads=True)
-    return value.detach(), [m.neg_() for m in mixed], None
+    return value.detach(), [-m for m in _transposed(g, phi, solution)], None
 
 
 def _neumann(product: Product, v: list[Tensor], terms: int, rate: float) -> list[Tensor]:
@@ -308,24 +305,61 @@ SOLVERS = {"neumann": _neumann, "cg": _conjugate_gradients}
 
 def _gradient_of(
     loss: Loss, model: nn.Module
-) -> tuple[Callable[[list[Tensor], Batch, bool], tuple[Tensor, ...]], list[Tensor]]:
-    """The gradient of the loss as a function of the model's parameters, and these."""
+) -> tuple[Callable[[list[Tensor], Batch, bool], list[Tensor]], list[Tensor]]:
+    """The gradient of the loss as a function of the model's parameters, and these; 0 for those that it leaves out."""
     model.train()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("AdaLFL: make_model must return a model with trainable parameters, got one without")
 
-    def gradient(at: list[Tensor], batch: Batch, create_graph: bool) -> tuple[Tensor, ...]:
-        prediction = functional_call(model, dict(zip(named, at, strict=True)), (batch[0],))
-        return torch.autograd.grad(loss(prediction, batch[1]), at, create_graph=create_graph)
+    def gradient(at: list[Tensor], batch: Batch, create_graph: bool) -> list[Tensor]:
+        state = dict(zip(named, at, strict=True))
+        prediction = call_model(lambda *a, **k: functional_call(model, state, a, k), batch[0])
+        value = _scalar("loss", loss(prediction, batch[1]))
+        return _gradients(value, at, create_graph=create_graph)
 
     return gradient, list(named.values())
 
 
+def _validate(
+    task_loss: Loss, model: nn.Module, theta: list[Tensor], batch: Batch
+) -> tuple[Tensor, list[Tensor]]:
+    """The task loss and its gradient."""
+    value = _scalar("task_loss", task_loss(call_model(model, batch[0]), batch[1]))
+    return value, _gradients(value, theta)
+
+
+def _transposed(
+    g: list[Tensor], inputs: list[Tensor], vectors: list[Tensor], retain_graph: bool = False
+) -> list[Tensor]:
+    """(d g / d inputs)' vectors."""
+    differentiable = [(x, v) for x, v in zip(g, vectors, strict=True) if x.requires_grad]
+    if not differentiable:  # both the loss and the model are linear
+        return [torch.zeros_like(p) for p in inputs]
+    outputs, along = map(list, zip(*differentiable, strict=True))
+    return _gradients(outputs, inputs, along, retain_graph=retain_graph)
+
+
+def _gradients(outputs: Any, inputs: list[Tensor], vectors: Any = None, **options: Any) -> list[Tensor]:
+    """Of what autograd returns several may be one tensor, expanded, or one of ``vectors``: not to be written to."""
+    found = torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, **options)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, inputs, strict=True)]
+
+
+def _scalar(argument: str, value: Tensor) -> Tensor:
+    if value.dim():
+        raise ValueError(
+            f"AdaLFL: {argument} must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
+        )
+    return value
+
+
 @torch.no_grad()
-def _descend(theta: list[Tensor], gradient: tuple[Tensor, ...], rate: float) -> None:
+def _descend(theta: list[Tensor], gradient: list[Tensor], rate: float) -> None:
     torch._foreach_sub_(theta, gradient, alpha=rate)
 
 
-def _dot(a: list[Tensor], b: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 

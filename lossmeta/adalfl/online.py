@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import checked
-from lossmeta.adalfl._capture import CapturedStep, check_capturable, update_where_finite
+from lossmeta.adalfl._batches import check_meta_optimizer, checked
+from lossmeta.adalfl._capture import CapturedStep, all_finite, check_capturable, update_where_finite
 from lossmeta.adalfl.differentiable_step import Batch, DifferentiableStep, Loss
 
 
@@ -66,12 +67,15 @@ class OnlineLearner:
         loss: module ``loss(prediction, target) -> []``; initialise it first, see :func:`initialize`.
         task_loss: function of the same arguments, what is really to be lowered.
         meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-5. Its groups may hold the parameters
-            of several losses with rates of their own.
+            of several losses with rates of their own, together all trainable ones of ``loss``, and no others.
         meta_every: training steps per meta-update.
         learning_rate: step size of the learning rate's own update (Algorithm 4), together with the loss's or, for a
-            loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient.
-        min_slope: meta-updates under which the slope ratio fell below this are undone, so that the loss does not stop
-            the training early; ``None`` lets it.
+            loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient, to a
+            thousandth of itself at most; a tensor is filled in place. No group may start at 0.
+        min_slope: meta-updates under which the slope ratio fell below this are undone, with what they left in the
+            meta-optimizer, so that the loss does not stop the training early; ``None`` lets it. A loss that starts
+            below it learns until it has once been above. The ratio is the mean over the processes of a
+            ``DistributedDataParallel`` model.
         backend: see :func:`meta_gradient`.
         clip_norm: see :func:`meta_gradient`.
         clip_value: see :func:`meta_gradient`.
@@ -86,9 +90,21 @@ class OnlineLearner:
             that draw no random numbers; nothing is read back, so that ``skipped`` is a tensor and never a reason.
             Steps without a meta-update run as they would without it.
 
+    A loss may offer ``with_mixed_derivative(pred, target)`` as :meth:`LossNetwork.with_mixed_derivative
+    <lossmeta.losses.LossNetwork.with_mixed_derivative>` does, which is then taken in place of differentiating it twice.
+
+    Attributes:
+        loss: the learned loss.
+        optimizer: the model's.
+        meta_optimizer: the loss's, or ``None`` where it has no parameters to learn.
+        steps: training steps done.
+        skipped: meta-updates that were due but not taken; a tensor with ``capture``.
+        history: snapshots of the loss, empty without ``snapshot_every``.
+        backend: how the meta-gradient is computed, and why so.
+
     Raises:
-        ValueError: for options out of range, for a model and an optimizer whose parameters differ, and for what cannot
-            be captured.
+        ValueError: for options out of range, for a model and an optimizer, or a loss and a meta-optimizer, whose
+            parameters differ, and for what cannot be captured.
         RuntimeError: for ``capture=True`` with a model that is not on a CUDA device.
 
     Example:
@@ -164,6 +180,15 @@ class OnlineLearner:
             raise ValueError(f"OnlineLearner: meta_every must be at least 1, got {meta_every}")
         if not learning_rate >= 0:
             raise ValueError(f"OnlineLearner: learning_rate must not be negative, got {learning_rate}")
+        if learning_rate:
+            for i, group in enumerate(optimizer.param_groups):
+                if not float(group["lr"]) > 0:
+                    raise ValueError(
+                        "OnlineLearner: with a learning_rate every group of optimizer must have a positive lr to start "
+                        f"from, got {float(group['lr'])} in group {i}"
+                    )
+        if min_slope is not None and not 0 < min_slope < math.inf:
+            raise ValueError(f"OnlineLearner: min_slope must be positive and finite, got {min_slope}")
         phi = [p for p in loss.parameters() if p.requires_grad]
         if not phi and not learning_rate:
             raise ValueError("OnlineLearner: loss must have parameters to learn, got none")
@@ -173,6 +198,8 @@ class OnlineLearner:
         self.meta_optimizer = meta_optimizer or (
             Adam(phi, lr=1e-5, fused=fused, capturable=capture) if phi else None
         )
+        if self.meta_optimizer is not None:
+            check_meta_optimizer("OnlineLearner", loss, self.meta_optimizer)
         self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope
@@ -180,7 +207,7 @@ class OnlineLearner:
         self.history: list[Snapshot] = []
         self.steps = 0
         self.skipped: int | Tensor = 0
-        self._accepted: list[Tensor] | None = None
+        self._accepted: tuple[list[Tensor], dict[Any, Any]] | None = None
         self._step = DifferentiableStep(
             model,
             optimizer,
@@ -275,14 +302,14 @@ class OnlineLearner:
         self, gradients: list[Tensor | None], rates: list[Tensor], slope_ratio: Tensor | None
     ) -> str | None:
         phi = self._step.phi
-        if self.min_slope is not None and slope_ratio is not None:
-            if self._accepted is not None and slope_ratio < self.min_slope:
-                with torch.no_grad():
-                    torch._foreach_copy_(phi, self._accepted)
-                return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
-            self._accepted = [p.detach().clone() for p in phi]
+        if phi and self.min_slope is not None and slope_ratio is not None:
+            undone = self._undo_if_below(self.min_slope, slope_ratio)
+            if undone:
+                return undone
         present = [g for g in (*gradients, *rates) if g is not None]
-        if not all(map(math.isfinite, torch._foreach_norm(present))):
+        if not present:
+            return "no gradient reaches the loss's parameters"
+        if not all_finite(present):
             return "the meta-gradient is not finite"
         if self.meta_optimizer is not None:
             for p, g in zip(phi, gradients, strict=True):
@@ -292,8 +319,32 @@ class OnlineLearner:
                 p.grad = None
         for group, g in zip(self.optimizer.param_groups, rates, strict=False):
             # A rate of 0 could never be left again: its gradient is that of the step per unit of the rate.
-            group["lr"] = max(float(group["lr"]) - self.learning_rate * g.item(), 1e-3 * float(group["lr"]))
+            old = float(group["lr"])
+            new = max(old - self.learning_rate * g.item(), 1e-3 * old)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(new)
+            else:
+                group["lr"] = new
         return None
+
+    @torch.no_grad()
+    def _undo_if_below(self, bound: float, slope_ratio: Tensor) -> str | None:
+        """What was undone: loss and meta-optimizer go back to those with which the ratio was last large enough."""
+        phi, meta = self._step.phi, self.meta_optimizer
+        if self._step.distributed:  # all must decide the same
+            slope_ratio = slope_ratio.clone()
+            torch.distributed.all_reduce(slope_ratio)
+            slope_ratio /= torch.distributed.get_world_size()
+        if slope_ratio >= bound:
+            self._accepted = [p.clone() for p in phi], deepcopy(meta.state_dict()["state"]) if meta else {}
+        if self._accepted is None or not slope_ratio < bound:
+            return None
+        values, state = self._accepted
+        torch._foreach_copy_(phi, values)
+        if meta:
+            # Copied: the optimizer keeps the tensors that it is given.
+            meta.load_state_dict({**meta.state_dict(), "state": deepcopy(state)})
+        return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
 
     def _snapshot(self, slope_ratio: Tensor | None) -> None:
         state = {name: value.to("cpu", copy=True) for name, value in self.loss.state_dict().items()}

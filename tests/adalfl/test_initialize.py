@@ -15,7 +15,7 @@ from torch.optim import Adam
 
 from lossmeta.adalfl import initialize, initialize_learning_rate
 from lossmeta.adalfl.initialize import _unrolled
-from lossmeta.losses import LossNetwork
+from lossmeta.losses import LossNetwork, TaylorLoss
 
 
 def unrolled(model: nn.Module, loss: LossNetwork, chain: list[Any], valid: Any, rate: float) -> list[Tensor]:
@@ -219,3 +219,140 @@ def test_an_iterator_without_end_and_batches_of_other_sizes() -> None:
     history = initialize(LossNetwork(8), lambda: mlp().float(), endless(), endless(), steps=4, inner_steps=2)
     assert len(history) == 4
     assert all(value == value for value in history)
+
+
+# ---- What autograd returns, and models that meta_gradient takes.
+
+
+class Offsets(nn.Module):
+    """Parameters whose gradients are one tensor, an expanded one, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 3, dtype=torch.float64)
+        self.a, self.b, self.c, self.unused = (
+            nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(1)).tanh() + (self.a + self.b) + self.c.sum()
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_gradients_that_autograd_shares_or_expands(inner_steps: int) -> None:
+    model, loss = Offsets(), TaylorLoss(order=3, dtype=torch.float64)
+    with torch.no_grad():
+        for p in loss.parameters():
+            p.normal_()
+    *chain, valid = batches(inner_steps + 1)
+    theta = {name: p for name, p in model.named_parameters() if name != "unused"}
+    for x, y in chain:
+        value = loss(functional_call(model, theta, (x,)), y)
+        g = torch.autograd.grad(value, list(theta.values()), create_graph=True)
+        theta = {name: p - 0.2 * d for (name, p), d in zip(theta.items(), g, strict=True)}
+    task = F.cross_entropy(functional_call(model, theta, (valid[0],)), valid[1])
+    expected = list(torch.autograd.grad(task, list(loss.parameters())))
+    unused = model.unused.detach().clone()
+    value, actual, _ = _unrolled(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
+    torch.testing.assert_close(value, task.detach())
+    assert relative_error(actual, expected) < 1e-10
+    assert torch.equal(model.unused, unused)
+    assert not any(t.requires_grad for t in actual)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "implicit"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_gradients_that_do_not_depend_on_the_parameters(learned: bool, method: str) -> None:
+    """A loss that is linear in the prediction, with a linear model."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phi = nn.Parameter(torch.ones(()))
+
+        def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+            return (self.phi if learned else self.phi.detach()) * pred.mean()
+
+    loss = Linear()
+    both = [(torch.ones(1, 1), torch.ones(1, 1))]
+    initialize(
+        loss,
+        lambda: nn.Linear(1, 1),
+        both,
+        both,
+        F.mse_loss,
+        steps=1,
+        inner_steps=2,
+        method=method,
+        damping=1.0,
+    )
+    assert (loss.phi.item() != 1.0) == learned
+
+
+@pytest.mark.parametrize("method", ["unrolled", "implicit"])
+def test_several_inputs(method: str) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+            nn.init.ones_(self.inner.weight)
+            nn.init.zeros_(self.inner.bias)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.inner(a * b)
+
+    a, b, y = torch.randn(8, 4), torch.randn(8, 4), torch.randint(3, (8,))
+    histories = []
+    for inputs in ((a, b), [a, b], {"b": b, "a": a}):
+        torch.manual_seed(0)
+        histories.append(
+            initialize(
+                LossNetwork(8),
+                Product,
+                [(inputs, y)],
+                [(inputs, y)],
+                steps=2,
+                inner_steps=2,
+                method=method,
+                damping=10.0,
+            )
+        )
+        initialize_learning_rate(Product, [(inputs, y)], [(inputs, y)], steps=1)
+    assert histories[0] == histories[1] == histories[2]
+    assert histories[0][0] == histories[0][0]
+
+
+@pytest.mark.parametrize("method", ["unrolled", "implicit"])
+def test_losses_and_models_that_do_not_fit(method: str) -> None:
+    both, loss = batches(1, torch.float32), LossNetwork(8)
+
+    def make() -> nn.Module:
+        return mlp().float()
+
+    def of_samples(pred: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(pred, target, reduction="none")
+
+    options: dict[str, Any] = {"steps": 1, "method": method}
+    with pytest.raises(ValueError, match=r"^AdaLFL: task_loss must reduce to a scalar .*, got \[7\]$"):
+        initialize(loss, make, both, both, of_samples, **options)
+    with pytest.raises(ValueError, match=r"^AdaLFL: loss must reduce to a scalar .*, got \[7\]$"):
+        initialize(LossNetwork(8, reduction="none"), make, both, both, **options)
+    with pytest.raises(
+        ValueError, match=r"^AdaLFL: make_model must return a model with trainable parameters"
+    ):
+        initialize(loss, nn.Flatten, both, both, **options)
+    with pytest.raises(
+        ValueError, match=r"^AdaLFL: make_model must return a model with trainable parameters"
+    ):
+        initialize_learning_rate(nn.Flatten, both, both, steps=1)
+
+
+def test_a_meta_optimizer_of_other_parameters() -> None:
+    both, loss = batches(1, torch.float32), LossNetwork(8)
+    of_a_copy = Adam(copy.deepcopy(loss).parameters())
+    with pytest.raises(
+        ValueError,
+        match=r"^initialize: meta_optimizer must have all .* of the loss and no others, got 3 others, "
+        r"and of the loss's all but \['input_weight', 'hidden_weight', 'output_weight'\]; make",
+    ):
+        initialize(loss, lambda: mlp().float(), both, both, steps=1, meta_optimizer=of_a_copy)

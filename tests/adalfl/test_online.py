@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
 from lossmeta.adalfl import OnlineLearner, meta_gradient
-from lossmeta.adalfl._capture import check_capturable
+from lossmeta.adalfl._capture import CapturedStep, all_finite, check_capturable
+from lossmeta.adalfl.differentiable_step import DifferentiableStep
 from lossmeta.losses import DistanceMixtureLoss, LossNetwork, ParametricCrossEntropy, TaylorLoss
 
 
@@ -120,6 +121,35 @@ def test_learning_rate() -> None:
     assert alone.optimizer.param_groups[0]["lr"] != before
     with pytest.raises(ValueError, match="loss must have parameters to learn, got none"):
         learner(nn.CrossEntropyLoss())
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_one() -> None:
+    pair = batches()
+    model = mlp()
+    rates = []
+    for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        other = copy.deepcopy(model)
+        one = OnlineLearner(
+            other, SGD(other.parameters(), rate), nn.CrossEntropyLoss(), F.cross_entropy, learning_rate=1e-3
+        )
+        one.step(*pair)
+        rates.append(one.optimizer.param_groups[0]["lr"])
+    assert rates[1] is rate
+    assert rate != 0.1
+    assert rates[0] == pytest.approx(float(rates[1]))
+
+
+def test_a_learning_rate_of_zero_cannot_be_learned() -> None:
+    model = mlp()
+    first, second = list(model[1].parameters()), list(model[3].parameters())  # type: ignore[index]
+    optimizer = SGD([{"params": first}, {"params": second, "lr": 0.0}], 0.1)
+    loss = LossNetwork(8, dtype=torch.float64)
+    with pytest.raises(
+        ValueError,
+        match=r"every group of optimizer must have a positive lr to start from, got 0\.0 in group 1$",
+    ):
+        OnlineLearner(model, optimizer, loss, F.cross_entropy, learning_rate=1e-3)
+    assert OnlineLearner(model, optimizer, loss, F.cross_entropy).step(*batches()).skipped is None
 
 
 def test_loss_and_learning_rate_together() -> None:
@@ -299,20 +329,147 @@ def test_a_meta_gradient_that_is_not_finite_is_skipped() -> None:
     assert one.step((x, y), (xv, yv)).skipped is None
 
 
+class Scaled(nn.Module):
+    """A loss whose parameter scales what it says to its slope, or does not reach it."""
+
+    def __init__(self, value: float, reaches: bool = True) -> None:
+        super().__init__()
+        self.phi, self.reaches = nn.Parameter(torch.full((4,), value)), reaches
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        value = F.cross_entropy(pred, target)
+        return self.phi.mean() * value if self.reaches else value + self.phi.mean()
+
+
+def both_ways(one: OnlineLearner, *pair: Any) -> tuple[str | None, bool]:
+    """Why the update was skipped; and whether the step that reads nothing back takes it."""
+    other = copy.deepcopy(one)
+    return one.step(*pair).skipped, bool(other._step_on_device(*pair)[2])
+
+
+@pytest.mark.parametrize("backend", ["double_backward", "jvp", "finite_difference"])
+def test_a_loss_whose_parameters_no_gradient_reaches(backend: str) -> None:
+    model, loss = mlp().float(), Scaled(1.0, reaches=False)
+    other = copy.deepcopy(model)
+    one = learner(loss, model, backend=backend, meta_optimizer=SGD(loss.parameters(), 1.0))
+    train, valid = batches(dtype=torch.float32)
+    skipped, taken = both_ways(one, train, valid)
+    assert skipped == "no gradient reaches the loss's parameters"
+    assert one.skipped == 1
+    assert not taken
+    F.cross_entropy(other(train[0]), train[1]).backward()
+    SGD(other.parameters(), 0.1).step()
+    for a, b in zip(values(model), values(other), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_large_meta_gradient_is_finite() -> None:
+    model, loss = mlp().float(), Scaled(1.0)
+    meta = SGD(loss.parameters(), 1e-20)
+    one = OnlineLearner(
+        model,
+        SGD(model.parameters(), 0.1),
+        loss,
+        lambda pred, target: 1e22 * F.cross_entropy(pred, target),
+        meta_optimizer=meta,
+    )
+    skipped, taken = both_ways(one, *batches(dtype=torch.float32))
+    assert skipped is None
+    assert taken
+    assert not equal(loss.phi, torch.ones(4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_element_that_is_not_finite(value: float) -> None:
+    tensors = [torch.zeros(3, 40), torch.zeros(0), torch.full((), 3e38), torch.zeros(2, dtype=torch.float64)]
+    assert all_finite(tensors)
+    tensors[0][1, 17] = value
+    assert not all_finite(tensors)
+
+
+def scaled(value: float, **options: Any) -> OnlineLearner:
+    """The slope ratio is the mean of phi, and every meta-update lowers it or raises it."""
+    loss = Scaled(value)
+    meta = Adam(loss.parameters(), 0.1)
+    return learner(loss, mlp().float(), meta_optimizer=meta, **options)
+
+
 def test_slope_that_falls_too_low() -> None:
-    one = learner(min_slope=1e-9, log_slope=True)
-    train, valid = batches()
-    report = one.step(train, valid)
-    assert report.skipped is None
-    assert report.slope_ratio is not None
-    assert report.slope_ratio > 0
-    accepted = [p.clone() for p in one.loss.parameters()]
-    one.min_slope = 2 * float(report.slope_ratio)
-    one._accepted = [0.9 * p.detach() for p in accepted]
-    report = one.step(train, valid)
-    assert report.skipped is not None
-    assert "the last update is undone" in report.skipped
-    assert equal(one.loss.parameters(), one._accepted)
+    one = scaled(1.0, min_slope=0.5)
+    pair = batches(dtype=torch.float32)
+    assert one.step(*pair).skipped is None
+    assert one.step(*pair).skipped is None
+    assert one.meta_optimizer is not None
+    meta = one.meta_optimizer
+    ratio = float(one.loss.phi.detach().mean())
+    before, state = values(one.loss), copy.deepcopy(meta.state_dict())
+    assert one.step(*pair).slope_ratio == pytest.approx(ratio)
+    changed = meta.state_dict()
+    assert not equal(before, values(one.loss))
+    meta.param_groups[0]["lr"] = 0.05  # a scheduler's, not to be undone
+    state["param_groups"][0]["lr"] = 0.05
+    with torch.no_grad():
+        one.loss.phi.fill_(0.4)
+    for undone in (1, 2):  # and a second time, if it is below there too
+        report = one.step(*pair)
+        assert report.skipped is not None
+        assert report.skipped.endswith("of the task loss's; the last update is undone")
+        assert one.skipped == undone
+        assert equal(before, values(one.loss))
+        torch.testing.assert_close(meta.state_dict(), state, rtol=0, atol=0)
+        one.min_slope = 10.0
+    assert changed["state"][0]["step"] == 3
+    one.min_slope = 0.5
+    assert one.step(*pair).skipped is None
+    assert meta.state_dict()["state"][0]["step"] == 3
+
+
+def test_a_slope_that_starts_too_low_is_learned_all_the_same() -> None:
+    one = scaled(0.4, min_slope=0.5)
+    pair = batches(dtype=torch.float32)
+    assert [one.step(*pair).skipped for _ in range(2)] == [None, None]
+    assert not equal(values(one.loss), [torch.full((4,), 0.4)])
+    with torch.no_grad():
+        one.loss.phi.fill_(0.6)
+    before = values(one.loss)
+    assert one.step(*pair).skipped is None
+    with torch.no_grad():
+        one.loss.phi.fill_(0.45)
+    assert "fell to 0.45" in str(one.step(*pair).skipped)
+    assert equal(values(one.loss), before)
+
+
+def test_a_slope_of_a_loss_without_parameters_has_nothing_to_undo() -> None:
+    one = learner(nn.CrossEntropyLoss(), min_slope=0.5, learning_rate=1e-3)
+    assert one.step(*batches()).skipped is None
+    one.min_slope = 2.0
+    assert one.step(*batches()).skipped is None
+
+
+def test_resumes_before_an_update_that_is_undone(tmp_path: Path) -> None:
+    one, two = scaled(1.0, min_slope=0.5), scaled(2.0, min_slope=0.5)
+    two._step.plain.load_state_dict(one._step.plain.state_dict())
+    pair = batches(dtype=torch.float32)
+    for _ in range(2):
+        one.step(*pair)
+    torch.save(
+        [one.state_dict(), one._step.plain.state_dict(), one.optimizer.state_dict()], tmp_path / "state.pt"
+    )
+    state, model, optimizer = torch.load(tmp_path / "state.pt", weights_only=True)
+    two.load_state_dict(state)
+    two._step.plain.load_state_dict(model)
+    two.optimizer.load_state_dict(optimizer)
+    for each in (one, two):
+        with torch.no_grad():
+            each.loss.phi.fill_(0.4)
+        assert each.step(*pair).skipped is not None
+        assert each.step(*pair).skipped is None
+    assert equal(values(one.loss), values(two.loss))
+    assert one.meta_optimizer is not None
+    assert two.meta_optimizer is not None
+    torch.testing.assert_close(
+        one.meta_optimizer.state_dict(), two.meta_optimizer.state_dict(), rtol=0, atol=0
+    )
 
 
 def test_resumes_in_the_same_bits(tmp_path: Path) -> None:
@@ -349,6 +506,38 @@ def test_autocast() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+class Upcast(nn.Module):
+    """Returns float32 though it computes in what autocast says."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), activation, nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).float()
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("backend", ["double_backward", "jvp"])
+def test_meta_gradient_under_autocast(backend: str, activation: Any) -> None:
+    gradients: dict[torch.dtype | None, list[Tensor]] = {None: [], torch.bfloat16: []}
+    for _ in range(8):
+        model, loss = Upcast(activation()), LossNetwork(8)
+        train, valid = batches(dtype=torch.float32)
+        for dtype, found in gradients.items():
+            other = copy.deepcopy(model)
+            step = DifferentiableStep(
+                other,
+                SGD(other.parameters(), 0.1),
+                loss,
+                F.cross_entropy,
+                backend=backend if dtype else "jvp",
+                autocast=dtype,
+            )
+            found.extend(step(train, valid).gradients)  # type: ignore[arg-type]
+    assert relative_error(gradients[torch.bfloat16], gradients[None]) < 0.1
+
+
 def test_float16_which_needs_a_grad_scaler_is_refused() -> None:
     with pytest.raises(ValueError, match=r"autocast must be torch\.bfloat16, whose .* GradScaler would see"):
         learner(autocast=torch.float16)
@@ -381,6 +570,31 @@ def test_bad_options() -> None:
         learner(meta_every=0)
     with pytest.raises(ValueError, match="learning_rate must not be negative, got -1"):
         learner(learning_rate=-1.0)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"min_slope must be positive and finite, got {bad}"):
+            learner(min_slope=bad)
+
+
+def test_a_meta_optimizer_of_other_parameters() -> None:
+    loss = LossNetwork(8, dtype=torch.float64)
+    message = (
+        r"^OnlineLearner: meta_optimizer must have all trainable parameters of the loss and no others, got "
+    )
+    for parameters, got in (
+        (
+            list(copy.deepcopy(loss).parameters()),
+            r"3 others, and of the loss's all but .'input_weight', 'hidden_.*",
+        ),
+        ([loss.input_weight, loss.output_weight], r"0 others, and of the loss's all but .'hidden_weight'\]"),
+        ([*loss.parameters(), nn.Parameter(torch.zeros(1))], r"1 others, and of the loss's all but \[\]"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}{got}; make it of loss"):
+            learner(loss, meta_optimizer=Adam(parameters))
+    loss.hidden_weight.requires_grad_(False)  # may be there, and stays
+    before = loss.hidden_weight.clone()
+    one = learner(loss, meta_optimizer=Adam(loss.parameters()))
+    assert one.step(*batches()).skipped is None
+    assert torch.equal(before, loss.hidden_weight)
 
 
 # ---- A step that reads nothing back, as it is captured in a CUDA graph.
@@ -423,8 +637,26 @@ def test_what_cannot_be_captured_is_refused() -> None:
         check_capturable("optimizer", Adam(p))
     with pytest.raises(ValueError, match=r"meta_optimizer must be SGD, .*, got RMSprop"):
         check_capturable("meta_optimizer", RMSprop(p))
+    check_capturable("optimizer", SGD(p, 0.1, dampening=0.1))  # of no momentum
+    with pytest.raises(ValueError, match="meta_optimizer must have no dampening, got some"):
+        check_capturable("meta_optimizer", SGD(p, 0.1, momentum=0.9, dampening=0.1))
     with pytest.raises(ValueError, match="optimizer must have a number as lr, got a tensor"):
         check_capturable("optimizer", SGD(p, torch.tensor(0.1)))
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_random_numbers_of_either_device_are_refused(draws: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: only the CPU draws."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    step = CapturedStep(
+        lambda train, valid: [torch.rand(1) if draws else torch.ones(1)], [torch.zeros(1)], []
+    )
+    if draws:
+        with pytest.raises(ValueError, match="the model must draw no random numbers"):
+            step._warm_up(None, None)
+    else:
+        assert torch.equal(*step._warm_up(None, None), torch.ones(1))
 
 
 @pytest.mark.cuda
@@ -484,16 +716,48 @@ model.load_state_dict(data["model"])
 loss.load_state_dict(data["loss"])
 parallel = nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-learner = OnlineLearner(parallel, optimizer, loss, F.cross_entropy, backend="jvp")
-for pair in data["pairs"]:
-    learner.step(*((x[rank::2], y[rank::2]) for x, y in pair))
-torch.save([*model.state_dict().values(), *loss.state_dict().values()], f"{folder}/{rank}.pt")
+learner = OnlineLearner(parallel, optimizer, loss, F.cross_entropy, backend="jvp", min_slope=data["min_slope"])
+skipped, ratios = [], []
+for i, pair in enumerate(data["pairs"]):
+    if i and data["next_min_slope"]:
+        learner.min_slope = data["next_min_slope"]
+    report = learner.step(*((x[rank::2], y[rank::2]) for x, y in pair))
+    skipped.append(report.skipped)
+    ratios.append(report.slope_ratio)
+torch.save([skipped, ratios, *model.state_dict().values(), *loss.state_dict().values()], f"{folder}/{rank}.pt")
 # Gloo's threads sometimes abort a process that ends in the usual way: leave at once, when both have their results.
 open(f"{folder}/{rank}.done", "w").close()
 while not os.path.exists(f"{folder}/{1 - rank}.done"):
     time.sleep(0.01)
 os._exit(0)
 """
+
+
+def in_two_processes(
+    folder: Path,
+    model: nn.Module,
+    loss: nn.Module,
+    pairs: Any,
+    min_slope: float | None = None,
+    next_min_slope: float | None = None,
+) -> list[Any]:
+    """What each process has skipped, its slope ratios, and the weights of its model and loss."""
+    data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
+    folder.mkdir(exist_ok=True)
+    torch.save({**data, "min_slope": min_slope, "next_min_slope": next_min_slope}, folder / "data.pt")
+    command = [sys.executable, "-c", PROCESS, str(folder)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        errors = [p.communicate(timeout=200)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,30 +774,36 @@ def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.M
     assert learner(model=Parallel()).backend.startswith("finite_difference: the model is wrapped")
 
 
-def test_distributed_processes_do_what_one_does(tmp_path: Path) -> None:
-    def of_eight() -> list[tuple[Tensor, Tensor]]:
-        return [(torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(2)]
-
-    pairs = [of_eight() for _ in range(3)]
-    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
-    data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
-    torch.save(data, tmp_path / "data.pt")
-    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+def pairs_of_eight(count: int) -> list[list[tuple[Tensor, Tensor]]]:
+    return [
+        [(torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(2)]
+        for _ in range(count)
     ]
-    try:
-        errors = [p.communicate(timeout=200)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+
+
+def test_distributed_processes_do_what_one_does(tmp_path: Path) -> None:
+    pairs = pairs_of_eight(3)
+    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
+    results = in_two_processes(tmp_path, model, loss, pairs)
     one = learner(loss, model, backend="jvp")
     for pair in pairs:
         one.step(*pair)
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for _, _, *result in results:
         for a, b in zip(result, (*values(model), *values(loss)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_distributed_processes_undo_together(tmp_path: Path) -> None:
+    pairs = pairs_of_eight(3)
+    model, loss = mlp(), LossNetwork(8, dtype=torch.float64)
+    # The ratios differ between the processes; a bound between them and above their mean is one that one alone passes.
+    (_, a, *_), (_, b, *_) = in_two_processes(tmp_path / "a", model, loss, pairs, min_slope=1e-9)
+    assert a[1] != b[1]
+    bound = float(0.3 * min(a[1], b[1]) + 0.7 * max(a[1], b[1]))
+    (skipped, _, *first), (other, _, *second) = in_two_processes(
+        tmp_path / "b", model, loss, pairs, 1e-9, bound
+    )
+    assert skipped == other
+    assert skipped[0] is None
+    assert "the last update is undone" in skipped[1]
+    assert equal(first, second)
