@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lossmeta.adalfl._batches import call_model
 from lossmeta.adalfl._capture import is_capturing
 from lossmeta.adalfl.step_jacobian import StepJacobian, parameters_of
 
@@ -480,14 +481,7 @@ class DifferentiableStep:
         """The model's prediction, under the learner's autocast or another one."""
         dtype = self.autocast if autocast is ... else autocast
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
-            if isinstance(inputs, Tensor):
-                output = model(inputs)
-            elif isinstance(inputs, Mapping):
-                output = model(**inputs)
-            elif isinstance(inputs, Sequence):
-                output = model(*inputs)
-            else:
-                output = model(inputs)
+            output = call_model(model, inputs)
         if not isinstance(output, Tensor):
             raise TypeError(f"AdaLFL: the model must return a tensor, got {type(output).__name__}")
         if output.dtype == torch.float16:

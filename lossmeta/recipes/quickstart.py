@@ -112,7 +112,9 @@ def penalise_confusions(loss: ParametricCrossEntropy, logits: Tensor, labels: Te
 
 def online(run: Run) -> None:
     """AdaLFL on top of cross-entropy: after every step the loss moves by what the step did to a validation batch."""
-    loss = LossNetwork(residual="cross_entropy").to(run.data["train"][0].device)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(run.seed)
+        loss = LossNetwork(residual="cross_entropy").to(run.data["train"][0].device)
     learner = OnlineLearner(
         run.model,
         torch.optim.Adam(run.model.parameters(), lr=SETTINGS["learning_rate"]),

@@ -518,7 +518,7 @@ class Upcast(nn.Module):
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-@pytest.mark.parametrize("backend", ["double_backward", "jvp"])
+@pytest.mark.parametrize("backend", ["double_backward", "jvp", "finite_difference"])
 def test_meta_gradient_under_autocast(backend: str, activation: Any) -> None:
     gradients: dict[torch.dtype | None, list[Tensor]] = {None: [], torch.bfloat16: []}
     for _ in range(8):

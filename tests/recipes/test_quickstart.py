@@ -123,7 +123,7 @@ def test_interruption_keeps_finished_runs_and_earlier_results(
     monkeypatch.setattr(quickstart, "METHODS", dict(methods))
     assert start(tmp_path) == 130
     message = capsys.readouterr().err
-    assert f"stopped after {after} of 6 runs" in message
+    assert f"stopped after {after} of 8 runs" in message
     partial = tmp_path / "results.partial.json"
     assert partial.exists() == (str(partial) in message) == kept
     if kept:
