@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lossmeta.adalfl._batches import call_model
 from lossmeta.adalfl._capture import is_capturing
+from lossmeta.adalfl._state import cloned, copy_back, random_state, same, set_random_state
 from lossmeta.adalfl.step_jacobian import StepJacobian, parameters_of
 
 Batch = tuple[Any, Tensor]
@@ -202,7 +203,7 @@ class DifferentiableStep:
         if self._spatial is None:
             self._spatial = self._accepts_channels_last(inputs)
         self._check_parameters()
-        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+        random, buffers = random_state(self.device), cloned(self.plain.buffers())
         capturing = is_capturing(self.device)  # then nothing runs yet, nor has to be undone
         saved = {} if capturing else _copied_state(self.optimizer)
         stepped = False
@@ -220,10 +221,10 @@ class DifferentiableStep:
                     self._size = _norm(before, 1e-3)
                 stepped = True
                 self.optimizer.step()
-                after = _random_state(self.device)
+                after = random_state(self.device)
                 with self._undone(after):
                     # In another layout random numbers would fall elsewhere.
-                    relaid = self._spatial and _same(random, after)
+                    relaid = self._spatial and same(random, after)
                     task_value, v = self._validate(*valid_batch, moved, relaid)
                     rates = self._learning_rate_gradients(v, jacobian, before) if self.learning_rates else []
                     products, rate = jacobian.products(v, before)
@@ -247,7 +248,7 @@ class DifferentiableStep:
     def plain_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
         self._check_parameters()
-        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+        random, buffers = random_state(self.device), cloned(self.plain.buffers())
         try:
             prediction, value, slope, _ = self._train(*batch, meta=False)
             ratio = self._slope_ratio(prediction, batch[1], slope)
@@ -293,9 +294,8 @@ class DifferentiableStep:
         buffers = {name: b.clone() for name, b in self.plain.named_buffers()}
         state = {**buffers, **{self.names[p]: leaf for p, leaf in leaves.items()}}
         prediction = self._call(lambda *a, **k: functional_call(self.plain, state, a, k), inputs)
-        _copy_back(
-            self.plain.buffers(), [state[name].detach() for name in buffers]
-        )  # the model may have replaced them
+        # The model may have put others in their place.
+        copy_back(self.plain.buffers(), [state[name].detach() for name in buffers])
         value, slope = self._loss_and_slope(prediction.detach(), target, True)
         gradients = torch.autograd.grad(
             prediction,
@@ -380,8 +380,8 @@ class DifferentiableStep:
         torch._foreach_mul_(moved, step)
 
         def at(points: Iterable[Tensor]) -> Tensor:
-            _set_random_state(self.device, random)
-            _copy_back(self.plain.buffers(), buffers)
+            set_random_state(self.device, random)
+            copy_back(self.plain.buffers(), buffers)
             with _holding(w, points):
                 return self._call(self.plain, inputs, None)
 
@@ -396,8 +396,8 @@ class DifferentiableStep:
         self, inputs: Any, w: dict[Tensor, Tensor], prediction: Tensor, random: Any, buffers: list[Tensor]
     ) -> Tensor:
         names = [name for name, _ in self.plain.named_buffers()]
-        state = dict(zip(names, _cloned(buffers), strict=True))
-        _set_random_state(self.device, random)
+        state = dict(zip(names, cloned(buffers), strict=True))
+        set_random_state(self.device, random)
         with forward_ad.dual_level():
             for p, name in self.names.items():
                 state[name] = forward_ad.make_dual(self._before[p], w[p]) if p in w else self._before[p]
@@ -466,11 +466,11 @@ class DifferentiableStep:
             and inputs.dtype == torch.float32
         ):
             return False
-        random, buffers = _random_state(self.device), _cloned(self.plain.buffers())
+        random, buffers = random_state(self.device), cloned(self.plain.buffers())
         with self._undone(random):
             expected = self._call(self.plain, inputs)
-            _set_random_state(self.device, random)
-            _copy_back(self.plain.buffers(), buffers)
+            set_random_state(self.device, random)
+            copy_back(self.plain.buffers(), buffers)
             try:
                 actual = self._call(self.plain, _in_channels_last(inputs))
             except RuntimeError:
@@ -510,12 +510,12 @@ class DifferentiableStep:
     @contextmanager
     def _undone(self, random: Any) -> Iterator[None]:
         """Buffers and random state are afterwards what they are now; nothing random has happened since ``random``."""
-        buffers = _cloned(self.plain.buffers())
+        buffers = cloned(self.plain.buffers())
         try:
             yield
         finally:
-            _set_random_state(self.device, random)
-            _copy_back(self.plain.buffers(), buffers)
+            set_random_state(self.device, random)
+            copy_back(self.plain.buffers(), buffers)
 
     @torch.no_grad()
     def _restore(self, stepped: bool, saved: dict[Tensor, Any], random: Any, buffers: list[Tensor]) -> None:
@@ -523,8 +523,8 @@ class DifferentiableStep:
             torch._foreach_copy_(list(self._before), list(self._before.values()))
             self.optimizer.state.clear()
             self.optimizer.state.update(saved)
-        _copy_back(self.plain.buffers(), buffers)
-        _set_random_state(self.device, random)
+        copy_back(self.plain.buffers(), buffers)
+        set_random_state(self.device, random)
 
 
 _UNSCALED = (
@@ -607,32 +607,3 @@ def _holding(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator
     finally:
         for p, value in zip(parameters, own, strict=True):
             p.data = value
-
-
-def _cloned(tensors: Any) -> list[Tensor]:
-    return [t.clone() for t in tensors]
-
-
-def _copy_back(tensors: Iterable[Tensor], values: list[Tensor]) -> None:
-    if values:
-        with torch.no_grad():
-            for t, value in zip(tensors, values, strict=True):
-                t.copy_(value)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None] | None:
-    if is_capturing(device):
-        return None  # it cannot be read, and a captured step draws no random numbers
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _same(a: Any, b: Any) -> bool:
-    return all(x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None] | None) -> None:
-    if state is None:
-        return
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

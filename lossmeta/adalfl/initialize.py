@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
 from lossmeta.adalfl._batches import call_model, check_meta_optimizer, endless
-from lossmeta.adalfl.differentiable_step import Batch, Loss, _random_state, _set_random_state
+from lossmeta.adalfl._state import random_state, set_random_state
+from lossmeta.adalfl.differentiable_step import Batch, Loss
 from lossmeta.ops._arguments import choice
 
 Product = Callable[[list[Tensor]], list[Tensor]]
@@ -216,17 +217,17 @@ def _unrolled(
     visited, states = [], []
     for batch in chain:
         visited.append([p.detach().clone().requires_grad_() for p in theta])
-        states.append(([b.clone() for b in model.buffers()], _random_state(device)))
+        states.append(([b.clone() for b in model.buffers()], random_state(device)))
         _descend(theta, gradient(visited[-1], batch, False), learning_rate)
     value, adjoint = _validate(task_loss, model, theta, valid)
-    end = _random_state(device)
+    end = random_state(device)
     total = [torch.zeros_like(p) for p in phi]
     slope = torch.zeros_like(value)
     for i in reversed(range(len(chain))):
         buffers, random = states[i]
         for b, old in zip(model.buffers(), buffers, strict=True):
             b.copy_(old)
-        _set_random_state(device, random)
+        set_random_state(device, random)
         # The first step's weights lead nowhere further back.
         wanted = [*phi, *(visited[i] if i else ())]
         g = gradient(visited[i], chain[i], bool(wanted))
@@ -237,7 +238,7 @@ def _unrolled(
         total = list(torch._foreach_sub(total, products[: len(phi)], alpha=learning_rate)) if phi else []
         if i:
             adjoint = list(torch._foreach_sub(adjoint, products[len(phi) :], alpha=learning_rate))
-    _set_random_state(device, end)
+    set_random_state(device, end)
     return value.detach(), total, slope.detach()
 
 

@@ -16,6 +16,7 @@ LINKS = {"identity": False, "softmax": True}
 HIDDEN = {"smooth_leaky_relu": True, "relu": False}
 OUTPUTS = {"linear": False, "softplus": True}
 MIN_TABLE_SIZE, MAX_TABLE_SIZE = 16, 1024
+ELEMENTS_PER_NODE = 2  # as in csrc/ops/loss_network.cpp: with fewer there is no table
 SMALL_TABLE_SIZE = 256  # with fewer intervals weights of twice the usual size have their table refused
 
 
@@ -52,9 +53,9 @@ def loss_network(
     gradients are the exact derivatives of these two. Where the estimated error of
     :math:`\partial \ell / \partial f` is above 1e-5 of its largest value on [0, 1] (weights several times their usual
     size), the table is refused and every element goes through the network. At the usual size the error is about 1e-8
-    with 512 intervals, 1e-7 with 256. The one
-    visible error is that of the gradient of the slope with respect to ``pred`` in float32, about 1e-4: the curvature
-    comes from differences of neighbouring nodes.
+    with 512 intervals, 1e-7 with 256. The one visible error is that of the gradient of the slope with respect to
+    ``pred`` in float32, about 1e-4: the curvature comes from differences of neighbouring nodes. On the CPU numbers
+    below the smallest normal one (1e-38 in float32) count as 0.
 
     Args:
         pred: predictions, ``[N, C]``; float32, float64, bfloat16 or float16 (accumulated and returned in float32).
@@ -171,10 +172,10 @@ def _options(
 
 
 def _intervals(most: int, pred: Tensor) -> int:
-    """As many as leave two elements for each of the 2 (intervals + 3) nodes; 0 where these are too few."""
+    """As many as leave ELEMENTS_PER_NODE for each of the 2 (intervals + 3) nodes; 0 where these are too few."""
     if pred.device.type != "cpu":  # where the network itself is cheap, and a table one more kernel
-        return most if pred.numel() >= 8 * (most + 3) else 0
-    fitting = pred.numel() // 4 - 3
+        return most if pred.numel() >= 2 * 4 * (most + 3) else 0
+    fitting = pred.numel() // (2 * ELEMENTS_PER_NODE) - 3
     if fitting >= most:
         return most
     return fitting if fitting >= SMALL_TABLE_SIZE else 0
@@ -247,7 +248,9 @@ def _fake(
     dtype = accumulation_dtype(pred.dtype)
     tabulates = table_size > 0 and softmax and smooth and not target.dtype.is_floating_point
     # loss_network_nodes and loss_network_table_size of csrc/math/loss_network.h
-    table = 10 * table_size + 1 if tabulates and pred.numel() >= 2 * 2 * (table_size + 3) else 0
+    table = (
+        10 * table_size + 1 if tabulates and pred.numel() >= 2 * ELEMENTS_PER_NODE * (table_size + 3) else 0
+    )
     return (
         pred.new_empty(pred.shape[:1], dtype=dtype),
         pred.new_empty(pred.shape, dtype=dtype),

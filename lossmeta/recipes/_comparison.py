@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ class Recipe:
             shown = bar.add_task("", total=len(tasks) * len(self.methods) * seeds)
             for problem in tasks:
                 if steps is not None:
-                    problem = problem.shortened(steps)
+                    problem = replace(problem, steps=steps)
                 offline_steps = OFFLINE_STEPS if steps is None else steps
                 try:
                     dataset = data.load(problem.data)

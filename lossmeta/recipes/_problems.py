@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +45,6 @@ class Problem:
     momentum: float = 0.0
     weight_decay: float = 0.0
     augment: bool = False
-
-    def shortened(self, steps: int) -> Problem:
-        return replace(self, steps=steps)
 
     @property
     def optimizer_options(self) -> dict[str, float | bool]:
