@@ -247,7 +247,7 @@ __global__ __launch_bounds__(block_threads,
                              2) void phi_gradient(Problem<T> p, const accumulate_t<T>* grad,
                                                   SortedLabels sorted,        // [B, S]
                                                   accumulate_t<T>* grad_phi,  // [B, C, C]
-                                                  accumulate_t<T>* partial,   // [parts, B, C, C]
+                                                  accumulate_t<T>* partial,   // [parts, B, C, C], parts > 1
                                                   unsigned* counters) {       // [B, C], zero
   using A = accumulate_t<T>;
   constexpr int rows = 32;
@@ -368,7 +368,7 @@ void backward(const ParametricCrossEntropy& a, cudaStream_t stream) {
   const int64_t parts = parametric_cross_entropy_phi_parts(a.models, a.samples, a.classes),
                 matrix = a.classes * a.classes;
   A* partial = static_cast<A*>(a.scratch);
-  unsigned* counters = reinterpret_cast<unsigned*>(partial + a.models * parts * matrix);
+  unsigned* counters = reinterpret_cast<unsigned*>(partial + (parts > 1 ? a.models * parts * matrix : 0));
   int32_t* keys = reinterpret_cast<int32_t*>(counters + a.models * a.classes);
   const SortedLabels sorted{keys, reinterpret_cast<uint16_t*>(keys + total), a.samples};
   if (total > 0)

@@ -40,12 +40,14 @@ inline int64_t parametric_cross_entropy_phi_parts(int64_t models, int64_t sample
   return chunks < 1 ? 1 : wanted < chunks ? wanted : chunks;
 }
 
-// Forward, per model and part two sums, and per model a counter. Backward, with labels, per part the gradient of Phi; per
-// class a counter; per sample a key and its place.
+// Bytes. Forward, per model and part two sums, and per model a counter. Backward, with labels, per part the gradient of
+// Phi where there are several; per class a counter; per sample a key and its place.
 inline int64_t parametric_cross_entropy_scratch(const ParametricCrossEntropy& a, bool backward) {
-  if (!backward) return a.models * (parametric_cross_entropy_loss_parts(a.samples) * 2 * 8 + 4);
+  const int64_t element = a.dtype == DType::float64 ? 8 : 4;
+  if (!backward) return a.models * (parametric_cross_entropy_loss_parts(a.samples) * 2 * element + 4);
   const int64_t parts = parametric_cross_entropy_phi_parts(a.models, a.samples, a.classes);
-  return a.models * (parts * a.classes * a.classes * 8 + a.classes * 4 + a.samples * 6);
+  const int64_t partial = parts > 1 ? parts * a.classes * a.classes : 0;
+  return a.models * (partial * element + a.classes * 4 + a.samples * 6);
 }
 
 namespace math {
@@ -65,8 +67,9 @@ LOSSMETA_HD T parametric_activation(T z, bool use_sigmoid) {
 template <class T>
 LOSSMETA_HD T parametric_activation_slope(T z, bool use_sigmoid) {
   if (!use_sigmoid) return T(1);
-  const T s = sigmoid(z);
-  return s * (T(1) - s);
+  // s (1 - s) would lose its digits where s rounds to 1.
+  const T e = exp(-abs(z)), r = T(1) / (T(1) + e);
+  return e * r * r;
 }
 
 // q times a (shifted) logit or log-probability. A masked class, logit -infinity, with q = 0 contributes nothing.

@@ -189,7 +189,9 @@ def _reference(
     finite = log_probability.masked_fill((rows == 0) & ~log_probability.isfinite(), 0)
     z = (rows * finite).sum(2 if batch else 1)
     scale = torch.ones_like(z) if weight is None or labels is None else weight.to(dtype)[safe]
-    loss = -scale * (z.sigmoid() if sigmoid else z)
+    # Of the sigmoid's two forms the one whose derivative, s (1 - s), keeps its digits.
+    activated = torch.where(z > 0, 1 - (-z).sigmoid(), z.sigmoid()) if sigmoid else z
+    loss = -scale * activated
     if valid is not None:
         loss = loss.where(valid, torch.where(ignored, 0.0, torch.nan))  # labels out of range are seen
         scale = scale.where(valid, 0)
