@@ -9,29 +9,48 @@ constexpr int long_row = 1024, row_threads = 256, block_lanes = 512;
 // tile that its shared memory holds.
 constexpr int64_t gradient_blocks = 512, forward_blocks = 2048;
 
+// Half precision cannot keep the softmax's cotangents where their result goes, and so goes backward a few rows at a
+// time; in at most so many passes, as each costs three launches.
+constexpr int64_t most_passes = 16;
+
 // Where a call keeps what in the workspace, in elements of A.
 struct ExactPlan {
-  int64_t tiles, segments;
-  int tile, blocks;
+  int64_t rows, tiles, segments;  // of a pass
+  int tile;
   int64_t softmaxes, parts, cotangents, partials, size;
 };
+
+inline int64_t gradient_parts(int64_t tiles) { return tiles < gradient_blocks ? tiles : gradient_blocks; }
 
 template <class A>
 ExactPlan exact_plan(const LossNetwork& a) {
   const Network<A> net(a);
-  const int64_t count = a.samples * a.classes;
-  ExactPlan plan{};
-  plan.tile = net.tile;
-  plan.tiles = (count + net.tile - 1) / net.tile;
-  plan.segments = (net.tile + a.classes - 2) / a.classes + 1;
-  plan.blocks = int(plan.tiles < gradient_blocks ? plan.tiles : gradient_blocks);
-  const auto take = [&](int64_t elements) { return (plan.size += elements) - elements; };
-  plan.softmaxes = take(a.softmax ? 3 * a.samples : 0);
-  plan.parts = take(2 * plan.tiles * plan.segments);
   const bool half = a.dtype == DType::bfloat16 || a.dtype == DType::float16;
-  plan.cotangents = take(a.softmax && half && a.grad_pred ? count : 0);
-  plan.partials = take(a.grad_input_weight ? plan.blocks * net.gradient_size() : 0);
+  const bool keeps_cotangents = a.softmax && half && a.grad_pred;
+  ExactPlan plan{};
+  plan.rows = a.samples;
+  if (keeps_cotangents) {
+    const int64_t fitting = a.kept_cotangents / a.classes,
+                  least = (a.samples + most_passes - 1) / most_passes;
+    const int64_t rows = fitting > least ? fitting : least;
+    if (rows < plan.rows) plan.rows = rows;
+  }
+  plan.tile = net.tile;
+  plan.tiles = (plan.rows * a.classes + net.tile - 1) / net.tile;
+  plan.segments = (net.tile + a.classes - 2) / a.classes + 1;
+  const int64_t passes = plan.rows ? (a.samples + plan.rows - 1) / plan.rows : 0;
+  const auto take = [&](int64_t elements) { return (plan.size += elements) - elements; };
+  plan.softmaxes = take(a.softmax ? 3 * plan.rows : 0);
+  plan.parts = take(2 * plan.tiles * plan.segments);
+  plan.cotangents = take(keeps_cotangents ? plan.rows * a.classes : 0);
+  plan.partials = take(a.grad_input_weight ? passes * gradient_parts(plan.tiles) * net.gradient_size() : 0);
   return plan;
+}
+
+// The array from an element on; null stays null.
+template <class T, class Pointer>
+T* from(Pointer array, int64_t element) {
+  return array ? static_cast<T*>(array) + element : nullptr;
 }
 
 // The arguments with their types, and what the passes leave for one another. A row's sums come in parts, one for each
@@ -55,19 +74,20 @@ struct Problem {
   Sums<A>* parts;         // [tiles, segments]
   A* cotangents;          // [N, C]: r + g (U - sum f U) before the pullback; may be grad_pred
 
-  Problem(const LossNetwork& a, const ExactPlan& plan)
-      : rows{a.labels, a.samples, a.classes, a.ignore_index},
+  // Of the rows [first, first + count).
+  Problem(const LossNetwork& a, const ExactPlan& plan, int64_t first, int64_t count)
+      : rows{a.labels ? a.labels + first : nullptr, count, a.classes, a.ignore_index},
         softmax(a.softmax),
         segments(plan.segments),
         tile(plan.tile),
         inverse_classes(A(1) / A(a.classes)),
-        pred(static_cast<const T*>(a.pred)),
-        target(static_cast<const A*>(a.target)),
-        grad_loss(static_cast<const A*>(a.grad_loss)),
-        grad_slope(static_cast<const A*>(a.grad_slope)),
-        loss(static_cast<A*>(a.loss)),
-        slope(static_cast<A*>(a.slope)),
-        grad_pred(static_cast<T*>(a.grad_pred)) {
+        pred(from<const T>(a.pred, first * a.classes)),
+        target(from<const A>(a.target, first * a.classes)),
+        grad_loss(from<const A>(a.grad_loss, first)),
+        grad_slope(from<const A>(a.grad_slope, first * a.classes)),
+        loss(from<A>(a.loss, first)),
+        slope(from<A>(a.slope, first * a.classes)),
+        grad_pred(from<T>(a.grad_pred, first * a.classes)) {
     A* const base = static_cast<A*>(a.workspace);
     softmaxes = reinterpret_cast<Softmax<A>*>(base + plan.softmaxes);
     parts = reinterpret_cast<Sums<A>*>(base + plan.parts);
@@ -268,72 +288,77 @@ class Exact {
   const LossNetwork& a_;
   const cudaStream_t stream_;
   const ExactPlan plan_;
-  const Problem<T> problem_;
   const Gate<A> gate_;
   const Network<A> net_;
 
  public:
   Exact(const LossNetwork& a, cudaStream_t stream)
-      : a_(a),
-        stream_(stream),
-        plan_(exact_plan<A>(a)),
-        problem_(a, plan_),
-        gate_(exact_gate<A>(a)),
-        net_(a) {}
+      : a_(a), stream_(stream), plan_(exact_plan<A>(a)), gate_(exact_gate<A>(a)), net_(a) {}
 
   void forward() const {
     if (a_.samples == 0) return;
-    if (a_.softmax) rows([&](auto lanes) { return softmax_kernel<T, decltype(lanes)::value>; });
-    const ForwardElements<T> elements{{problem_, a_.samples * a_.classes}};
+    const Problem<T> problem(a_, plan_, 0, a_.samples);
+    if (a_.softmax) rows(problem, [&](auto lanes) { return softmax_kernel<T, decltype(lanes)::value>; });
+    const ForwardElements<T> elements{{problem, a_.samples * a_.classes}};
+    const int64_t blocks = plan_.tiles < forward_blocks ? plan_.tiles : forward_blocks;
     if (net_.resident(false)) {
-      network<false>(network_forward_kernel<A, true, ForwardElements<T>>, true, elements);
+      network<false>(network_forward_kernel<A, true, ForwardElements<T>>, true, blocks, elements);
     } else {
-      network<false>(network_forward_kernel<A, false, ForwardElements<T>>, false, elements);
+      network<false>(network_forward_kernel<A, false, ForwardElements<T>>, false, blocks, elements);
     }
-    rows([&](auto lanes) { return finish_forward_kernel<T, decltype(lanes)::value>; });
+    rows(problem, [&](auto lanes) { return finish_forward_kernel<T, decltype(lanes)::value>; });
   }
 
   void backward() const {
     A* const partials = a_.grad_input_weight ? static_cast<A*>(a_.workspace) + plan_.partials : nullptr;
-    if (a_.samples > 0) {
-      if (a_.softmax) rows([&](auto lanes) { return softmax_kernel<T, decltype(lanes)::value>; });
-      const BackwardElements<T> elements{{problem_, a_.samples * a_.classes}};
-      if (net_.resident(true)) {
-        network<true>(network_backward_kernel<A, true, BackwardElements<T>>, true, elements, partials);
-      } else {
-        network<true>(network_backward_kernel<A, false, BackwardElements<T>>, false, elements, partials);
-      }
-      if (a_.softmax && a_.grad_pred)
-        rows([&](auto lanes) { return finish_backward_kernel<T, decltype(lanes)::value>; });
-    }
-    if (!a_.grad_input_weight) return;
     const int size = net_.gradient_size();
+    int parts = 0;
+    for (int64_t first = 0; first < a_.samples; first += plan_.rows) {
+      const int64_t left = a_.samples - first;
+      const Problem<T> problem(a_, plan_, first, left < plan_.rows ? left : plan_.rows);
+      parts += backward(problem, partials ? partials + int64_t(parts) * size : nullptr);
+    }
+    if (!partials) return;
     LOSSMETA_LAUNCH(sum_partials_kernel<A>, (size + 31) / 32, dim3(32, sum_slices), 0, stream_, gate_,
-                    partials, plan_.blocks, size, WeightGradients<A>(a_));
+                    partials, parts, size, WeightGradients<A>(a_));
   }
 
  private:
+  // One pass; returns how many parts of the weights' gradients it leaves.
+  int backward(const Problem<T>& problem, A* partials) const {
+    if (a_.softmax) rows(problem, [&](auto lanes) { return softmax_kernel<T, decltype(lanes)::value>; });
+    const int64_t count = problem.rows.samples * a_.classes, tiles = (count + plan_.tile - 1) / plan_.tile;
+    const BackwardElements<T> elements{{problem, count}};
+    const int blocks = int(gradient_parts(tiles));
+    if (net_.resident(true)) {
+      network<true>(network_backward_kernel<A, true, BackwardElements<T>>, true, blocks, elements, partials);
+    } else {
+      network<true>(network_backward_kernel<A, false, BackwardElements<T>>, false, blocks, elements,
+                    partials);
+    }
+    if (a_.softmax && a_.grad_pred)
+      rows(problem, [&](auto lanes) { return finish_backward_kernel<T, decltype(lanes)::value>; });
+    return blocks;
+  }
+
   template <bool backward, class Kernel, class... More>
-  void network(Kernel* kernel, bool resident, const More&... arguments) const {
+  void network(Kernel* kernel, bool resident, int64_t blocks, const More&... arguments) const {
     const int bytes = net_.shared_bytes(backward, resident);
     allow_shared(kernel, bytes);
-    const int64_t limit = backward ? gradient_blocks : forward_blocks;
-    LOSSMETA_LAUNCH(kernel, plan_.tiles < limit ? plan_.tiles : limit, net_.threads(), bytes, stream_, gate_,
-                    net_, arguments...);
+    LOSSMETA_LAUNCH(kernel, blocks, net_.threads(), bytes, stream_, gate_, net_, arguments...);
   }
 
   // A warp for each row, or a block for each long one.
   template <class Choose>
-  void rows(const Choose& choose) const {
-    const int64_t limit = 1 << 20;
+  void rows(const Problem<T>& problem, const Choose& choose) const {
+    const int64_t limit = 1 << 20, samples = problem.rows.samples;
     if (a_.classes > long_row) {
       const auto kernel = choose(std::integral_constant<int, block_lanes>{});
-      LOSSMETA_LAUNCH(kernel, a_.samples < limit ? a_.samples : limit, block_lanes, 0, stream_, gate_,
-                      problem_);
+      LOSSMETA_LAUNCH(kernel, samples < limit ? samples : limit, block_lanes, 0, stream_, gate_, problem);
     } else {
       const auto kernel = choose(std::integral_constant<int, 32>{});
-      const int64_t blocks = (a_.samples + row_threads / 32 - 1) / (row_threads / 32);
-      LOSSMETA_LAUNCH(kernel, blocks < limit ? blocks : limit, row_threads, 0, stream_, gate_, problem_);
+      const int64_t blocks = (samples + row_threads / 32 - 1) / (row_threads / 32);
+      LOSSMETA_LAUNCH(kernel, blocks < limit ? blocks : limit, row_threads, 0, stream_, gate_, problem);
     }
   }
 };

@@ -69,6 +69,8 @@ struct LossNetwork {
   void* grad_hidden_weight;  // backward: [H, H]
   void* grad_output_weight;  // backward: [H]
   void* workspace;  // CUDA: cuda::loss_network_workspace(...) elements of A; the CPU allocates its own
+  // CUDA, exact backward in half precision: elements whose cotangents are kept at once, in float32.
+  int64_t kept_cotangents = int64_t(1) << 25;
 };
 
 // The stated error of the table's slope, relative to the largest slope on [0, 1].
