@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_meta_gradient import batches, cnn
 from test_online import equal, learner, values
 from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
-from lossmeta.adalfl import OnlineLearner
 from lossmeta.adalfl._capture import CapturedStep, check_capturable
 from lossmeta.losses import LossNetwork
 
@@ -75,45 +73,3 @@ def test_random_numbers_of_either_device_are_refused(draws: bool, monkeypatch: p
             step._warm_up(None, None)
     else:
         assert torch.equal(*step._warm_up(None, None), torch.ones(1))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("backend", ["double_backward", "jvp", "finite_difference"])
-@pytest.mark.parametrize("optimizer", [SGD, Adam])
-def test_captured_steps_are_those_of_python(optimizer: Any, backend: str) -> None:
-    def make(capture: bool) -> OnlineLearner:
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3)
-        ).cuda()
-        loss = LossNetwork(8).cuda()
-        options = {"capturable": True} if optimizer is Adam else {"momentum": 0.9}
-        meta = Adam(loss.parameters(), 1e-2, capturable=True)
-        made = optimizer(model.parameters(), lr=0.01, **options)
-        return OnlineLearner(
-            model, made, loss, F.cross_entropy, meta_optimizer=meta, backend=backend, capture=capture
-        )
-
-    one, two = make(True), make(False)
-    pairs = [[(x.cuda(), y.cuda()) for x, y in batches(dtype=torch.float32)] for _ in range(10)]
-    pairs[6][1] = (torch.full_like(pairs[6][1][0], float("nan")), pairs[6][1][1])
-    for i, pair in enumerate(pairs):
-        if i == 8:  # the graph of the old rate must not be used
-            for each in (one, two):
-                each.optimizer.param_groups[0]["lr"] = 0.02
-        reports = [each.step(*pair) for each in (one, two)]
-        torch.testing.assert_close(reports[0].loss, reports[1].loss, rtol=1e-5, atol=1e-6)
-    assert int(one.skipped) == two.skipped == 1
-    for a, b in ((one._step.plain, two._step.plain), (one.loss, two.loss)):
-        for x, y in zip(values(a), values(b), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    short = [(x[:5], y[:5]) for x, y in pairs[0]]
-    assert one.step(*short).task_loss is not None
-
-
-@pytest.mark.cuda
-def test_capture_refuses_dropout() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)).cuda()
-    one = learner(LossNetwork(8).cuda(), model, backend="jvp", capture=True)
-    with pytest.raises(ValueError, match="the model must draw no random numbers"):
-        one.step(*((x.cuda(), y.cuda()) for x, y in batches(dtype=torch.float32)))

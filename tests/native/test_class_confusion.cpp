@@ -1,5 +1,6 @@
 #include "math/class_confusion.h"
 
+#include <array>
 #include <random>
 #include <vector>
 
@@ -28,16 +29,16 @@ struct Case {
   std::vector<double> sums = std::vector<double>(classes * classes);
   std::vector<int64_t> counts = std::vector<int64_t>(classes);
 
-  // `odd` puts in masked, infinite and NaN logits and labels that no class has.
-  Case(int64_t samples_, int64_t classes_, bool odd = false, int64_t shift_ = 0)
+  // `odd` puts in masked, infinite and NaN logits and labels that no class has. `first` samples
+  // of 30 are of class 0, so that classes have a few rows and many.
+  Case(int64_t samples_, int64_t classes_, bool odd = false, int64_t shift_ = 0, int64_t first = 10)
       : samples(samples_), classes(classes_), shift(shift_) {
     std::mt19937 random(11);
     std::normal_distribution<float> normal(0, 3);
     std::uniform_int_distribution<int64_t> label(0, classes - 1);
     T* logits = storage.data() + shift;
     for (int64_t i = 0; i < samples * classes; ++i) math::store(logits + i, A(normal(random)));
-    // Every third sample is of class 0, so that classes have a few rows and many.
-    for (int64_t i = 0; i < samples; ++i) labels[i] = i % 3 ? label(random) : 0;
+    for (int64_t i = 0; i < samples; ++i) labels[i] = i * 7 % 30 < first ? 0 : label(random);
     if (odd)
       for (int64_t i = 0; i < samples; ++i) {
         if (i % 7 == 1) math::store(logits + i * classes + i % classes, A(-INFINITY));
@@ -83,12 +84,12 @@ struct Case {
 };
 
 template <class Check>
-void for_every_type(const Check& check, int64_t samples, int64_t classes, bool odd = false,
-                    int64_t shift = 0) {
-  check(Case<float>(samples, classes, odd, shift));
-  check(Case<double>(samples, classes, odd, shift));
-  check(Case<bfloat16>(samples, classes, odd, shift));
-  check(Case<float16>(samples, classes, odd, shift));
+void for_every_type(const Check& check, int64_t samples, int64_t classes, bool odd = false, int64_t shift = 0,
+                    int64_t first = 10) {
+  check(Case<float>(samples, classes, odd, shift, first));
+  check(Case<double>(samples, classes, odd, shift, first));
+  check(Case<bfloat16>(samples, classes, odd, shift, first));
+  check(Case<float16>(samples, classes, odd, shift, first));
 }
 
 template <class Check>
@@ -133,13 +134,22 @@ TEST(cuda) {
     });
 }
 
+// The last block adds up what the others left: labels of all classes, nine of ten of one class, all of one class; rows that
+// are not aligned.
 TEST(cuda_in_several_parts) {
-  simt::set_seed(5);
-  for_every_type(
-      [&](const auto& c) {
-        c.check([](const ClassConfusion& a) { cuda::class_confusion(a, nullptr); }, "", 0);
-      },
-      1500, 10, true);
+  for (int64_t first : {10, 27, 30})
+    for (auto [samples, classes, shift] :
+         {std::array<int64_t, 3>{1500, 10, 0}, {1500, 36, 1}, {600, 64, 0}}) {
+      CHECK(class_confusion_parts(samples, classes) > 1, samples, 'x', classes);
+      for (int seed = 0; seed < 2; ++seed) {
+        simt::set_seed(seed);
+        for_every_type(
+            [&](const auto& c) {
+              c.check([](const ClassConfusion& a) { cuda::class_confusion(a, nullptr); }, "parts ", seed);
+            },
+            samples, classes, first == 10, shift, first);
+      }
+    }
 }
 
 // The order of threads and blocks shows in no bit.

@@ -1,5 +1,6 @@
 #include "math/loss_network.h"
 
+#include <array>
 #include <random>
 #include <vector>
 
@@ -136,6 +137,7 @@ struct Case {
   std::vector<A> target = std::vector<A>(n * c), w1 = std::vector<A>(2 * h), w2 = std::vector<A>(h * h),
                  w3 = std::vector<A>(h), grad_loss = std::vector<A>(n), grad_slope = std::vector<A>(n * c);
   bool uses_loss = true, uses_slope = true, wants_pred = true, wants_weights = true;
+  int64_t kept_cotangents = LossNetwork{}.kept_cotangents;
   // Results, with one element beyond that nobody may write.
   std::vector<A> loss, slope, table, grad1, grad2, grad3;
   std::vector<T> grad_pred;
@@ -163,6 +165,7 @@ struct Case {
     a.smooth = o.smooth, a.softplus = o.softplus, a.softmax = o.softmax;
     a.leak = 0.01, a.smoothness = 10;
     a.samples = n, a.classes = c, a.width = h, a.intervals = intervals, a.ignore_index = -100;
+    a.kept_cotangents = kept_cotangents;
     a.pred = pred.data();
     if (o.dense)
       a.target = target.data();
@@ -366,6 +369,42 @@ TEST(exact_wide_networks) {
   Case<float>(1, 10, 512).check(4e-5);
 }
 
+// Half precision goes backward a few rows at a time: one, some that do not divide N, all but one.
+TEST(exact_half_precision_in_several_passes) {
+  for (bool dense : {false, true}) {
+    Options o;
+    o.dense = dense;
+    for (auto [n, c, kept] : {std::array<int64_t, 3>{5, 33, 33}, {10, 5, 15}, {11, 7, 70}, {2, 1100, 1}}) {
+      Case<bfloat16> k(n, c, 7, o);
+      k.kept_cotangents = kept;
+      if (!dense) k.labels[n - 1] = -100, k.labels[0] = c;
+      k.check(Case<bfloat16>::exact_tolerance(), 2);
+      Case<float16> without_pred(n, c, 7, o);
+      without_pred.kept_cotangents = kept, without_pred.wants_pred = false;
+      without_pred.check();
+    }
+  }
+  Case<float16> many(100, 3, 4);  // no more passes than a few, however little fits
+  many.kept_cotangents = 1;
+  many.check();
+}
+
+// In float32 the cotangents go where their result goes; in half precision few of them are kept at once.
+TEST(workspace_does_not_grow_with_the_batch) {
+  LossNetwork a{};
+  a.smooth = a.softmax = true, a.leak = 0.01, a.smoothness = 10;
+  a.samples = 8192, a.classes = 32000, a.width = 40;
+  float any = 0;
+  a.grad_pred = a.grad_input_weight = a.grad_hidden_weight = a.grad_output_weight = &any;
+  const int64_t elements = a.samples * a.classes;
+  a.dtype = DType::float32;
+  const int64_t single = cuda::loss_network_workspace(a);
+  a.dtype = DType::bfloat16;
+  const int64_t half = cuda::loss_network_workspace(a);
+  CHECK(single < elements / 8, single);
+  CHECK(half < elements / 4, half);
+}
+
 // On either side of each width at which the tile, or where W2 lies, changes.
 TEST(exact_on_devices_with_less_shared_memory) {
   struct Device {
@@ -472,6 +511,21 @@ TEST(table_widths_and_intervals) {
   for (int64_t h : {1, 7, 40}) check_table(tabulated<float>(20, 33, h, 512, true));
   check_table(tabulated<float>(0, 33));
   check_table(tabulated<float>(1, 33));
+}
+
+// Rows in registers by 8 lanes and by 32, with 8 and 32 slots; streamed in packs and one by one: with the widths of networks
+// that fill a tile differently.
+TEST(table_wide_networks) {
+  const auto check = [](auto k) {
+    for (auto& w : k.w1) w *= 0.05f;  // a table with few nodes is accepted
+    check_table(k);
+  };
+  for (int64_t c : {20, 200, 365, 1000, 1100, 1101}) {
+    check(tabulated<float>(3, c, 40, 32));
+    check(tabulated<bfloat16>(3, c, 40, 32));
+    check(tabulated<float16>(3, c, 100, 32));
+  }
+  for (int64_t c : {20, 1101}) check(tabulated<float>(2, c, 512, 16));
 }
 
 TEST(table_of_the_largest_size_on_every_device) {

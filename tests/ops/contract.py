@@ -170,33 +170,3 @@ def check_gradients(function: Callable[..., Any], *tensors: Tensor, second: bool
     assert torch.autograd.gradcheck(function, inputs)
     if second:
         assert torch.autograd.gradgradcheck(function, inputs)
-
-
-def check_cuda(function: Callable[..., Any], *tensors: Tensor, **tolerances: float) -> None:
-    """The CUDA kernels give what the CPU kernels give, outputs and gradients."""
-    expected = with_gradients(function, *tensors)
-    moved = [t.detach().cuda().requires_grad_(t.requires_grad) for t in tensors]
-    assert_close([r.cpu() for r in with_gradients(function, *moved)], expected, **tolerances)
-
-
-def check_capture(function: Callable[..., Any], *tensors: Tensor, **tolerances: float) -> None:
-    """Forward and backward are captured in a CUDA graph and replayed on other values."""
-    static = [t.detach().cuda().requires_grad_(t.requires_grad) for t in tensors]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            with_gradients(function, *static)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = with_gradients(function, *static)
-    fresh = [t.detach().flip(0) if t.is_floating_point() else t.detach() for t in tensors]
-    with torch.no_grad():
-        for s, f in zip(static, fresh, strict=True):
-            s.copy_(f)
-    graph.replay()
-    torch.cuda.synchronize()
-    expected = with_gradients(
-        function, *(f.cuda().requires_grad_(t.requires_grad) for f, t in zip(fresh, tensors, strict=True))
-    )
-    assert_close(captured, expected, **tolerances)

@@ -7,9 +7,7 @@ import pytest
 import torch
 from contract import (
     assert_close,
-    check_capture,
     check_compiles,
-    check_cuda,
     check_gradients,
     check_half,
     check_opcheck,
@@ -273,15 +271,3 @@ def test_bad_options() -> None:
         focal_weighting(*args, offset=float("inf"))
     with pytest.raises(RuntimeError, match="phi and embeddings must be on the same device"):
         focal_weighting(args[0], args[1], args[2].to("meta"))
-
-
-@pytest.mark.cuda
-def test_cuda() -> None:
-    for shape in SHAPES:
-        x, labels, phi = inputs(shape)
-        for reduction in REDUCTIONS:
-            check_cuda(lambda x, y, p, r=reduction: focal_weighting(x, y, p, reduction=r), x, labels, phi)
-    x, labels, phi = inputs((33, 20), torch.float32)
-    check_capture(lambda x, y, p: focal_weighting(x, y, p), x, labels, phi, rtol=1e-4, atol=1e-4)
-    bad = torch.tensor([1.0, 0.0]).cuda()
-    assert focal_weighting(x.detach().cuda(), labels.cuda(), bad).isnan()

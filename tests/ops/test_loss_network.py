@@ -9,9 +9,7 @@ import pytest
 import torch
 from contract import (
     assert_close,
-    check_capture,
     check_compiles,
-    check_cuda,
     check_gradients,
     check_half,
     check_opcheck,
@@ -486,33 +484,3 @@ def test_any_input(
     options = (link == "softmax", True, leak, smoothness, False, -100, 512)
     expected = with_gradients(lambda x, *w: _operator.reference(x, target, *w, *options), pred, *w)
     assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize(("kind", "shape"), [*CASES, ("indices", (3, 2000)), ("dense", (2, 3000))], ids=str)
-def test_cuda(kind: str, shape: tuple[int, int]) -> None:
-    for dtype in (torch.float32, torch.float64):
-        pred, target, w = inputs(*shape, 7, kind, dtype)
-        tolerances = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
-        check_cuda(function_of(target), pred, *w, **tolerances)
-
-
-@pytest.mark.cuda
-def test_cuda_graph() -> None:
-    pred, target, w = inputs(*TABLE, 7, "indices", torch.float32)
-    target = target.cuda()
-    check_capture(lambda x, *w: loss_network(x, target, *w, link="softmax"), pred, *w, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.cuda
-def test_cuda_bad_label_is_nan_without_gradient() -> None:
-    for samples in (4, 300):
-        pred, target, w = inputs(samples, 20, 7, "indices", torch.float32)
-        target[1] = 20
-        pred = pred.detach().cuda().requires_grad_()
-        loss, slope = loss_network(pred, target.cuda(), *(p.detach().cuda() for p in w), link="softmax")
-        assert loss[1].isnan()
-        assert slope[1].isnan().all()
-        assert loss[0].isfinite()
-        (g,) = torch.autograd.grad(slope.sum(), pred)
-        assert torch.equal(g[1], torch.zeros_like(g[1]))
