@@ -5,7 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernel.h"
+#include "base/kernel.h"
+#include "math/loss_network.h"
+#include "math/parametric_cross_entropy.h"
 
 namespace lossmeta {
 namespace {
@@ -52,4 +54,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", [] { return lossmeta::names[int(lossmeta::isa())]; }, "The instruction set in use.");
   m.def(
       "best_isa", [] { return lossmeta::names[int(lossmeta::best())]; }, "The best one this processor has.");
+  m.attr("LOSS_NETWORK_MIN_INTERVALS") = lossmeta::loss_network_min_intervals;
+  m.attr("LOSS_NETWORK_MAX_INTERVALS") = lossmeta::loss_network_max_intervals;
+  m.attr("LOSS_NETWORK_ELEMENTS_PER_NODE") = lossmeta::loss_network_elements_per_node;
+  m.attr("PARAMETRIC_CROSS_ENTROPY_STATISTICS_PER_SAMPLE") =
+      lossmeta::parametric_cross_entropy_statistics_per_sample;
 }

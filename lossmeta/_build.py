@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 try:
-    from lossmeta import _core  # noqa: F401
+    from lossmeta import _core as _core
 except ImportError as error:
     if "LOSSMETA_CPU_ISA" in str(error):  # the core is there, but was asked for what it cannot run
         raise ImportError(f"lossmeta: {error}") from None
@@ -23,12 +23,13 @@ def _load_cuda() -> str | None:
     """Loads the CUDA operators where torch has CUDA; otherwise says why not."""
     spec = util.find_spec("lossmeta")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    library = next((f for folder in folders for f in Path(folder).glob("_cuda.*so")), None)
+    library, reason = (
+        next((f for folder in folders for f in Path(folder).glob(name)), None)
+        for name in ("_cuda.*so", "_why_no_cuda.txt")
+    )
     if library is None:
-        return (
-            "lossmeta was built without CUDA. Reinstall it where a CUDA build of torch and nvcc are found, "
-            "or with FORCE_CUDA=1."
-        )
+        why = reason.read_text(encoding="utf-8") if reason else "install it again, through pip"
+        return f"lossmeta was built without its CUDA operators: {why}"
     if torch.version.cuda is None:
         return "This torch is built without CUDA."
     try:

@@ -15,20 +15,19 @@ constexpr int64_t streamed_bytes = 16 << 20;  // a gradient of this size does no
 
 // The typed view of the arguments. Element (b, s, c) of logits lies at sample(b, s) + c * class_stride.
 template <class T>
-struct Problem {
+struct Problem : Statistics<accumulate_t<T>> {
   using A = accumulate_t<T>;
   using V = Vec<A>;
+  using Statistics<A>::maximum, Statistics<A>::log_sum, Statistics<A>::z, Statistics<A>::q_sum,
+      Statistics<A>::denominator;
 
   const ParametricCrossEntropy& a;
   const T* logits = static_cast<const T*>(a.logits);
   const A* phi = static_cast<const A*>(a.phi);
   const A* weight = static_cast<const A*>(a.weight);
   int64_t total = a.models * a.samples;
-  A* maximum = static_cast<A*>(a.statistics);
-  A* log_sum = maximum + total;
-  A* z = log_sum + total;
-  A* q_sum = z + total;
-  A* denominator = q_sum + total;
+
+  explicit Problem(const ParametricCrossEntropy& arguments) : Statistics<A>(arguments), a(arguments) {}
 
   int64_t offset(int64_t i) const { return i / a.inner * a.classes * a.inner + i % a.inner; }
   int64_t model(int64_t i) const { return a.models == 1 ? 0 : i / a.samples; }

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "math/dtype.h"
+#include "base/dtype.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

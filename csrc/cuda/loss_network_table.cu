@@ -441,9 +441,10 @@ void choose_row(const LossNetwork& a, const Choose& choose) {
                     fits(a.grad_slope) && fits(a.grad_pred);
   if (a.classes <= 64) return choose(type_tag<RegisterRow<T, 8, 8, 1>>{});
   if (a.classes <= 256) return choose(type_tag<RegisterRow<T, 32, 8, 1>>{});
-  if constexpr (sizeof(T) < 8)
+  if constexpr (sizeof(T) < 8) {  // float64 in packs would spill on sm_120
     if (a.classes <= 1024 && wide) return choose(type_tag<RegisterRow<T, 32, 32, width>>{});
-  if (wide) return choose(type_tag<StreamedRow<T, row_threads, width>>{});
+    if (wide) return choose(type_tag<StreamedRow<T, row_threads, width>>{});
+  }
   return choose(type_tag<StreamedRow<T, row_threads, 1>>{});
 }
 

@@ -2,8 +2,8 @@
 // share.
 #pragma once
 
+#include "base/dtype.h"
 #include "cuda/launch.h"
-#include "math/dtype.h"
 
 namespace lossmeta::cuda {
 namespace {

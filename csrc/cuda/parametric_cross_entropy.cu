@@ -7,21 +7,22 @@ namespace {
 
 // The typed view of the arguments; samples are numbered through all models.
 template <class T>
-struct Problem {
+struct Problem : Statistics<accumulate_t<T>> {
   using A = accumulate_t<T>;
+  using Statistics<A>::maximum, Statistics<A>::log_sum, Statistics<A>::z, Statistics<A>::q_sum,
+      Statistics<A>::denominator;
 
   int64_t models, samples, classes, inner, ignore_index, phi_stride;
   bool sigmoid;
   Reduction reduction;
-  const T* logits;                   // [B, N, C, inner]
-  const int64_t* labels;             // [B, S] or null
-  const A* phi;                      // [B, C, C]; without labels as logits
-  const A* weight;                   // [C] or null
-  A *maximum, *log_sum, *z, *q_sum;  // [B, S]
-  A* denominator;                    // [B]
+  const T* logits;        // [B, N, C, inner]
+  const int64_t* labels;  // [B, S] or null
+  const A* phi;           // [B, C, C]; without labels as logits
+  const A* weight;        // [C] or null
 
   explicit Problem(const ParametricCrossEntropy& a)
-      : models(a.models),
+      : Statistics<A>(a),
+        models(a.models),
         samples(a.samples),
         classes(a.classes),
         inner(a.inner),
@@ -32,12 +33,7 @@ struct Problem {
         logits(static_cast<const T*>(a.logits)),
         labels(a.labels),
         phi(static_cast<const A*>(a.phi)),
-        weight(static_cast<const A*>(a.weight)),
-        maximum(static_cast<A*>(a.statistics)),
-        log_sum(maximum + a.models * a.samples),
-        z(log_sum + a.models * a.samples),
-        q_sum(z + a.models * a.samples),
-        denominator(q_sum + a.models * a.samples) {}
+        weight(static_cast<const A*>(a.weight)) {}
 
   LOSSMETA_HD int64_t total() const { return models * samples; }
   LOSSMETA_HD int64_t offset(int64_t i) const {

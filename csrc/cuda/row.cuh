@@ -1,8 +1,8 @@
 // Softmax sums over rows of logits, by a few threads, a warp or a block per row: read once, 16 bytes at a time.
 #pragma once
 
+#include "base/dtype.h"
 #include "cuda/launch.h"
-#include "math/dtype.h"
 
 namespace lossmeta::cuda {
 namespace {

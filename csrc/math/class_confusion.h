@@ -2,7 +2,7 @@
 // With m the maximum of a row, -log f_j = log sum exp(x - m) + (m - x_j): no term is negative, so nothing cancels.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 

@@ -2,7 +2,7 @@
 // and five decreasing ones of that between anchor and negative, mixed with the coefficients Phi.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 

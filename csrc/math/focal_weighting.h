@@ -2,7 +2,7 @@
 // over those to the others, with temperatures Phi.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 

@@ -2,7 +2,7 @@
 // landscape): K = (f_xx f_yy - f_xy^2) / (1 + f_x^2 + f_y^2)^2, with central differences.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 

@@ -32,7 +32,7 @@
 // per interval on (v, c0 .. c3), carried from there to the nodes, and go through the network once.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 
@@ -75,6 +75,9 @@ struct LossNetwork {
 
 // The stated error of the table's slope, relative to the largest slope on [0, 1].
 constexpr double loss_network_table_bound = 1e-5;
+// Intervals that a table may have, and elements for each node, with fewer of which it costs more than it saves.
+constexpr int64_t loss_network_min_intervals = 16, loss_network_max_intervals = 1024;
+constexpr int64_t loss_network_elements_per_node = 2;
 
 inline int64_t loss_network_nodes(int64_t intervals) { return 2 * (intervals + 3); }
 inline int64_t loss_network_table_size(int64_t intervals) { return 2 * 5 * intervals + 1; }

@@ -2,7 +2,7 @@
 // the target, a the weight of its class and act the sigmoid or the identity.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 
@@ -20,14 +20,34 @@ struct ParametricCrossEntropy {
   const void* phi;        // [B, C, C]; without labels [B, N, C, inner]
   int64_t phi_stride;     // from model to model with labels: C * C, or 0 where the models share one phi
   const void* weight;     // [C] or null
-  // Per sample: maximum m, log sum exp(x - m), z and the sum of q; then per model the denominator of the mean.
-  void* statistics;   // [4, B, S] followed by [B]
-  void* loss;         // forward: [B, S] where it is not reduced (or scratch), else unused
-  void* reduced;      // forward: [B] for mean and sum
-  const void* grad;   // backward: [B, S] or [B]
-  void* grad_logits;  // backward: as logits, or null
-  void* grad_phi;     // backward: as phi, or null
-  void* scratch;      // on the GPU, of parametric_cross_entropy_scratch(...) bytes
+  void* statistics;       // of parametric_cross_entropy_statistics(B, S) elements, see Statistics
+  void* loss;             // forward: [B, S] where it is not reduced (or scratch), else unused
+  void* reduced;          // forward: [B] for mean and sum
+  const void* grad;       // backward: [B, S] or [B]
+  void* grad_logits;      // backward: as logits, or null
+  void* grad_phi;         // backward: as phi, or null
+  void* scratch;          // on the GPU, of parametric_cross_entropy_scratch(...) bytes
+};
+
+// What the forward pass leaves for the backward one: [4, B, S] followed by [B].
+constexpr int64_t parametric_cross_entropy_statistics_per_sample = 4;
+inline int64_t parametric_cross_entropy_statistics(int64_t models, int64_t samples) {
+  return (parametric_cross_entropy_statistics_per_sample * samples + 1) * models;
+}
+template <class A>
+struct Statistics {
+  A* maximum;      // [B, S]: m
+  A* log_sum;      // [B, S]: log sum exp(x - m)
+  A* z;            // [B, S]
+  A* q_sum;        // [B, S]: sum of q
+  A* denominator;  // [B]: of the mean
+
+  explicit Statistics(const ParametricCrossEntropy& a)
+      : maximum(static_cast<A*>(a.statistics)),
+        log_sum(maximum + a.models * a.samples),
+        z(log_sum + a.models * a.samples),
+        q_sum(z + a.models * a.samples),
+        denominator(q_sum + a.models * a.samples) {}
 };
 
 // On the GPU the sum of many losses and the gradient of a small Phi are computed in several parts.

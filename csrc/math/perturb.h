@@ -1,7 +1,7 @@
 // Points around a point: theta_b = theta + sum_k c_bk delta_k, for loss surfaces and line searches.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 

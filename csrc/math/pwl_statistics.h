@@ -7,7 +7,7 @@
 // <= 2k.
 #pragma once
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 

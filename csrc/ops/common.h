@@ -21,7 +21,7 @@
 #include <string>
 #include <vector>
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta {
 

@@ -6,8 +6,6 @@ namespace lossmeta {
 namespace {
 
 constexpr const char* op = "loss_network";
-constexpr int64_t min_intervals = 16, max_intervals = 1024;
-constexpr int64_t elements_per_node = 2;  // below this the table costs more than it saves
 
 // Checks the arguments that forward and backward share and fills in the problem.
 struct Arguments {
@@ -73,10 +71,13 @@ struct Arguments {
     LOSSMETA_CHECK(a.width <= loss_network_cuda_width(a.dtype), op, ": on CUDA the width H must be at most ",
                    loss_network_cuda_width(a.dtype), ", got ", a.width);
 #endif
-    LOSSMETA_CHECK(table_size == 0 || (table_size >= min_intervals && table_size <= max_intervals), op,
-                   ": table_size must lie in [", min_intervals, ", ", max_intervals, "], got ", table_size);
-    const bool tabulates = table_size > 0 && indices && softmax && smooth &&
-                           a.samples * a.classes >= elements_per_node * loss_network_nodes(table_size);
+    LOSSMETA_CHECK(table_size == 0 ||
+                       (table_size >= loss_network_min_intervals && table_size <= loss_network_max_intervals),
+                   op, ": table_size must lie in [", loss_network_min_intervals, ", ",
+                   loss_network_max_intervals, "], got ", table_size);
+    const bool tabulates =
+        table_size > 0 && indices && softmax && smooth &&
+        a.samples * a.classes >= loss_network_elements_per_node * loss_network_nodes(table_size);
     a.intervals = tabulates ? table_size : 0;
 #ifdef LOSSMETA_BACKEND_CUDA
     if (!a.intervals) return;

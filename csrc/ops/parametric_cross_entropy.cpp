@@ -87,11 +87,9 @@ struct Arguments {
   void check_phi() const {
 #ifndef LOSSMETA_BACKEND_CUDA
     if (accumulated == ScalarType::Double)
-      check_phi(static_cast<const double*>(a.statistics) + 3 * a.models * a.samples,
-                static_cast<const double*>(a.phi));
+      check_phi(Statistics<double>(a).q_sum, static_cast<const double*>(a.phi));
     else
-      check_phi(static_cast<const float*>(a.statistics) + 3 * a.models * a.samples,
-                static_cast<const float*>(a.phi));
+      check_phi(Statistics<float>(a).q_sum, static_cast<const float*>(a.phi));
 #endif
   }
   template <class A>
@@ -129,7 +127,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Ten
   Arguments arguments(logits, labels, phi, weight, ignore_index, sigmoid, reduction);
   ParametricCrossEntropy& a = arguments.a;
   Tensor loss = empty(arguments.loss_sizes(), arguments.accumulated, logits);
-  Tensor statistics = empty({4 * a.models * a.samples + a.models}, arguments.accumulated, logits);
+  Tensor statistics =
+      empty({parametric_cross_entropy_statistics(a.models, a.samples)}, arguments.accumulated, logits);
   a.statistics = statistics.mutable_data_ptr();
   (a.reduction == Reduction::none ? a.loss : a.reduced) = loss.mutable_data_ptr();
 #ifdef LOSSMETA_BACKEND_CUDA
@@ -151,7 +150,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& logits,
   std::vector<int64_t> expected = arguments.loss_sizes();
   LOSSMETA_CHECK(arguments.sizes(grad) == expected, op, ": grad must have the shape of the loss, got ",
                  shape(grad));
-  LOSSMETA_CHECK(statistics.numel() == 4 * a.models * a.samples + a.models &&
+  LOSSMETA_CHECK(statistics.numel() == parametric_cross_entropy_statistics(a.models, a.samples) &&
                      statistics.scalar_type() == arguments.accumulated,
                  op, ": statistics must be those that the forward returned for these logits");
   const Tensor dense_grad = packed_as(grad, arguments.accumulated), kept = packed(statistics);

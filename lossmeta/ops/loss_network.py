@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
+from lossmeta._build import _core
 from lossmeta.ops._arguments import check_tensors, choice
 from lossmeta.ops._operator import Operator, accumulation_dtype
 
 LINKS = {"identity": False, "softmax": True}
 HIDDEN = {"smooth_leaky_relu": True, "relu": False}
 OUTPUTS = {"linear": False, "softplus": True}
-MIN_TABLE_SIZE, MAX_TABLE_SIZE = 16, 1024
-ELEMENTS_PER_NODE = 2  # as in csrc/ops/loss_network.cpp: with fewer there is no table
+MIN_TABLE_SIZE, MAX_TABLE_SIZE = _core.LOSS_NETWORK_MIN_INTERVALS, _core.LOSS_NETWORK_MAX_INTERVALS
+ELEMENTS_PER_NODE = _core.LOSS_NETWORK_ELEMENTS_PER_NODE  # with fewer there is no table
 SMALL_TABLE_SIZE = 256  # with fewer intervals weights of twice the usual size have their table refused
 
 

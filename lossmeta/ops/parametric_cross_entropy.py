@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossmeta._build import _core
 from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, check_tensors, choice
 from lossmeta.ops._operator import Operator, accumulation_dtype, in_full_precision, looped
+
+KEPT = _core.PARAMETRIC_CROSS_ENTROPY_STATISTICS_PER_SAMPLE
 
 
 def parametric_cross_entropy(
@@ -214,23 +217,23 @@ def _fake(
         shape = (*logits.shape[:1], *logits.shape[2:]) if labels is None else labels.shape
     samples = logits.numel() // logits.shape[2 if batch else 1]
     dtype = accumulation_dtype(logits.dtype)
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(4 * samples + models, dtype=dtype)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(KEPT * samples + models, dtype=dtype)
 
 
-# ---- vmap. A batch of [N, C] problems is one call on B models; the statistics of one problem are [4, N] and [1].
+# ---- vmap. A batch of [N, C] problems is one call on B models; the statistics of B models are [KEPT, B, N] and [B].
 
 
 def _gather_statistics(per_problem: Tensor, models: int) -> Tensor:
     batch = per_problem.shape[0]
-    samples = (per_problem.shape[1] - 1) // 4
-    body = per_problem[:, :-1].reshape(batch, 4, samples).transpose(0, 1).reshape(-1)
+    samples = (per_problem.shape[1] - 1) // KEPT
+    body = per_problem[:, :-1].reshape(batch, KEPT, samples).transpose(0, 1).reshape(-1)
     return torch.cat([body, per_problem[:models, -1]])
 
 
 def _scatter_statistics(flat: Tensor, batch: int) -> Tensor:
-    samples = (flat.numel() - 1) // (4 * batch)
-    body = flat[: 4 * batch * samples].view(4, batch, samples).transpose(0, 1).reshape(batch, -1)
-    return torch.cat([body, flat[4 * batch * samples :].expand(batch)[:, None]], 1)
+    samples = (flat.numel() - 1) // (KEPT * batch)
+    body = flat[: KEPT * batch * samples].view(KEPT, batch, samples).transpose(0, 1).reshape(batch, -1)
+    return torch.cat([body, flat[KEPT * batch * samples :].expand(batch)[:, None]], 1)
 
 
 def _batched(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Tensor | None]:
@@ -251,7 +254,7 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], t
     if y is not None:
         loss, statistics = _operator.op(x, y, p, weight, ignore_index, sigmoid, reduction)
         samples = x.shape[1]
-        body = statistics[:-batch].view(4, batch, samples).transpose(0, 1).reshape(batch, -1)
+        body = statistics[:-batch].view(KEPT, batch, samples).transpose(0, 1).reshape(batch, -1)
         return (loss, torch.cat([body, statistics[-batch:, None]], 1)), (0, 0)
     loss, statistics = _operator.op(
         x.flatten(0, 1), None, p.flatten(0, 1), None, ignore_index, sigmoid, REDUCTIONS["none"]

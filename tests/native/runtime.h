@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "kernel.h"
+#include "base/kernel.h"
 
 namespace lossmeta::native {
 

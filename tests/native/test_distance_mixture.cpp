@@ -2,19 +2,12 @@
 
 #include <random>
 
-#include "check.h"
-#include "runtime.h"
+#include "kernels.h"
 #include "simt.h"
 
 using namespace lossmeta;
 
 namespace {
-
-template <class T>
-constexpr DType dtype_of = std::is_same_v<T, double>     ? DType::float64
-                           : std::is_same_v<T, bfloat16> ? DType::bfloat16
-                           : std::is_same_v<T, float16>  ? DType::float16
-                                                         : DType::float32;
 
 struct Expected {
   std::vector<double> loss, terms, grad_embeddings, grad_phi;

@@ -4,18 +4,12 @@
 #include <random>
 #include <vector>
 
-#include "check.h"
+#include "kernels.h"
 #include "simt.h"
 
 using namespace lossmeta;
 
 namespace {
-
-template <class T>
-constexpr DType dtype_of = std::is_same_v<T, double>     ? DType::float64
-                           : std::is_same_v<T, bfloat16> ? DType::bfloat16
-                           : std::is_same_v<T, float16>  ? DType::float16
-                                                         : DType::float32;
 
 using Doubles = std::vector<double>;
 

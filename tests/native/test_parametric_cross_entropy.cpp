@@ -5,19 +5,12 @@
 #include <string>
 #include <vector>
 
-#include "check.h"
-#include "runtime.h"
+#include "kernels.h"
 #include "simt.h"
 
 using namespace lossmeta;
 
 namespace {
-
-template <class T>
-constexpr DType dtype_of = std::is_same_v<T, double>     ? DType::float64
-                           : std::is_same_v<T, bfloat16> ? DType::bfloat16
-                           : std::is_same_v<T, float16>  ? DType::float16
-                                                         : DType::float32;
 
 struct Shape {
   int64_t models, outer, classes, inner;  // S = outer * inner

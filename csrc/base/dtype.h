@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "math/portable.h"
+#include "base/portable.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>

@@ -3,7 +3,7 @@
 // GPU; csrc/ops/x.cpp fills in the structure and calls it.
 #pragma once
 
-#include "math/dtype.h"
+#include "base/dtype.h"
 
 typedef struct CUstream_st* cudaStream_t;
 
