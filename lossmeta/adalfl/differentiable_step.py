@@ -28,6 +28,10 @@ Mixed = Callable[[Any], Sequence[Tensor | None]]
 BACKENDS = ("auto", "double_backward", "jvp", "finite_difference")
 
 
+class DivergedError(RuntimeError):
+    """The learned loss or its slope is not finite; the training step was not taken."""
+
+
 @dataclass
 class MetaGradient:
     """What one training step has shown.
@@ -98,7 +102,7 @@ def meta_gradient(
         ValueError: for a model and an optimizer whose parameters differ, a loss of the wrong shape, and a prediction in
             float16: a ``GradScaler`` would not see these backward passes. bfloat16 needs none.
         TypeError: for an optimizer of another kind, and a prediction that is no tensor.
-        RuntimeError: if the learned loss is not finite, before the step.
+        DivergedError: if the learned loss or its slope is not finite, before the step.
 
     Example:
         >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
@@ -346,7 +350,7 @@ class DifferentiableStep:
             return  # nothing can be read
         finite = bool(slope.isfinite().all())
         if not (finite and math.isfinite(value.item())):
-            raise RuntimeError(
+            raise DivergedError(
                 f"AdaLFL: the learned loss is {value.item()} on this batch, its slope "
                 f"{'finite' if finite else 'not finite'}; the step was not taken. Lower the learning rates, or load an "
                 "earlier state"

@@ -267,7 +267,7 @@ class OnlineLearner:
         Raises:
             ValueError: for an empty batch, and whatever the model and the losses raise for one that does not fit them.
             TypeError: for a batch that is not a pair.
-            RuntimeError: if the learned loss is not finite.
+            DivergedError: if the learned loss or its slope is not finite.
             In any case weights, optimizer and loss are as before.
         """
         train_batch = checked("OnlineLearner", "train_batch", train_batch)

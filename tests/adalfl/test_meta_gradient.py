@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from lossmeta.adalfl import OnlineLearner, meta_gradient
+from lossmeta.adalfl import DivergedError, OnlineLearner, meta_gradient
 from lossmeta.adalfl.differentiable_step import DifferentiableStep
 from lossmeta.losses import LossNetwork
 
@@ -471,7 +471,7 @@ def test_bad_input() -> None:
         diverged.output_weight.fill_(float("nan"))
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(
-        RuntimeError, match=r"the learned loss is nan on this batch, its slope .*; the step was not taken"
+        DivergedError, match=r"the learned loss is nan on this batch, its slope .*; the step was not taken"
     ):
         attempt(loss=diverged)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), before.values(), strict=True))
@@ -580,7 +580,7 @@ def test_a_slope_that_is_not_finite_is_refused(backend: str) -> None:
     model = mlp().double()
     before = [p.clone() for p in model.parameters()]
     train, valid = batches()
-    with pytest.raises(RuntimeError, match="its slope not finite; the step was not taken"):
+    with pytest.raises(DivergedError, match="its slope not finite; the step was not taken"):
         meta_gradient(
             model, SGD(model.parameters(), 0.1), Root(), F.cross_entropy, train, valid, backend=backend
         )

@@ -14,7 +14,7 @@ from test_meta_gradient import LossOfEager, batches, cnn, mlp, relative_error, u
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from lossmeta.adalfl import OnlineLearner, meta_gradient
+from lossmeta.adalfl import DivergedError, OnlineLearner, meta_gradient
 from lossmeta.adalfl._capture import all_finite
 from lossmeta.adalfl.differentiable_step import DifferentiableStep
 from lossmeta.losses import DistanceMixtureLoss, LossNetwork, ParametricCrossEntropy, TaylorLoss
@@ -259,7 +259,7 @@ def empty(batch: Any) -> Any:
         (1, lambda b: (b[0], b[1] + 5), IndexError, "Target . is out of bounds"),
         (0, lambda b: (b[0][:, :, 1:], b[1]), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
         (1, lambda b: (b[0][:, :, 1:], b[1]), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
-        (0, lambda b: (b[0] * float("nan"), b[1]), RuntimeError, "the learned loss is nan on this batch"),
+        (0, lambda b: (b[0] * float("nan"), b[1]), DivergedError, "the learned loss is nan on this batch"),
     ],
 )  # fmt: skip
 def test_an_unfit_batch_changes_nothing(
