@@ -21,11 +21,11 @@ PAGE, TABLES = "tables.md", "tables.json"
 TEXT_WIDTH = 100
 # From here on decimals say nothing.
 LARGE = 1e6
-COMPARISONS = ("difference", "95 % interval", "better", "p (t)", "p (W)")
+COMPARISONS = ("difference", "95 % interval", "better", "p t-test", "p Wilcoxon")
 NOTE = """\
 ±: standard deviation over the seeds. Difference: mean of the differences to the row that is named, seed by seed, \
-with a 95 % confidence interval. Better: in how many seeds. p: of the paired t-test (t) and of Wilcoxon's \
-signed-rank test (W)."""
+with a 95 % confidence interval. Better: in how many seeds (=: equal). p: of the paired t-test and of Wilcoxon's \
+signed-rank test."""
 
 Rows = dict[str, dict[int, Record]]
 
@@ -182,7 +182,7 @@ def _texts(measure: Measure, c: Comparison) -> tuple[str, ...]:
     return (
         "" if c.difference is None else _number(measure, c.difference, "+"),
         "" if c.interval is None else " to ".join(_number(measure, end, "+") for end in c.interval),
-        f"{c.wins}/{c.count}" + (f", {c.ties} equal" if c.ties else ""),
+        f"{c.wins}/{c.count}" + (f", {c.ties}=" if c.ties else ""),
         "" if c.t_test is None else f"{c.t_test:.2g}",
         "" if c.wilcoxon is None else f"{c.wilcoxon:.2g}",
     )

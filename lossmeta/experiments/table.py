@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Labels are broken at words to this width.
+# Labels are broken at words to this width, and where the columns of one group need the room, to the narrow one.
 LABEL_WIDTH = 30
+NARROW = 18
 MARKDOWN_WIDTH = 130
 # Between two columns.
 GAP = 2
@@ -51,9 +52,8 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        widths = self._widths(cell_len, whole_headings=False)
-        label = min(LABEL_WIDTH, widths[0])
-        for title, chosen in self._blocks(console.width, label, [GAP + width for width in widths[1:]]):
+        longest, *widths = self._widths(cell_len, whole_headings=False)
+        for title, chosen in self._blocks(console.width, longest, [GAP + width for width in widths]):
             table = RichTable(
                 title=Text(title),
                 title_justify="left",
@@ -62,10 +62,11 @@ class Table:
                 pad_edge=False,
                 padding=(0, GAP - 1, 0, 0),
             )
-            table.add_column("", max_width=label)
+            room = console.width - sum(GAP + widths[i] for i in chosen)
+            table.add_column("", width=min(longest, LABEL_WIDTH, max(NARROW, room)))
             for i in chosen:
                 table.add_column(
-                    Text(self.columns[i].heading), justify="right", vertical="bottom", width=widths[1 + i]
+                    Text(self.columns[i].heading), justify="right", vertical="bottom", width=widths[i]
                 )
             for row, cells in self.rows.items():
                 table.add_row(Text(row), *(Text(cells[i].text) for i in chosen))
@@ -76,8 +77,8 @@ class Table:
     def markdown(self) -> str:
         """For GitHub and its like."""
         lines: list[str] = []
-        widths = [GAP + 1 + width for width in self._widths(len, whole_headings=True)]
-        for title, chosen in self._blocks(MARKDOWN_WIDTH, widths[0], widths[1:]):
+        longest, *widths = self._widths(len, whole_headings=True)
+        for title, chosen in self._blocks(MARKDOWN_WIDTH, longest, [GAP + 1 + width for width in widths]):
             lines += [f"### {title}" if not lines else f"{title}:", ""]
             lines += [
                 _row("", *(self.columns[i].heading for i in chosen)),
@@ -114,11 +115,11 @@ class Table:
             ),
         ]
 
-    def _blocks(self, room: int, label: int, widths: list[int]) -> Iterator[tuple[str, list[int]]]:
+    def _blocks(self, room: int, longest: int, widths: list[int]) -> Iterator[tuple[str, list[int]]]:
         """Which columns stand side by side, and under which title: at most one group with a name in each block."""
 
-        def fit(columns: list[int]) -> bool:
-            return label + sum(widths[i] for i in columns) <= room
+        def fit(columns: list[int], label_width: int = LABEL_WIDTH) -> bool:
+            return min(longest, label_width) + sum(widths[i] for i in columns) <= room
 
         block: list[int] = []
         name, title = "", self.title
@@ -131,7 +132,7 @@ class Table:
                 title = f"{title}; {group}"
             name = group
             for i in members:
-                if block and not fit([*block, i]):
+                if block and not fit([*block, i], NARROW):
                     yield title, block
                     block, title = [], group or self.title
                 block.append(i)

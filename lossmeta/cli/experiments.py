@@ -1,0 +1,91 @@
+"""Experiments: to run one, and to see what came of it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Size(str, Enum):
+    small = "small"
+    paper = "paper"
+
+
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, or cuda.")]
+
+
+def quickstart(
+    seeds: Seeds = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs per run.")] = 40,
+    device: Device = "cpu",
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quickstart"),
+) -> None:
+    """Train on scikit-learn's digits with cross-entropy and with a loss that adapts; takes seconds."""
+    from lossmeta.recipes import quickstart
+
+    raise typer.Exit(quickstart.run(seeds=seeds, epochs=epochs, device=device, output=output))
+
+
+def list_recipes() -> None:
+    """Recipes for `lossmeta run`."""
+    from lossmeta.recipes import recipes
+
+    found = recipes()
+    width = max(map(len, found))
+    for name, recipe in found.items():
+        typer.echo(f"{name:{width}}  {recipe.about}")
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="One of those of `lossmeta list`.")],
+    size: Annotated[
+        Size, typer.Option(help="small: minutes on a CPU; paper: the paper's models and steps.")
+    ] = Size.small,
+    seeds: Seeds = 5,
+    device: Device = "cpu",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training and initialisation steps instead of the recipe's own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="runs/RECIPE-SIZE")
+    ] = None,
+) -> None:
+    """Run an experiment: its table, and a paper's figures beside ours. Continues where it was stopped."""
+    from lossmeta.recipes import recipes
+
+    found = recipes()
+    if recipe not in found:
+        raise typer.BadParameter(f"expected one of {', '.join(found)}, got {recipe}", param_hint="RECIPE")
+    folder = output or Path("runs") / f"{recipe}-{size.value}"
+    status = found[recipe].run(size=size.value, seeds=seeds, device=device, steps=steps, output=folder)
+    raise typer.Exit(status)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of a run, finished or not.")],
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a page of Markdown to this file instead.")
+    ] = None,
+) -> None:
+    """Show the tables of a run again; trains nothing."""
+    from rich.console import Console
+
+    from lossmeta._files import write_text
+    from lossmeta.experiments import report
+    from lossmeta.experiments.run_folder import FolderError, read
+
+    try:
+        finished = read(folder)
+        if markdown is None:
+            report.show(finished, Console(highlight=False))
+        else:
+            write_text(markdown, report.page(finished))
+    except FolderError as error:
+        raise typer.BadParameter(str(error), param_hint="FOLDER") from error
+    except OSError as error:
+        typer.echo(f"lossmeta report: {error}", err=True)
+        raise typer.Exit(1) from error
