@@ -16,7 +16,7 @@ from torch.optim import Adam, Optimizer
 from lossmeta.adalfl._batches import call_model, check_meta_optimizer, endless
 from lossmeta.adalfl._state import random_state, set_random_state
 from lossmeta.adalfl.differentiable_step import Batch, Loss
-from lossmeta.ops._arguments import choice
+from lossmeta._checks import choice
 
 Product = Callable[[list[Tensor]], list[Tensor]]
 
