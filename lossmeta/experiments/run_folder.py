@@ -174,20 +174,22 @@ def opened(path: Path, header: Header) -> Iterator[Writer]:
                 f"{path} is being written to by process {holder}; wait for it, or choose another --output"
             )
         earlier, kept = _plan(path, header)
-        trials, good = _read_trials(path / TRIALS)
-        if kept != earlier:
-            write_json(path / HEADER, {"schema": SCHEMA, **asdict(kept)})
-        file = os.open(path / TRIALS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.ftruncate(file, good)
-            _sync_folder(path)
-            yield Writer(path, kept, trials, file)
+            trials, good = _read_trials(path / TRIALS)
+            if kept != earlier:
+                write_json(path / HEADER, {"schema": SCHEMA, **asdict(kept)})
+            file = os.open(path / TRIALS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.ftruncate(file, good)
+                _sync_folder(path)
+                yield Writer(path, kept, trials, file)
+            finally:
+                os.close(file)
         finally:
-            os.close(file)
-            if earlier is None and not (path / TRIALS).stat().st_size:
+            if earlier is None and not finished(path):
                 with suppress(OSError):
                     for name in (TRIALS, HEADER, LOCK):
-                        (path / name).unlink()
+                        (path / name).unlink(missing_ok=True)
                     if new_folder:
                         path.rmdir()
 
