@@ -81,7 +81,7 @@ class Progress:
         """The state in one line."""
         minutes, seconds = divmod(int(seconds), 60)
         hours, minutes = divmod(minutes, 60)
-        share = f", {self._share:.0%} of it" if self._share else ""
+        share = f", {100 * self._share:.0f} % of it" if self._share else ""
         time_spent = f"{hours}:{minutes:02}:{seconds:02}"
         return f"lossmeta {self.name}: {self.done} of {self.total} trials after {time_spent}; {self._what}{share}"
 

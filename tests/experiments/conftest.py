@@ -72,8 +72,14 @@ def toy() -> Toy:
     return Toy()
 
 
+@pytest.fixture
+def figures() -> None:
+    """For a test that wants them."""
+    pytest.importorskip("matplotlib")
+
+
 @pytest.fixture(autouse=True)
 def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of a test's time."""
-    if "figures" not in request.keywords:
+    if "figures" not in request.fixturenames:
         monkeypatch.setattr("lossmeta.plot.installed", lambda: False)
