@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,31 +89,32 @@ def write(run: Run, seeds: Sequence[int] | None = None) -> list[Path]:
     write_text(written[0], page(run, seeds))
     write_json(written[1], [table.data() for table in tables(run, seeds)])
     if plot.installed():
-        written.append(run.path / f"{run.header.recipe}.png")
-        plot.save(figure(run, seeds), written[-1])
+        for name, drawing in figures(run, seeds):
+            written.append(run.path / name)
+            plot.save(drawing, written[-1])
     return written
 
 
-def figure(run: Run, seeds: Sequence[int] | None = None) -> Figure:
-    """One panel a task: mean and deviation of the first measure of every row."""
+def figures(run: Run, seeds: Sequence[int] | None = None) -> Iterator[tuple[str, Figure]]:
+    """File name and figure of every task: mean and deviation of the first measure of every row."""
     seeds = run.header.seeds if seeds is None else seeds
-    drawn = [(task, rows) for task in run.header.tasks if any((rows := _rows(run, task, seeds)).values())]
-    height = 0.9 + 0.32 * len(run.header.rows)
-    drawing, panels = plot.figure(
-        run.header.recipe, max(1, len(drawn)), size=(7.0, height * max(1, len(drawn)))
-    )
-    for axes, (task, rows) in zip(panels, drawn, strict=False):
+    for task in run.header.tasks:
         measure = (_compared(task) or task.measures)[0]
         factor = 100 if measure.percent else 1
         points = {}
-        for label, trials in rows.items():
+        for label, trials in _rows(run, task, seeds).items():
             of_row = summary([trial.measures.get(measure.name) for trial in trials.values()])
             if of_row.mean is not None:
                 points[label] = factor * of_row.mean, factor * (of_row.deviation or 0.0)
-        plot.intervals(axes, list(points), [p[0] for p in points.values()], [p[1] for p in points.values()])
-        axes.set_title(task.name)
-        axes.set_xlabel(f"{_heading(measure)}, mean ± sd")
-    return drawing
+        if points:
+            drawing, (axes,) = plot.figure(run.header.recipe, size=(7.0, 1.0 + 0.32 * len(points)))
+            means, deviations = zip(*points.values(), strict=True)
+            plot.intervals(axes, list(points), means, deviations)
+            axes.set_title(task.name)
+            axes.set_xlabel(f"{_heading(measure)}, mean ± sd")
+            names = [run.header.recipe, *([task.name] if len(run.header.tasks) > 1 else [])]
+            words = re.findall(r"[\w.]+", " ".join(names).lower())
+            yield f"{'-'.join(words)}.png", drawing
 
 
 def _compared(task: TaskHeader) -> list[Measure]:
@@ -164,7 +166,8 @@ def _comparisons(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple
             for i, heading in enumerate(COMPARISONS):
                 values = [None if c is None or i else _data(c) for c in compared]
                 of_rows = [Cell(text[i], value) for text, value in zip(texts, values, strict=True)]
-                yield Column(heading, group), of_rows
+                if i == 0 or any(cell.text for cell in of_rows):
+                    yield Column(heading, group), of_rows
 
 
 def _compare(measure: Measure, trials: dict[int, Record], reference: dict[int, Record]) -> Comparison | None:

@@ -252,8 +252,8 @@ def _continued(path: Path, earlier: Header, now: Header) -> Header:
     """The header of a run that goes on: everything as it is now, but where it began."""
 
     def fixed(header: Header) -> dict[str, Any]:
-        versions = {name: header.environment.get(name) for name in ("lossmeta", "torch")}
-        return {"recipe": header.recipe, **header.settings, **versions}
+        where = {name: header.environment.get(name) for name in ("lossmeta", "torch", "device")}
+        return {"recipe": header.recipe, **where, **header.settings}
 
     there, here = fixed(earlier), fixed(now)
     different = [name for name in {**there, **here} if there.get(name) != here.get(name)]

@@ -74,6 +74,14 @@ def run(
     Raises:
         ValueError: where tasks and methods do not fit together.
         TrialError: where a method fails other than by diverging.
+
+    Example:
+        >>> error = Measure("error", higher_is_better=False)
+        >>> task = Task("mean of 100", lambda seed, device: torch.randn(100, device=device), (error,))
+        >>> mean = Method("mean", lambda trial: {"error": trial.data.mean().abs().item()})
+        >>> median = Method("median", lambda trial: {"error": trial.data.median().abs().item()})
+        >>> options = {"seeds": 10, "device": "cpu", "folder": Path("runs/mean"), "settings": {}}
+        >>> status = run("mean", [task], [mean, median], reference="mean", **options)
     """
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     references = (reference,) if isinstance(reference, str) else tuple(reference or ())
@@ -139,6 +147,8 @@ class _Data:
                 return self.task.prepare(self.seed, self.device)
         except (OSError, ImportError, ValueError) as error:
             raise _Unavailable(str(error)) from error
+        except Exception as error:
+            raise TrialError(_failure(f"{self.task.name}, data of seed {self.seed}", error)) from error
 
 
 class _Session:
@@ -256,7 +266,7 @@ class _Session:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK:
                 raise
-            raise TrialError(f"{where}: {type(error).__name__}: {error}") from error
+            raise TrialError(_failure(where, error)) from error
         seconds = self._now() - start
         for measure in data.task.measures:
             if measure.name not in numbers:
@@ -301,6 +311,10 @@ def _check(tasks: Sequence[Task], methods: Sequence[Method | Tuned], references:
 
 def _candidates(row: Tuned, task: Task) -> tuple[Method, ...]:
     return row.candidates(task) if callable(row.candidates) else row.candidates
+
+
+def _failure(where: str, error: Exception) -> str:
+    return f"{where}: {type(error).__name__}: {error}"
 
 
 def _number(value: float | None) -> float | None:

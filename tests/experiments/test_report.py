@@ -92,36 +92,53 @@ def test_data_of_cells() -> None:
     assert cells["difference"]["value"]["difference"] == pytest.approx(-0.015)
 
 
-def texts(of: Run, row: str, seeds: list[int] | None = None) -> list[str]:
+def texts(of: Run, row: str, seeds: list[int] | None = None) -> dict[str, str]:
+    """What a row says under the headings up to the first measure's comparison, where it says anything."""
     (table,) = report.tables(of, seeds)
-    return [cell.text for cell in table.rows[row][:9] if cell.text]
+    found: dict[str, str] = {}
+    for column, cell in zip(table.columns, table.rows[row], strict=True):
+        if cell.text:
+            found.setdefault(column.heading, cell.text)
+    return found
 
 
 def test_divergence() -> None:
-    of = run(PLAIN, {0: 0.08, 1: None, 2: 0.09, 5: 0.10})
-    assert texts(of, "other")[0] == "9.0 ± 1.0, 1 diverged"
-    assert texts(of, "other")[-2:] == ["3/4", "0.75"]
-    assert texts(run(PLAIN, dict.fromkeys(PLAIN)), "other") == [
-        "diverged",
-        "9.9 ± 0.1",
-        "diverged",
-        "0.10",
-        "0/4",
-        "0.12",
-    ]
+    some = texts(run(PLAIN, {0: 0.08, 1: None, 2: 0.09, 5: 0.10}), "other")
+    assert some["error (%)"] == "9.0 ± 1.0, 1 diverged"
+    assert (some["better"], some["p Wilcoxon"]) == ("3/4", "0.75")
+    assert texts(run(PLAIN, dict.fromkeys(PLAIN)), "other") == {
+        "error (%)": "diverged",
+        "paper": "9.9 ± 0.1",
+        "precision": "diverged",
+        "rate": "0.10",
+        "better": "0/4",
+        "p Wilcoxon": "0.12",
+    }
 
 
 def test_only_some_seeds() -> None:
-    assert texts(run(PLAIN, OTHER), "plain", [0])[0] == "10.0"
-    assert texts(run(PLAIN, OTHER), "other", [0])[-3:] == ["-2.0", "1/1", "1"]
-    assert "seeds: 0;" in report.page(run(PLAIN, OTHER), [0])
+    of = run(PLAIN, OTHER)
+    assert texts(of, "plain", [0])["error (%)"] == "10.0"
+    assert texts(of, "other", [0]) == {
+        "error (%)": "8.0",
+        "paper": "9.9 ± 0.1",
+        "precision": "0.920",
+        "rate": "0.10",
+        "difference": "-2.0",
+        "better": "1/1",
+        "p Wilcoxon": "1",
+    }
+    (table,) = report.tables(of, [0])
+    assert "p t-test" not in [column.heading for column in table.columns], "what no row has is left out"
+    assert "seeds: 0;" in report.page(of, [0])
 
 
 def test_an_unfinished_run() -> None:
     of = run(PLAIN, {0: 0.08, 1: 0.10})
     (table,) = report.tables(of)
     assert table.notes == ("Not finished: other: 2 of 4.",)
-    assert texts(of, "other")[4:7] == ["-2.0", "-2.0 to -2.0", "2/2"], "paired over what there is"
+    other = texts(of, "other")
+    assert (other["difference"], other["better"]) == ("-2.0", "2/2"), "paired over what there is"
     (table,) = report.tables(run(PLAIN, {}))
     assert {cell.text for cell in table.rows["other"]} == {"", "9.9 ± 0.1"}
     assert report.tables(run({}, {})) == []
@@ -134,7 +151,7 @@ def test_what_was_chosen_and_the_last_trial_of_a_seed() -> None:
     of.trials.append(replace(record("other", 0, 0.9), role="tuning"))
     (table,) = report.tables(of)
     assert table.notes == ("Chosen: other: rate 0.1.",)
-    assert texts(of, "other")[0] == "20.0 ± 0.0"
+    assert texts(of, "other")["error (%)"] == "20.0 ± 0.0"
 
 
 def test_several_references_and_none() -> None:
@@ -155,17 +172,21 @@ def test_several_references_and_none() -> None:
 
 
 def test_large_numbers_stay_short() -> None:
-    assert texts(run(PLAIN, {0: 1.5e20, 1: 2e20}), "other")[0] == "1.75e+22 ± 3.54e+21"
+    assert texts(run(PLAIN, {0: 1.5e20, 1: 2e20}), "other")["error (%)"] == "1.75e+22 ± 3.54e+21"
 
 
-def test_figure(tmp_path: Path, figures: None) -> None:
+def test_figures(tmp_path: Path, figures: None) -> None:
     of = replace(run(PLAIN, {0: None, 1: 0.11}), path=tmp_path)
-    assert [path.name for path in report.write(of)] == ["tables.md", "tables.json", "toy.png"]
-    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
-    (axes,) = report.figure(of).axes
+    assert [path.name for path in report.write(of)] == ["tables.md", "tables.json", "toy-task.png"]
+    assert (tmp_path / "toy-task.png").read_bytes().startswith(b"\x89PNG")
+    ((_, drawing),) = report.figures(of)
+    (axes,) = drawing.axes
     assert axes.get_title() == "Task"
     assert axes.get_xlabel() == "error (%), mean ± sd"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plain", "other"]
+    one_task = replace(of, header=replace(of.header, tasks=of.header.tasks[:1]))
+    assert [name for name, _ in report.figures(one_task)] == ["toy.png"]
+    assert list(report.figures(run({}, {}))) == []
 
 
 def test_without_matplotlib(tmp_path: Path) -> None:

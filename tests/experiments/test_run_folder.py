@@ -79,8 +79,8 @@ def test_a_run_goes_on_with_more(tmp_path: Path) -> None:
         ({"settings": {"size": "paper"}}, "size is small there and paper now"),
         ({"recipe": "other"}, "recipe is toy there and other now"),
         (
-            {"environment": {"lossmeta": "9", "torch": None}},
-            f"lossmeta is {lossmeta.__version__} there and 9 now",
+            {"environment": {**run_folder.environment("cuda", 1), "lossmeta": "9"}},
+            f"lossmeta is {lossmeta.__version__} there and 9 now; device is cpu there and cuda now",
         ),
     ],
 )

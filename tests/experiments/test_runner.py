@@ -159,7 +159,7 @@ def test_a_finished_run_trains_nothing_and_needs_no_data(
     assert capsys.readouterr().out == shown
     assert outcome(tmp_path) == before
     assert toy(tmp_path, seeds=1) == 0
-    assert capsys.readouterr().out.splitlines()[0].rstrip() == "first, 1 seed"
+    assert capsys.readouterr().out.startswith("first, 1 seed;")
     assert toy.trained == []
     assert toy(tmp_path, seeds=4) == 0
     assert {seed for _, _, seed in toy.trained} == {3}
@@ -279,6 +279,16 @@ def test_a_method_that_fails_is_named_and_the_rest_kept(toy: Any, tmp_path: Path
     ]
     toy.before = lambda trial, label: None
     assert toy(tmp_path) == 0
+
+
+def test_data_that_fail_are_named(toy: Any, tmp_path: Path) -> None:
+    def prepare(seed: int, device: torch.device) -> None:
+        raise KeyError("column")
+
+    toy.tasks = [replace(toy.tasks[0], prepare=prepare)]
+    with pytest.raises(TrialError, match="first, data of seed 100: KeyError: 'column'"):
+        toy(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_every_measure_must_be_given(toy: Any, tmp_path: Path) -> None:
