@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -42,8 +44,12 @@ def list_recipes() -> None:
 
     found = recipes()
     width = max(map(len, found))
+    room = max(20, shutil.get_terminal_size().columns - width - 2)
     for name, recipe in found.items():
-        typer.echo(f"{name:{width}}  {recipe.about}")
+        first, *more = textwrap.wrap(recipe.about, room)
+        typer.echo(f"{name:{width}}  {first}")
+        for line in more:
+            typer.echo(" " * (width + 2) + line)
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 PAGE, TABLES = "tables.md", "tables.json"
 TEXT_WIDTH = 100
-# From here on decimals say nothing.
-LARGE = 1e6
+# From here on decimals become fewer, and then none are left.
+LARGE, HUGE = 1e3, 1e6
 COMPARISONS = ("difference", "95 % interval", "better", "p t-test", "p Wilcoxon")
 NOTE = """\
 ±: standard deviation over the seeds. Difference: mean of the differences to the row that is named, seed by seed, \
@@ -210,7 +211,10 @@ def _heading(measure: Measure) -> str:
 
 def _number(measure: Measure, value: float, sign: str = "") -> str:
     value *= 100 if measure.percent else 1
-    return f"{value:{sign}.3g}" if abs(value) >= LARGE else f"{value:{sign}.{measure.digits}f}"
+    if abs(value) >= HUGE:
+        return f"{value:{sign}.3g}"
+    digits = measure.digits - int(math.log10(abs(value))) + 1 if abs(value) >= LARGE else measure.digits
+    return f"{value:{sign}.{max(0, digits)}f}"
 
 
 def _spread(measure: Measure, s: Summary) -> str:
@@ -220,7 +224,7 @@ def _spread(measure: Measure, s: Summary) -> str:
         return "diverged" if s.count and compared else ""
     text = _number(measure, s.mean)
     # What is not compared is often a setting: the same in every trial, or in some of them none.
-    if s.deviation is not None and (s.deviation or compared):
+    if s.deviation is not None and (compared or _number(measure, s.deviation) != _number(measure, 0)):
         text += f" ± {_number(measure, s.deviation)}"
     return f"{text}, {s.diverged} diverged" if s.diverged and compared else text
 

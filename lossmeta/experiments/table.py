@@ -54,13 +54,9 @@ class Table:
 
         longest, *widths = self._widths(cell_len, whole_headings=False)
         for title, chosen in self._blocks(console.width, longest, [GAP + width for width in widths]):
+            console.print(Text(title, style="italic"))
             table = RichTable(
-                title=Text(title),
-                title_justify="left",
-                box=box.SIMPLE_HEAD,
-                show_edge=False,
-                pad_edge=False,
-                padding=(0, GAP - 1, 0, 0),
+                box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0)
             )
             room = console.width - sum(GAP + widths[i] for i in chosen)
             table.add_column("", width=min(longest, LABEL_WIDTH, max(NARROW, room)))

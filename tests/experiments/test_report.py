@@ -172,6 +172,7 @@ def test_several_references_and_none() -> None:
 
 
 def test_large_numbers_stay_short() -> None:
+    assert texts(run(PLAIN, {0: 12.34, 1: 123.4}), "other")["error (%)"] == "6787 ± 7853"
     assert texts(run(PLAIN, {0: 1.5e20, 1: 2e20}), "other")["error (%)"] == "1.75e+22 ± 3.54e+21"
 
 
