@@ -150,6 +150,11 @@ def _values(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple[Colu
             for trials in rows.values()
         ]
         yield Column(_heading(measure)), [Cell(_spread(measure, s), _data(s)) for s in of_rows]
+        if measure.ratio and header.references:
+            name = header.references[0]
+            base = of_rows[list(rows).index(name)].mean
+            ratios = [None if not base or s.mean is None else s.mean / base for s in of_rows]
+            yield Column(f"times {name}"), [Cell("" if r is None else f"{r:.2f}", r) for r in ratios]
         for heading, texts in beside.items():
             yield Column(heading), [Cell(texts.get(label, "")) for label in rows]
         beside = {}

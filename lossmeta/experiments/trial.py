@@ -30,6 +30,7 @@ class Measure:
         percent: whether a share is shown in percent.
         digits: decimals in a table.
         shown: whether tables have it; what only serves to choose among candidates need not be seen.
+        ratio: whether tables also have how many times the (first) reference's it is.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Measure:
     percent: bool = False
     digits: int = 4
     shown: bool = True
+    ratio: bool = False
 
 
 @dataclass(frozen=True)

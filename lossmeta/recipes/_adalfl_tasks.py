@@ -189,7 +189,7 @@ OFFLINE_STEPS = 2500
 ERROR = Measure("test error", higher_is_better=False)
 SELECTION = Measure("selection error", higher_is_better=False, shown=False)
 SLOPE, RATE = Measure("slope", higher_is_better=None, digits=2), Measure("rate", higher_is_better=None)
-SECONDS = Measure("seconds", higher_is_better=False, digits=2)
+SECONDS = Measure("seconds", higher_is_better=False, digits=2, ratio=True)
 
 
 @lru_cache(maxsize=1)  # the tasks of one data set follow one another

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from lossmeta import experiments, plot
@@ -125,14 +126,17 @@ class Quickstart:
             threads=1,  # the tensors are small: a second thread would cost more than it does
         )
         if status == 0:
-            print(self._figure(output / FIGURE))
+            _say_where_the_figure_is(output / FIGURE)
         return status
 
-    @staticmethod
-    def _figure(path: Path) -> str:
-        if path.exists():
-            return f"The learned loss beside cross-entropy: {path}"
-        return 'To see the learned loss drawn: python -m pip install "lossmeta[plot]", then another --output.'
+
+def _say_where_the_figure_is(path: Path) -> None:
+    console = Console(highlight=False)
+    if path.exists():
+        console.print(f"The learned loss beside cross-entropy: {path}", markup=False, soft_wrap=True)
+    else:
+        hint = 'With `python -m pip install "lossmeta[plot]"` a run into a new folder draws the learned loss.'
+        console.print(hint, markup=False)
 
 
 RECIPES = (Quickstart(),)

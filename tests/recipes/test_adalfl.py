@@ -341,6 +341,9 @@ def test_seconds_are_of_all_that_training_needed(toy: None, tmp_path: Path) -> N
     assert recipe.run(size="small", seeds=1, device="cpu", output=tmp_path) == 0
     plain, offline = run_folder.read(tmp_path).trials
     assert 0 < (plain.measures["seconds"] or 0) < (offline.measures["seconds"] or 0)
+    page = (tmp_path / "tables.md").read_text()
+    times = (offline.measures["seconds"] or 0) / (plain.measures["seconds"] or 1)
+    assert "times plain, base rate" in page and f" {times:.2f} |" in page
 
 
 # ---- The paper.
