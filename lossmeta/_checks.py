@@ -32,28 +32,24 @@ def choice(name: str, argument: str, value: str, choices: Mapping[str, T]) -> T:
     raise kind(f"{name}: {argument} must be one of {names}, got {value!r}")
 
 
-def check_at_least_one(name: str, **numbers: int) -> None:
-    for argument, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name}: {argument} must be at least 1, got {number}")
+def check_at_least_one(name: str, argument: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{name}: {argument} must be at least 1, got {number}")
 
 
-def check_positive(name: str, **numbers: float) -> None:
-    for argument, number in numbers.items():
-        if not number > 0:
-            raise ValueError(f"{name}: {argument} must be positive, got {number}")
+def check_positive(name: str, argument: str, number: float) -> None:
+    if not number > 0:
+        raise ValueError(f"{name}: {argument} must be positive, got {number}")
 
 
-def check_positive_and_finite(name: str, **numbers: float) -> None:
-    for argument, number in numbers.items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name}: {argument} must be positive and finite, got {number}")
+def check_positive_and_finite(name: str, argument: str, number: float) -> None:
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: {argument} must be positive and finite, got {number}")
 
 
-def check_fraction(name: str, **numbers: float) -> None:
-    for argument, number in numbers.items():
-        if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{name}: {argument} must lie in [0, 1], got {number}")
+def check_fraction(name: str, argument: str, number: float) -> None:
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}: {argument} must lie in [0, 1], got {number}")
 
 
 # ---- Tensors.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,10 +43,7 @@ class ModelState:
 
     def bring_back(self) -> None:
         self.random.bring_back()
-        if self.buffers:
-            with torch.no_grad():
-                for buffer, value in zip(self.model.buffers(), self.buffers, strict=True):
-                    buffer.copy_(value)
+        copy_into(self.model.buffers(), self.buffers)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -55,6 +52,13 @@ class ModelState:
             yield
         finally:
             self.bring_back()
+
+
+def copy_into(tensors: Iterable[Tensor], values: Sequence[Tensor]) -> None:
+    if values:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
 
 
 @contextmanager

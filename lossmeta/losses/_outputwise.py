@@ -55,7 +55,7 @@ class OutputwiseLoss(nn.Module):
         self.name = type(self).__name__
         self.link = choice(self.name, "link", link, LINKS)
         choice(self.name, "reduction", reduction, REDUCTIONS)
-        check_fraction(self.name, label_smoothing=label_smoothing)
+        check_fraction(self.name, "label_smoothing", label_smoothing)
         if link == "identity" and (weight is not None or label_smoothing != 0.0 or ignore_index != IGNORED):
             raise ValueError(
                 f"{self.name}: weight, ignore_index and label_smoothing are for link='softmax', "

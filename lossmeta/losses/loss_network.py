@@ -120,9 +120,9 @@ class LossNetwork(OutputwiseLoss):
                 raise ValueError(
                     f"LossNetwork: residual={residual!r} is for link={needed!r}, got link={link!r}"
                 )
-        _checks.check_at_least_one("LossNetwork", hidden=hidden)
-        _checks.check_fraction("LossNetwork", leak=leak)
-        _checks.check_positive_and_finite("LossNetwork", smoothness=smoothness)
+        _checks.check_at_least_one("LossNetwork", "hidden", hidden)
+        _checks.check_fraction("LossNetwork", "leak", leak)
+        _checks.check_positive_and_finite("LossNetwork", "smoothness", smoothness)
         self.hidden = hidden
         self.leak = leak
         self.smoothness = smoothness

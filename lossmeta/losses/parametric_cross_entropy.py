@@ -79,7 +79,7 @@ class ParametricCrossEntropy(nn.Module):
             raise kind(
                 f"ParametricCrossEntropy: num_classes must be an integer, at least 1, got {num_classes!r}"
             )
-        check_fraction("ParametricCrossEntropy", label_smoothing=label_smoothing)
+        check_fraction("ParametricCrossEntropy", "label_smoothing", label_smoothing)
         if weight is not None:
             check_tensors("ParametricCrossEntropy", weight=weight)
             if weight.shape != (num_classes,):

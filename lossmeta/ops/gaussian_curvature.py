@@ -44,7 +44,8 @@ def gaussian_curvature(surface: Tensor, dx: float, dy: float) -> Tensor:
         >>> round(gaussian_curvature(cap, 0.01, 0.01).mean().item(), 3)
         0.25
     """
-    check_positive_and_finite("gaussian_curvature", dx=dx, dy=dy)
+    check_positive_and_finite("gaussian_curvature", "dx", dx)
+    check_positive_and_finite("gaussian_curvature", "dy", dy)
     curvature: Tensor = _operator(surface, float(dx), float(dy))
     return curvature
 

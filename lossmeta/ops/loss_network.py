@@ -154,8 +154,8 @@ def _options(
     softmax = choice("loss_network", "link", link, LINKS)
     smooth = choice("loss_network", "hidden", hidden, HIDDEN)
     has_softplus = choice("loss_network", "output", output, OUTPUTS)
-    check_fraction("loss_network", leak=leak)
-    check_positive_and_finite("loss_network", smoothness=smoothness)
+    check_fraction("loss_network", "leak", leak)
+    check_positive_and_finite("loss_network", "smoothness", smoothness)
     if not MIN_TABLE_SIZE <= table_size <= MAX_TABLE_SIZE:
         raise ValueError(
             f"loss_network: table_size must lie in [{MIN_TABLE_SIZE}, {MAX_TABLE_SIZE}], got {table_size}"

@@ -81,7 +81,7 @@ def _general(
     reduction: int,
 ) -> Tensor:
     """Smoothed, soft and unbatched targets, reduced to the operator by C x C (soft: N x C) products in PyTorch."""
-    check_fraction("parametric_cross_entropy", label_smoothing=label_smoothing)
+    check_fraction("parametric_cross_entropy", "label_smoothing", label_smoothing)
     if logits.dim() == 1:
         loss = _general(
             logits[None], target[None], phi, sigmoid, weight, ignore_index, label_smoothing, reduction

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_meta_gradient import batches, cnn
-from test_online import equal, learner, values
+from small_problems import batches, cnn, equal, learner, values
 from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
 from lossmeta.adalfl import OnlineLearner
-from lossmeta.adalfl._capture import CapturedStep, check_capturable
+from lossmeta.adalfl.capture import CapturedStep, check_capturable
 from lossmeta.losses import LossNetwork
 
 
@@ -39,12 +38,12 @@ def test_a_step_without_host_reads_is_the_same_step(optimizer: Any) -> None:
         assert bool(taken) == finite == (report.skipped is None)
         assert torch.equal(loss, report.loss)
         assert torch.equal(task_loss.nan_to_num(), report.task_loss.nan_to_num())  # type: ignore[union-attr]
-    assert equal(values(first._step.plain), values(second._step.plain))
+    assert equal(values(first._step.model.plain), values(second._step.model.plain))
     assert equal(values(first.loss), values(second.loss))
 
 
 def test_what_cannot_be_captured_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="capture=True needs the model on a CUDA device, got cpu; move it"):
+    with pytest.raises(ValueError, match="capture=True needs the model on a CUDA device, got cpu; move it"):
         learner(capture=True)
     p = [nn.Parameter(torch.zeros(1))]
     check_capturable("optimizer", SGD(p, 0.1, momentum=0.9))
@@ -104,7 +103,7 @@ def test_captured_steps_are_those_of_python(optimizer: Any, backend: str) -> Non
         reports = [each.step(*pair) for each in (one, two)]
         torch.testing.assert_close(reports[0].loss, reports[1].loss, rtol=1e-5, atol=1e-6)
     assert int(one.skipped) == two.skipped == 1
-    for a, b in ((one._step.plain, two._step.plain), (one.loss, two.loss)):
+    for a, b in ((one._step.model.plain, two._step.model.plain), (one.loss, two.loss)):
         for x, y in zip(values(a), values(b), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     short = [(x[:5], y[:5]) for x, y in pairs[0]]
