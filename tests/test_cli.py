@@ -13,14 +13,15 @@ from typer.testing import CliRunner
 import lossmeta
 from lossmeta import _build
 from lossmeta.cli import app
+from lossmeta.cli.experiments import EPOCH
 from lossmeta.recipes import recipes
-from lossmeta.recipes._comparison import Recipe
+from lossmeta.recipes._noisy_digits import SETTINGS
 
 
 def lossmeta_command(*arguments: str) -> str:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_version() -> None:
@@ -29,33 +30,59 @@ def test_version() -> None:
 
 def test_help_lists_the_commands() -> None:
     text = lossmeta_command("--help")
-    for name in ("info", "list", "quickstart", "run"):
+    for name in ("info", "list", "quickstart", "report", "run"):
         assert name in text
 
 
-def test_list_names_every_recipe() -> None:
+def test_list_names_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     lines = lossmeta_command("list").splitlines()
-    assert [line.split()[0] for line in lines] == list(recipes())
-    assert all("Table " in line for line in lines)
+    assert max(map(len, lines)) <= 60
+    assert [line.split()[0] for line in lines if line[0] != " "] == list(recipes())
+    text = " ".join(" ".join(lines).split())
+    assert all(f"{name} {recipe.about}" in text for name, recipe in recipes().items())
 
 
-def test_run_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, object]] = []
+class Recorder:
+    """A recipe that keeps how it was started."""
 
-    def record(self: Recipe, **options: object) -> int:
-        calls.append({"name": self.name, **options})
+    name = "recorder"
+    about = "Trains nothing"
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, object]] = []
+
+    def run(self, **options: object) -> int:
+        self.calls.append(options)
         return 3
 
-    monkeypatch.setattr(Recipe, "run", record)
-    command = ["run", "adalfl-mnist", "--size", "paper", "--seeds", "2", "--device", "cuda", "--steps", "7"]
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr("lossmeta.recipes.recipes", lambda: {"recorder": recorder, "quickstart": recorder})
+    return recorder
+
+
+def test_run_passes_its_options_on(tmp_path: Path, recorder: Recorder) -> None:
+    command = ["run", "recorder", "--size", "paper", "--seeds", "2", "--device", "cuda", "--steps", "7"]
     assert CliRunner().invoke(app, command).exit_code == 3
-    assert CliRunner().invoke(app, ["run", "adalfl-objective", "--output", str(tmp_path)]).exit_code == 3
-    assert calls == [
-        {"name": "adalfl-mnist", "size": "paper", "seeds": 2, "device": "cuda", "steps": 7}
-        | {"output": Path("runs/adalfl-mnist-paper")},
-        {"name": "adalfl-objective", "size": "small", "seeds": 5, "device": "cpu", "steps": None}
-        | {"output": tmp_path},
+    assert CliRunner().invoke(app, ["run", "recorder", "--output", str(tmp_path)]).exit_code == 3
+    assert recorder.calls == [
+        {"size": "paper", "seeds": 2, "device": "cuda", "steps": 7} | {"output": Path("runs/recorder-paper")},
+        {"size": "small", "seeds": 5, "device": "cpu", "steps": None, "output": tmp_path},
     ]
+
+
+def test_quickstart_passes_its_options_on(tmp_path: Path, recorder: Recorder) -> None:
+    command = ["quickstart", "--seeds", "2", "--epochs", "3", "--device", "cuda", "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, command).exit_code == 3
+    assert CliRunner().invoke(app, ["quickstart"]).exit_code == 3
+    assert recorder.calls == [
+        {"size": "small", "seeds": 2, "device": "cuda", "steps": 3 * EPOCH, "output": tmp_path},
+        {"size": "small", "seeds": 3, "device": "cpu", "steps": None, "output": Path("runs/quickstart")},
+    ]
+    assert SETTINGS["sizes"]["train"] // SETTINGS["batch"] == EPOCH
 
 
 def test_run_names_the_recipes_that_there_are() -> None:
@@ -162,26 +189,59 @@ def test_info_names_the_instruction_set_in_use(isa: str | None) -> None:
     assert f"CPU:  instruction set {isa or best} (best here: {best})" in result.stdout
 
 
-def test_quickstart_trains_and_shows_its_table(tmp_path: Path) -> None:
-    text = lossmeta_command("quickstart", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path))
-    for words in (
-        "cross-entropy",
-        "parametric, fixed Φ = I",
-        "parametric, Φ from confusions",
-        "average precision",
-        "one seed",
-    ):
-        assert words in text
-    assert "±" not in text.split("one seed")[1].split("parametric: Param")[0]
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert report["settings"]["seeds"] == 1
-    assert "Φ from confusions" in report["about"]
+def test_quickstart_trains_and_its_report_is_the_same(tmp_path: Path) -> None:
+    folder, page = tmp_path / "run", tmp_path / "docs" / "page.md"
+    shown = lossmeta_command("quickstart", "--seeds", "1", "--epochs", "1", "--output", str(folder))
+    assert "cross-entropy" in shown
+    assert ", 1 seed" in shown
+    again = lossmeta_command("report", str(folder))
+    assert again.strip()
+    assert shown.startswith(again)
+    assert lossmeta_command("report", str(folder), "--markdown", str(page)) == ""
+    assert page.read_text() == (folder / "tables.md").read_text()
+
+
+def test_report_names_what_it_cannot_read(tmp_path: Path) -> None:
+    def refused(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["report", *arguments])
+        assert result.exit_code == 2
+        return " ".join(result.output.replace("│", " ").split())
+
+    assert "holds no run: it has neither run.json nor results.json" in refused(str(tmp_path))
+    (tmp_path / "run.json").write_text('{"schema": 99}')
+    assert "schema 99; lossmeta" in refused(str(tmp_path))
+
+
+def test_report_says_where_it_cannot_write(tmp_path: Path) -> None:
+    results = {"settings": {"recipe": "old"}, "versions": {}, "results": []}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    result = CliRunner().invoke(
+        app, ["report", str(tmp_path), "--markdown", str(tmp_path / "results.json" / "page.md")]
+    )
+    assert result.exit_code == 1
+    assert "lossmeta report: [Errno 17] File exists" in result.output
+
+
+def test_an_interrupt_while_it_starts_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lossmeta.recipes.recipes", interrupted)
+    assert CliRunner().invoke(app, ["list"]).exit_code == 130
 
 
 def test_module_runs_as_the_command() -> None:
     command = [sys.executable, "-m", "lossmeta", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == f"lossmeta {lossmeta.__version__}\n"
+
+
+def test_import_of_experiments_is_light() -> None:
+    """What only draws, computes p or shows tables is loaded when it is needed."""
+    heavy = ("matplotlib", "scipy", "sklearn", "rich", "lossmeta.recipes")
+    code = f"import sys, lossmeta.experiments; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "-1"], ["--device", "nonsense"]])
@@ -194,7 +254,7 @@ def test_quickstart_refuses_bad_options(arguments: list[str], tmp_path: Path) ->
 
 def test_import_is_light() -> None:
     """Heavy packages that only some recipes and controllers need stay out of ``import lossmeta``."""
-    heavy = ("cvxpy", "osqp", "matplotlib", "sklearn", "typer", "rich")
+    heavy = ("cvxpy", "osqp", "matplotlib", "scipy", "sklearn", "typer", "rich")
     code = f"import sys, lossmeta; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

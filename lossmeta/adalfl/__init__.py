@@ -1,11 +1,14 @@
 """AdaLFL: losses learned while the model trains, by the gradient of what each step achieved."""
 
-from lossmeta.adalfl.differentiable_step import MetaGradient, choose_backend, meta_gradient
-from lossmeta.adalfl.initialize import initialize, initialize_learning_rate
+from lossmeta.adalfl.backends import choose_backend
+from lossmeta.adalfl.differentiable_step import MetaGradient, meta_gradient
+from lossmeta.adalfl.initialization import initialize, initialize_learning_rate
+from lossmeta.adalfl.learned_loss import DivergedError
 from lossmeta.adalfl.online import OnlineLearner, Snapshot, StepReport
 from lossmeta.adalfl.plot import plot_loss
 
 __all__ = [
+    "DivergedError",
     "MetaGradient",
     "OnlineLearner",
     "Snapshot",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import check_meta_optimizer, checked
-from lossmeta.adalfl._capture import CapturedStep, all_finite, check_capturable, update_where_finite
-from lossmeta.adalfl.differentiable_step import Batch, DifferentiableStep, Loss
+from lossmeta._batches import Batch, Loss, checked
+from lossmeta._checks import check_at_least_one, check_positive_and_finite
+from lossmeta.adalfl.capture import CapturedStep, all_finite, check_capturable, update_where_finite
+from lossmeta.adalfl.differentiable_step import DifferentiableStep, MetaGradient, StepOptions
+from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
+from lossmeta.adalfl.slope_floor import SlopeFloor
 
 
 @dataclass
@@ -105,7 +106,6 @@ class OnlineLearner:
     Raises:
         ValueError: for options out of range, for a model and an optimizer, or a loss and a meta-optimizer, whose
             parameters differ, and for what cannot be captured.
-        RuntimeError: for ``capture=True`` with a model that is not on a CUDA device.
 
     Example:
         >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
@@ -174,32 +174,24 @@ class OnlineLearner:
         snapshot_every: int | None = None,
         capture: bool = False,
     ) -> None:
-        if snapshot_every is not None and snapshot_every < 1:
-            raise ValueError(f"OnlineLearner: snapshot_every must be at least 1, got {snapshot_every}")
-        if meta_every < 1:
-            raise ValueError(f"OnlineLearner: meta_every must be at least 1, got {meta_every}")
+        if snapshot_every is not None:
+            check_at_least_one("OnlineLearner", "snapshot_every", snapshot_every)
+        check_at_least_one("OnlineLearner", "meta_every", meta_every)
         if not learning_rate >= 0:
             raise ValueError(f"OnlineLearner: learning_rate must not be negative, got {learning_rate}")
-        if learning_rate:
-            for i, group in enumerate(optimizer.param_groups):
-                if not float(group["lr"]) > 0:
-                    raise ValueError(
-                        "OnlineLearner: with a learning_rate every group of optimizer must have a positive lr to start "
-                        f"from, got {float(group['lr'])} in group {i}"
-                    )
-        if min_slope is not None and not 0 < min_slope < math.inf:
-            raise ValueError(f"OnlineLearner: min_slope must be positive and finite, got {min_slope}")
-        phi = [p for p in loss.parameters() if p.requires_grad]
+        if min_slope is not None:
+            check_positive_and_finite("OnlineLearner", "min_slope", min_slope)
+        phi = to_learn(loss)
         if not phi and not learning_rate:
             raise ValueError("OnlineLearner: loss must have parameters to learn, got none")
-        self.loss = loss
-        self.optimizer = optimizer
         fused = all(p.device.type in ("cpu", "cuda") for p in phi)
         self.meta_optimizer = meta_optimizer or (
             Adam(phi, lr=1e-5, fused=fused, capturable=capture) if phi else None
         )
         if self.meta_optimizer is not None:
             check_meta_optimizer("OnlineLearner", loss, self.meta_optimizer)
+        self.loss = loss
+        self.optimizer = optimizer
         self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope
@@ -207,12 +199,8 @@ class OnlineLearner:
         self.history: list[Snapshot] = []
         self.steps = 0
         self.skipped: int | Tensor = 0
-        self._accepted: tuple[list[Tensor], dict[Any, Any]] | None = None
-        self._step = DifferentiableStep(
-            model,
-            optimizer,
-            loss,
-            task_loss,
+        self._floor = SlopeFloor(phi)
+        options = StepOptions(
             backend=backend,
             clip_norm=clip_norm,
             clip_value=clip_value,
@@ -221,40 +209,43 @@ class OnlineLearner:
             autocast=autocast,
             log_slope=log_slope or min_slope is not None,
         )
-
+        self._step = DifferentiableStep(model, optimizer, loss, task_loss, options)
+        if learning_rate:
+            self._step.rates.check_start("OnlineLearner")
         self._captured = self._make_captured() if capture else None
 
     def _make_captured(self) -> CapturedStep:
-        device = self._step.device
-        if device.type != "cuda":
-            raise RuntimeError(
-                f"OnlineLearner: capture=True needs the model on a CUDA device, got {device}; move it, or leave capture"
+        model = self._step.model
+        if model.device.type != "cuda":
+            raise ValueError(
+                f"OnlineLearner: capture=True needs the model on a CUDA device, got {model.device}; move it, or leave "
+                "capture"
             )
         if self.meta_optimizer is None or self.learning_rate or self.min_slope is not None:
             raise ValueError(
                 "OnlineLearner: with capture=True the loss must have parameters, and learning_rate and min_slope, "
                 "which decide on the host, must be left as they are"
             )
-        if self._step.distributed:
+        if model.distributed:
             raise ValueError("OnlineLearner: with capture=True model must not be a DistributedDataParallel")
         optimizers = [self.optimizer, self.meta_optimizer]
         for name, optimizer in zip(("optimizer", "meta_optimizer"), optimizers, strict=True):
             check_capturable(name, optimizer)
-        return CapturedStep(self._step_on_device, list(self._step.names), optimizers)
+        return CapturedStep(self._step_on_device, list(model.names), optimizers)
 
     def _step_on_device(self, train_batch: Batch, valid_batch: Batch) -> list[Tensor]:
         """A step with a meta-update that reads nothing back: the losses, whether the update was taken, and the slope
         ratio if asked for."""
         result = self._step(train_batch, valid_batch)
         assert self.meta_optimizer is not None
-        taken = update_where_finite(self.meta_optimizer, self._step.phi, result.gradients)
+        taken = update_where_finite(self.meta_optimizer, self._step.loss.phi, result.gradients)
         ratio = [] if result.slope_ratio is None else [result.slope_ratio]
         return [result.loss, result.task_loss, taken, *ratio]
 
     @property
     def backend(self) -> str:
         """How the meta-gradient is computed, and why so."""
-        return f"{self._step.backend}: {self._step.reason}"
+        return f"{self._step.backend.name}: {self._step.reason}"
 
     def step(self, train_batch: Batch, valid_batch: Batch | None = None) -> StepReport:
         """One training step, and where it is due a meta-update.
@@ -267,7 +258,7 @@ class OnlineLearner:
         Raises:
             ValueError: for an empty batch, and whatever the model and the losses raise for one that does not fit them.
             TypeError: for a batch that is not a pair.
-            RuntimeError: if the learned loss is not finite.
+            DivergedError: if the learned loss or its slope is not finite.
             In any case weights, optimizer and loss are as before.
         """
         train_batch = checked("OnlineLearner", "train_batch", train_batch)
@@ -294,57 +285,32 @@ class OnlineLearner:
             return StepReport(loss, task_loss, ratios[0] if ratios else None, None)
         result = self._step(train_batch, valid_batch)
         self.steps += 1
-        skipped = self._update(result.gradients, result.learning_rate_gradients, result.slope_ratio)
+        skipped = self._update(result)
         self.skipped += skipped is not None
         return StepReport(result.loss, result.task_loss, result.slope_ratio, skipped)
 
-    def _update(
-        self, gradients: list[Tensor | None], rates: list[Tensor], slope_ratio: Tensor | None
-    ) -> str | None:
-        phi = self._step.phi
-        if phi and self.min_slope is not None and slope_ratio is not None:
-            undone = self._undo_if_below(self.min_slope, slope_ratio)
+    def _update(self, found: MetaGradient) -> str | None:
+        """Moves the loss and the learning rates; or says why not."""
+        phi, meta = self._step.loss.phi, self.meta_optimizer
+        if phi and meta is not None and self.min_slope is not None and found.slope_ratio is not None:
+            ratio = self._step.model.mean(found.slope_ratio)
+            undone = self._floor.undo_if_below(self.min_slope, ratio, meta)
             if undone:
                 return undone
-        present = [g for g in (*gradients, *rates) if g is not None]
+        present = [g for g in (*found.gradients, *found.learning_rate_gradients) if g is not None]
         if not present:
             return "no gradient reaches the loss's parameters"
         if not all_finite(present):
             return "the meta-gradient is not finite"
-        if self.meta_optimizer is not None:
-            for p, g in zip(phi, gradients, strict=True):
+        if meta is not None:
+            for p, g in zip(phi, found.gradients, strict=True):
                 p.grad = g
-            self.meta_optimizer.step()
+            meta.step()
             for p in phi:
                 p.grad = None
-        for group, g in zip(self.optimizer.param_groups, rates, strict=False):
-            # A rate of 0 could never be left again: its gradient is that of the step per unit of the rate.
-            old = float(group["lr"])
-            new = max(old - self.learning_rate * g.item(), 1e-3 * old)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(new)
-            else:
-                group["lr"] = new
+        if found.learning_rate_gradients:
+            self._step.rates.descend(found.learning_rate_gradients, self.learning_rate)
         return None
-
-    @torch.no_grad()
-    def _undo_if_below(self, bound: float, slope_ratio: Tensor) -> str | None:
-        """What was undone: loss and meta-optimizer go back to those with which the ratio was last large enough."""
-        phi, meta = self._step.phi, self.meta_optimizer
-        if self._step.distributed:  # all must decide the same
-            slope_ratio = slope_ratio.clone()
-            torch.distributed.all_reduce(slope_ratio)
-            slope_ratio /= torch.distributed.get_world_size()
-        if slope_ratio >= bound:
-            self._accepted = [p.clone() for p in phi], deepcopy(meta.state_dict()["state"]) if meta else {}
-        if self._accepted is None or not slope_ratio < bound:
-            return None
-        values, state = self._accepted
-        torch._foreach_copy_(phi, values)
-        if meta:
-            # Copied: the optimizer keeps the tensors that it is given.
-            meta.load_state_dict({**meta.state_dict(), "state": deepcopy(state)})
-        return f"the slope fell to {slope_ratio:.3g} of the task loss's; the last update is undone"
 
     def _snapshot(self, slope_ratio: Tensor | None) -> None:
         state = {name: value.to("cpu", copy=True) for name, value in self.loss.state_dict().items()}
@@ -358,7 +324,7 @@ class OnlineLearner:
             "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
             "steps": self.steps,
             "skipped": int(self.skipped),
-            "accepted": self._accepted,
+            "accepted": self._floor.accepted,
             "history": [(s.step, s.state, s.slope_ratio) for s in self.history],
         }
 
@@ -367,5 +333,5 @@ class OnlineLearner:
         if self.meta_optimizer:
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-        self._accepted = state["accepted"]
+        self._floor.accepted = state["accepted"]
         self.history = [Snapshot(*saved) for saved in state["history"]]

@@ -38,9 +38,8 @@ def plot_loss(
 
     Raises:
         ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
-        ValueError: for an empty history, and for arguments that do not fit the loss.
+        ValueError: for an empty history, for snapshots of another loss, and for arguments that do not fit the loss.
         TypeError: for a loss that is not one of single outputs.
-        RuntimeError: for snapshots of another loss.
 
     Example:
         >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
@@ -58,6 +57,11 @@ def plot_loss(
     at = copy.deepcopy(loss).cpu()
     drawn = []
     for snapshot in history:
-        at.load_state_dict(snapshot.state)
+        try:
+            at.load_state_dict(snapshot.state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"plot_loss: history must hold snapshots of the loss, got others at step {snapshot.step}: {error}"
+            ) from error
         drawn.append(_plot.curves("plot_loss", at, predictions, num_classes))
     return _plot.draw("plot_loss", at, drawn, [snapshot.step for snapshot in history])

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from lossmeta._checks import (
     FLOAT_NAMES,
     FLOATS,
+    REDUCTIONS,
     check_float,
+    check_fraction,
     check_same_device,
+    check_tensors,
+    choice,
     dtype_name,
     outside,
 )
-from lossmeta.ops._arguments import REDUCTIONS, check_tensors, choice
-from lossmeta.ops._operator import accumulation_dtype
+from lossmeta.losses import _plot
+from lossmeta.ops._precision import accumulation_dtype
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +55,7 @@ class OutputwiseLoss(nn.Module):
         self.name = type(self).__name__
         self.link = choice(self.name, "link", link, LINKS)
         choice(self.name, "reduction", reduction, REDUCTIONS)
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"{self.name}: label_smoothing must lie in [0, 1], got {label_smoothing}")
+        check_fraction(self.name, "label_smoothing", label_smoothing)
         if link == "identity" and (weight is not None or label_smoothing != 0.0 or ignore_index != IGNORED):
             raise ValueError(
                 f"{self.name}: weight, ignore_index and label_smoothing are for link='softmax', "
@@ -196,8 +199,6 @@ class OutputwiseLoss(nn.Module):
             ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
             ValueError: for arguments that do not fit the link or the residual.
         """
-        from lossmeta.losses import _plot
-
         return _plot.draw(self.name, self, [_plot.curves(self.name, self, predictions, num_classes)], [0])
 
     def extra_repr(self) -> str:

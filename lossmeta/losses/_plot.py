@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lossmeta import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from lossmeta.losses._outputwise import OutputwiseLoss
 
 POINTS = 201
 TARGETS = (1.0, 0.0)
 
 
+class LossOfOutputs(Protocol):
+    """A loss that adds up what each output says."""
+
+    link: str
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def of_output(self, f: Tensor, y: Tensor, num_classes: int | None) -> Tensor: ...
+
+
 @torch.no_grad()
 def curves(
-    name: str, loss: OutputwiseLoss, predictions: tuple[float, float] | None, num_classes: int | None
+    name: str, loss: LossOfOutputs, predictions: tuple[float, float] | None, num_classes: int | None
 ) -> tuple[Tensor, Tensor]:
     """Predictions ``[P]``, and what one output adds to the loss there if its target is 1, and 0, ``[2, P]``."""
     if loss.link == "softmax":
@@ -38,28 +48,17 @@ def curves(
 
 
 def draw(
-    name: str, loss: OutputwiseLoss, drawn: Sequence[tuple[Tensor, Tensor]], steps: Sequence[int]
+    name: str, loss: LossOfOutputs, drawn: Sequence[tuple[Tensor, Tensor]], steps: Sequence[int]
 ) -> Figure:
     """One panel per target; with several steps, from dark to bright."""
-    try:
-        from matplotlib import colormaps
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f'{name}: matplotlib must be installed to draw, got none; pip install "lossmeta[plot]"'
-        ) from error
-    # Not pyplot: its figures stay until closed.
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(TARGETS))
-    colour, scale = colormaps["viridis"], Normalize(steps[0], steps[-1])
+    figure, axes = plot.figure(name, columns=len(TARGETS))
+    colours, scale = plot.shades(steps)
     for row, (y, axis) in enumerate(zip(TARGETS, axes, strict=True)):
-        for (f, values), step in zip(drawn, steps, strict=True):
-            axis.plot(f.tolist(), values[row].tolist(), color=colour(scale(step)), linewidth=1)
+        for (f, values), colour in zip(drawn, colours, strict=True):
+            axis.plot(f.tolist(), values[row].tolist(), color=colour, linewidth=1)
         axis.set_title(f"target {y:g}")
         axis.set_xlabel("predicted probability" if loss.link == "softmax" else "prediction")
     axes[0].set_ylabel("learned loss")
     if len(steps) > 1:
-        figure.colorbar(ScalarMappable(scale, colour), ax=axes, label="training step")
+        figure.colorbar(scale, ax=axes, label="training step")
     return figure

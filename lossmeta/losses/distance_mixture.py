@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lossmeta._checks import REDUCTIONS, choice
 from lossmeta.losses._mining import mined_triplets
 from lossmeta.losses._parameters import register
-from lossmeta.ops._arguments import REDUCTIONS, choice
 from lossmeta.ops.distance_mixture import distance_mixture
 
 
@@ -40,11 +40,10 @@ class DistanceMixtureLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown reduction or a ``min_distance`` that is not finite or, in float32, not a normal
-            positive number; when called, for an ``indices_tuple`` of other lengths, shapes or dtypes, or with indices
-            outside [0, M). On CUDA, where looking would wait for the device, a triplet with a bad index has loss NaN
-            and gradient 0.
+            positive number; when called, without labels and ``indices_tuple``, for shapes, dtypes or devices that do
+            not fit, for indices outside [0, M), and for a ``phi`` that is not finite. On CUDA, where looking would wait
+            for the device, a triplet with a bad index has loss NaN and gradient 0.
         TypeError: when called with something that is not a tensor.
-        RuntimeError: when called, for other arguments that do not fit.
 
     Example:
         >>> criterion = DistanceMixtureLoss()  # was: pytorch_metric_learning.losses.TripletMarginLoss()

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lossmeta._checks import check_same_device, may_look, refuse
+from lossmeta._checks import REDUCTIONS, check_same_device, choice, may_look, refuse
 from lossmeta.losses._mining import Pairs, mined_pairs
 from lossmeta.losses._parameters import register
-from lossmeta.ops._arguments import REDUCTIONS, choice
-from lossmeta.ops._operator import accumulation_dtype
+from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.distance_mixture import distances
 from lossmeta.ops.focal_weighting import focal_weighting
 
@@ -43,12 +42,11 @@ class FocalWeightedLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown reduction or an offset that is not finite; when called, without labels and
-            ``indices_tuple``, or for an ``indices_tuple`` of other lengths, shapes or dtypes, with indices outside
-            [0, M), or with a ``phi`` that is not positive and finite. On CUDA, where looking would wait for the
-            device, such an index makes the loss of its anchor NaN (of every anchor where it is the anchor's own), such
-            a ``phi`` every loss; their gradients are 0.
+            ``indices_tuple``, for shapes, dtypes or devices that do not fit, for indices outside [0, M), and for a
+            ``phi`` that is not positive and finite. On CUDA, where looking would wait for the device, such an index
+            makes the loss of its anchor NaN (of every anchor where it is the anchor's own), and such a ``phi`` every
+            loss; their gradients are 0.
         TypeError: when called with something that is not a tensor.
-        RuntimeError: when called with labels, for shapes, dtypes, devices or a ``phi`` that do not fit.
 
     Example:
         >>> criterion = FocalWeightedLoss()  # was: pytorch_metric_learning.losses.TripletMarginLoss()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lossmeta import _checks
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
-from lossmeta.ops._arguments import choice
-from lossmeta.ops._operator import accumulation_dtype
+from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
 RESIDUALS = {"cross_entropy": "softmax", "squared_error": "identity"}
@@ -74,10 +73,9 @@ class LossNetwork(OutputwiseLoss):
         ``softmax``: those of :class:`torch.nn.CrossEntropyLoss`. ``identity``: both ``[N]`` or ``[N, d...]``.
 
     Raises:
-        ValueError: for an option outside the values above, and when called for shapes, dtypes or devices that do not
-            fit.
-        TypeError: when called with something that is not a tensor.
-        RuntimeError: when called, for labels out of range, and for parameters on another device.
+        ValueError: for an option outside the values above, and when called for shapes, dtypes, devices or labels that
+            do not fit.
+        TypeError: for an option of another type, and when called with something that is not a tensor.
 
     Example:
         >>> criterion = LossNetwork()
@@ -114,20 +112,17 @@ class LossNetwork(OutputwiseLoss):
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
-        choice("LossNetwork", "activation", activation, HIDDEN)
-        choice("LossNetwork", "output", output, OUTPUTS)
+        _checks.choice("LossNetwork", "activation", activation, HIDDEN)
+        _checks.choice("LossNetwork", "output", output, OUTPUTS)
         if residual is not None:
-            needed = choice("LossNetwork", "residual", residual, RESIDUALS)
+            needed = _checks.choice("LossNetwork", "residual", residual, RESIDUALS)
             if link != needed:
                 raise ValueError(
                     f"LossNetwork: residual={residual!r} is for link={needed!r}, got link={link!r}"
                 )
-        if hidden < 1:
-            raise ValueError(f"LossNetwork: hidden must be at least 1, got {hidden}")
-        if not 0.0 <= leak <= 1.0:
-            raise ValueError(f"LossNetwork: leak must lie in [0, 1], got {leak}")
-        if not (smoothness > 0.0 and math.isfinite(smoothness)):
-            raise ValueError(f"LossNetwork: smoothness must be positive and finite, got {smoothness}")
+        _checks.check_at_least_one("LossNetwork", "hidden", hidden)
+        _checks.check_fraction("LossNetwork", "leak", leak)
+        _checks.check_positive_and_finite("LossNetwork", "smoothness", smoothness)
         self.hidden = hidden
         self.leak = leak
         self.smoothness = smoothness

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lossmeta._checks import REDUCTIONS, check_fraction, check_tensors, choice
 from lossmeta.losses._parameters import register
-from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, check_tensors, choice
-from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
+from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, parametric_cross_entropy
 
 
 class ParametricCrossEntropy(nn.Module):
@@ -31,9 +31,8 @@ class ParametricCrossEntropy(nn.Module):
         activation: ``"sigmoid"`` (the paper's) or ``"identity"``, with which :math:`\Phi = I` is plain
             cross-entropy.
         learnable: whether ``phi`` is a parameter instead of a buffer, for a controller that learns it from a
-            validation loss (set it inside
-            ``torch.no_grad()``); minimising the training loss over it would only
-            make the loss meaningless.
+            validation loss; set it inside ``torch.no_grad()``. Minimising the training loss over it would only make the
+            loss meaningless.
         weight: weight per class, ``[C]``.
         ignore_index: label that contributes neither loss nor gradient.
         label_smoothing: in [0, 1].
@@ -46,9 +45,9 @@ class ParametricCrossEntropy(nn.Module):
         indices or probabilities.
 
     Raises:
-        ValueError: for an option outside the values above.
-        TypeError: for a weight that is not a tensor.
-        RuntimeError: when called, for shapes, dtypes, devices or labels that do not fit.
+        ValueError: for an option outside the values above, and when called for shapes, dtypes, devices or labels that
+            do not fit.
+        TypeError: for an option of another type, and when called with something that is not a tensor.
 
     Example:
         >>> criterion = ParametricCrossEntropy(num_classes=3)  # was: torch.nn.CrossEntropyLoss()
@@ -76,13 +75,11 @@ class ParametricCrossEntropy(nn.Module):
         choice("ParametricCrossEntropy", "activation", activation, ACTIVATIONS)
         choice("ParametricCrossEntropy", "reduction", reduction, REDUCTIONS)
         if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(
+            kind = ValueError if isinstance(num_classes, int) else TypeError
+            raise kind(
                 f"ParametricCrossEntropy: num_classes must be an integer, at least 1, got {num_classes!r}"
             )
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(
-                f"ParametricCrossEntropy: label_smoothing must lie in [0, 1], got {label_smoothing}"
-            )
+        check_fraction("ParametricCrossEntropy", "label_smoothing", label_smoothing)
         if weight is not None:
             check_tensors("ParametricCrossEntropy", weight=weight)
             if weight.shape != (num_classes,):

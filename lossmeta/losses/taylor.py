@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lossmeta._checks import check_same_device
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
-from lossmeta.ops._operator import accumulation_dtype
+from lossmeta.ops._precision import accumulation_dtype
 
 
 class TaylorLoss(OutputwiseLoss):

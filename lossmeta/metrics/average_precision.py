@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_int64, check_same_device, may_look, refuse
-from lossmeta.ops._arguments import check_tensors
+from lossmeta._checks import check_int64, check_same_device, check_tensors, may_look, refuse
 
 
 class AveragePrecision:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_int64, check_same_device, outside
-from lossmeta.ops._arguments import check_tensors
+from lossmeta._checks import check_int64, check_same_device, check_tensors, outside
 
 
 class ErrorRate:

@@ -1,6 +1,7 @@
 """The compiled operators. Each is a function here and ``torch.ops.lossmeta.<name>`` beneath."""
 
-from lossmeta.ops._operator import FallbackWarning, debug
+from lossmeta._checks import debug
+from lossmeta.ops._operator import FallbackWarning
 from lossmeta.ops.class_confusion import class_confusion
 from lossmeta.ops.distance_mixture import distance_mixture
 from lossmeta.ops.focal_weighting import focal_weighting

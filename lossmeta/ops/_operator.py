@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lossmeta import _build
+from lossmeta import _build, _checks
+from lossmeta.ops._precision import accumulation_dtype, in_full_precision
+from lossmeta.ops._refusals import refusal
 
 _functorch = torch._C._functorch
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -24,26 +23,6 @@ class FallbackWarning(UserWarning):
 
 
 OPERATORS: dict[str, Operator] = {}
-_debugging = os.environ.get("LOSSMETA_DEBUG", "") not in ("", "0")
-
-
-@contextmanager
-def debug(enabled: bool = True) -> Iterator[None]:
-    """Checks on a GPU what would otherwise be left unlooked at, such as labels out of range.
-
-    The arguments are copied to the CPU, which synchronises, and the CPU operator raises what it finds. The environment
-    variable ``LOSSMETA_DEBUG=1`` does the same for a whole program.
-
-    Example:
-        >>> with lossmeta.ops.debug():
-        ...     loss = lossmeta.ops.parametric_cross_entropy(torch.ones(1, 3), torch.tensor([0]), torch.eye(3))
-    """
-    global _debugging
-    before, _debugging = _debugging, enabled
-    try:
-        yield
-    finally:
-        _debugging = before
 
 
 class Operator:
@@ -123,31 +102,41 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         """The differentiable outputs, by the cheapest path that is right where it is called."""
         self._check(args)
-        if _debugging and not torch.compiler.is_compiling():
-            self._check_on_cpu(args)
         if torch.compiler.is_compiling():
             if self.differentiable:
                 return self._outputs(self.op(*args))
             with torch.no_grad():
                 return self._outputs(self.op(*args))
-        if _functorch.peek_interpreter_stack() is not None:
-            if self.differentiable and _is_first_order():
-                return self._outputs(self._transformed.apply(*args))
-            return self.reference(*args)
-        if forward_ad._current_level >= 0:
-            return self.reference(*args)
-        if self.differentiable and torch.is_grad_enabled():
-            return self._eager.apply(*args)
-        with _BelowAutograd():  # the result of an operator without gradient does not require one
-            return self._outputs(self.op(*args))
+        try:
+            if _checks.debugging:
+                self._check_on_cpu(args)
+            if _functorch.peek_interpreter_stack() is not None:
+                if self.differentiable and _is_first_order():
+                    return self._outputs(self._transformed.apply(*args))
+                return self.reference(*args)
+            if forward_ad._current_level >= 0:
+                return self.reference(*args)
+            if self.differentiable and torch.is_grad_enabled():
+                return self._eager.apply(*args)
+            with _BelowAutograd():  # the result of an operator without gradient does not require one
+                return self._outputs(self.op(*args))
+        except RuntimeError as error:
+            if (refused := refusal(self.public_name, error)) is None:
+                raise
+            raise refused from None
 
     def without_autograd(self, *args: Any) -> tuple[Tensor, ...]:
         """All results, the ones that the backward operator wants too, for callers who will call it themselves."""
         self._check(args)
-        if _debugging:
-            self._check_on_cpu(args)
-        with _BelowAutograd():
-            return tuple(self.op(*args))
+        try:
+            if _checks.debugging:
+                self._check_on_cpu(args)
+            with _BelowAutograd():
+                return tuple(self.op(*args))
+        except RuntimeError as error:
+            if (refused := refusal(self.public_name, error)) is None:
+                raise
+            raise refused from None
 
     def backward_without_autograd(self, *args: Any) -> tuple[Tensor, ...]:
         with _BelowAutograd():
@@ -175,7 +164,7 @@ class Operator:
         first, reference = tensors[0]
         for argument, tensor in tensors[1:]:
             if tensor.device != reference.device:
-                raise RuntimeError(
+                raise ValueError(
                     f"{self.public_name}: {argument.name} and {first.name} must be on the same device, "
                     f"got {tensor.device} and {reference.device}; move one with .to()"
                 )
@@ -248,25 +237,6 @@ class Operator:
             FallbackWarning,
             stacklevel=3,
         )
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps autocast from rounding the products inside ``function``, whose first argument is a tensor."""
-
-    @functools.wraps(function)
-    def wrapped(tensor: Tensor, *args: Any) -> Any:
-        device = tensor.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return function(tensor, *args)
-        with torch.autocast(device, enabled=False):
-            return function(tensor, *args)
-
-    return wrapped
 
 
 def _is_first_order() -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossmeta.ops._arguments import check_tensors
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta._checks import check_tensors
+from lossmeta.ops._operator import Operator
+from lossmeta.ops._precision import accumulation_dtype
 
 
 def class_confusion(
@@ -37,9 +38,10 @@ def class_confusion(
         ``sums`` and ``counts``: those given, or new ones.
 
     Raises:
-        ValueError: if only one of ``sums`` and ``counts`` is given.
-        RuntimeError: for shapes, dtypes or devices that do not fit, and for labels outside [0, C), before anything
-            is added. On CUDA, where looking for such a label would stall the device, its sample is left out.
+        ValueError: if only one of ``sums`` and ``counts`` is given, for shapes, dtypes or devices that do not fit, for
+            labels outside [0, C), and for ``sums`` that require grad while gradients are recorded; before anything is
+            added. On CUDA, where looking for such a label would stall the device, its sample is left out.
+        TypeError: for something that is not a tensor.
 
     Example:
         >>> sums, counts = class_confusion(torch.randn(8, 3), torch.randint(3, (8,)))
@@ -54,7 +56,7 @@ def class_confusion(
         raise ValueError(f"class_confusion: sums and counts go together, got {given} without {missing}")
     check_tensors("class_confusion", sums=sums, counts=counts)
     if sums.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
+        raise ValueError(
             "class_confusion: sums must not require grad while gradients are recorded, got one that does"
         )
     _accumulate(sums, counts, logits.detach(), labels, ignore_index)

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lossmeta.ops._arguments import REDUCTIONS, check_tensors, choice
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta._checks import REDUCTIONS, check_tensors, choice
+from lossmeta.ops._operator import Operator
+from lossmeta.ops._precision import accumulation_dtype
 
 
 def distance_mixture(
@@ -56,10 +57,10 @@ def distance_mixture(
         run the reference formula. For the backward the distances are kept, 2 T numbers, with labels M (M + 2).
 
     Raises:
-        ValueError: for an unknown reduction.
-        RuntimeError: for shapes, dtypes or devices that do not fit, for triplets and labels both or neither, for
-            indices outside [0, M), a ``phi`` that is not finite, and a ``min_distance`` that is not positive. On CUDA,
-            where looking would wait for the device, a triplet with a bad index has loss NaN and gradient 0.
+        ValueError: for an unknown reduction, shapes, dtypes or devices that do not fit, triplets and labels both or
+            neither, indices outside [0, M), a ``phi`` that is not finite, and a ``min_distance`` that is not positive.
+            On CUDA, where looking would wait for the device, a triplet with a bad index has loss NaN and gradient 0.
+        TypeError: for something that is not a tensor.
 
     Example:
         >>> embeddings = torch.nn.functional.normalize(torch.randn(8, 4)).requires_grad_()

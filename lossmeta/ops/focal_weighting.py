@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossmeta.ops._arguments import REDUCTIONS, choice
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta._checks import REDUCTIONS, choice
+from lossmeta.ops._operator import Operator
+from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.distance_mixture import distances
 
 
@@ -36,9 +37,10 @@ def focal_weighting(
         log-sum-exps and the entropies of their weights are kept: M (M + 4) numbers.
 
     Raises:
-        ValueError: for an unknown reduction.
-        RuntimeError: for shapes, dtypes or devices that do not fit, and a ``phi`` that is not positive and finite. On
-            CUDA, where looking would wait for the device, such a ``phi`` makes the loss NaN and its gradients 0.
+        ValueError: for an unknown reduction, shapes, dtypes or devices that do not fit, an offset that is not finite,
+            and a ``phi`` that is not positive and finite. On CUDA, where looking would wait for the device, such a
+            ``phi`` makes the loss NaN and its gradients 0.
+        TypeError: for something that is not a tensor.
 
     Example:
         >>> embeddings = torch.nn.functional.normalize(torch.randn(8, 4)).requires_grad_()

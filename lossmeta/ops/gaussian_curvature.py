@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta._checks import check_positive_and_finite
+from lossmeta.ops._operator import Operator
+from lossmeta.ops._precision import accumulation_dtype
 
 
 def gaussian_curvature(surface: Tensor, dx: float, dy: float) -> Tensor:
@@ -32,8 +32,8 @@ def gaussian_curvature(surface: Tensor, dx: float, dy: float) -> Tensor:
         grad.
 
     Raises:
-        ValueError: for a spacing that is not positive and finite.
-        RuntimeError: for a surface of another rank, size or dtype.
+        ValueError: for a spacing that is not positive and finite, and a surface of another rank, size or dtype.
+        TypeError: for a surface that is not a tensor.
 
     Source:
         Huang et al., *Addressing the Loss-Metric Mismatch with Adaptive Loss Alignment*, 2019.
@@ -44,9 +44,8 @@ def gaussian_curvature(surface: Tensor, dx: float, dy: float) -> Tensor:
         >>> round(gaussian_curvature(cap, 0.01, 0.01).mean().item(), 3)
         0.25
     """
-    if not (0 < dx < math.inf and 0 < dy < math.inf):
-        name, spacing = ("dy", dy) if 0 < dx < math.inf else ("dx", dx)
-        raise ValueError(f"gaussian_curvature: {name} must be positive and finite, got {spacing}")
+    check_positive_and_finite("gaussian_curvature", "dx", dx)
+    check_positive_and_finite("gaussian_curvature", "dy", dy)
     curvature: Tensor = _operator(surface, float(dx), float(dy))
     return curvature
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
 from lossmeta._build import _core
-from lossmeta.ops._arguments import check_tensors, choice
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta._checks import check_fraction, check_positive_and_finite, check_tensors, choice
+from lossmeta.ops._operator import Operator
+from lossmeta.ops._precision import accumulation_dtype
 
 LINKS = {"identity": False, "softmax": True}
 HIDDEN = {"smooth_leaky_relu": True, "relu": False}
@@ -81,9 +81,9 @@ def loss_network(
         Kept for the backward pass besides the arguments: the slope, and the table if there is one.
 
     Raises:
-        ValueError: for an unknown link or activation, and for leak, smoothness or table_size out of range.
-        RuntimeError: for shapes, dtypes or devices that do not fit, for labels outside [0, C), and for a target that
-            requires a gradient.
+        ValueError: for an unknown link or activation, for leak, smoothness or table_size out of range, for shapes,
+            dtypes or devices that do not fit, for labels outside [0, C), and for a target that requires a gradient.
+        TypeError: for something that is not a tensor.
 
     Example:
         >>> w1, w2, w3 = torch.randn(40, 2), torch.randn(40, 40) / 6, torch.randn(1, 40) / 6
@@ -155,17 +155,15 @@ def _options(
     softmax = choice("loss_network", "link", link, LINKS)
     smooth = choice("loss_network", "hidden", hidden, HIDDEN)
     has_softplus = choice("loss_network", "output", output, OUTPUTS)
-    if not 0.0 <= leak <= 1.0:
-        raise ValueError(f"loss_network: leak must lie in [0, 1], got {leak}")
-    if not (smoothness > 0.0 and math.isfinite(smoothness)):
-        raise ValueError(f"loss_network: smoothness must be positive and finite, got {smoothness}")
+    check_fraction("loss_network", "leak", leak)
+    check_positive_and_finite("loss_network", "smoothness", smoothness)
     if not MIN_TABLE_SIZE <= table_size <= MAX_TABLE_SIZE:
         raise ValueError(
             f"loss_network: table_size must lie in [{MIN_TABLE_SIZE}, {MAX_TABLE_SIZE}], got {table_size}"
         )
     check_tensors("loss_network", pred=pred, target=target)
     if target.requires_grad:
-        raise RuntimeError(
+        raise ValueError(
             "loss_network: target must not require a gradient, which it would not get; detach it"
         )
     intervals = 0 if exact else _intervals(table_size, pred)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from lossmeta._build import _core
-from lossmeta.ops._arguments import ACTIVATIONS, REDUCTIONS, check_tensors, choice
-from lossmeta.ops._operator import Operator, accumulation_dtype, in_full_precision, looped
+from lossmeta._checks import REDUCTIONS, check_fraction, check_tensors, choice
+from lossmeta.ops._operator import Operator, looped
+from lossmeta.ops._precision import accumulation_dtype, in_full_precision
+
+ACTIVATIONS = {"sigmoid": True, "identity": False}
 
 KEPT = _core.PARAMETRIC_CROSS_ENTROPY_STATISTICS_PER_SAMPLE
 
@@ -52,8 +55,9 @@ def parametric_cross_entropy(
         numbers per sample; probabilities also cost one tensor of the size of ``logits``.
 
     Raises:
-        ValueError: for an unknown activation or reduction, or a label_smoothing outside [0, 1].
-        RuntimeError: for shapes, dtypes or devices that do not fit, and for labels outside [0, C).
+        ValueError: for an unknown activation or reduction, a label_smoothing outside [0, 1], shapes, dtypes or devices
+            that do not fit, and labels outside [0, C).
+        TypeError: for something that is not a tensor, and options of another type.
 
     Example:
         >>> logits = torch.randn(8, 3, requires_grad=True)
@@ -80,10 +84,7 @@ def _general(
     reduction: int,
 ) -> Tensor:
     """Smoothed, soft and unbatched targets, reduced to the operator by C x C (soft: N x C) products in PyTorch."""
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(
-            f"parametric_cross_entropy: label_smoothing must lie in [0, 1], got {label_smoothing}"
-        )
+    check_fraction("parametric_cross_entropy", "label_smoothing", label_smoothing)
     if logits.dim() == 1:
         loss = _general(
             logits[None], target[None], phi, sigmoid, weight, ignore_index, label_smoothing, reduction
@@ -139,29 +140,29 @@ def _check(logits: Tensor, target: Tensor, phi: Tensor, weight: Tensor | None) -
     name = "parametric_cross_entropy"
     for argument, tensor in (("logits", logits), ("phi", phi), ("weight", weight)):
         if tensor is not None and not tensor.dtype.is_floating_point:
-            raise RuntimeError(f"{name}: {argument} must be of a floating-point dtype, got {tensor.dtype}")
+            raise ValueError(f"{name}: {argument} must be of a floating-point dtype, got {tensor.dtype}")
         if tensor is not None and tensor.device != logits.device:
-            raise RuntimeError(
+            raise ValueError(
                 f"{name}: {argument} and logits must be on the same device, "
                 f"got {tensor.device} and {logits.device}; move one with .to()"
             )
     models = phi.dim() == 3
     if logits.dim() < 2 or (models and logits.dim() != 3):
-        raise RuntimeError(
+        raise ValueError(
             f"{name}: logits must be [N, C] or [N, C, d...], and [B, N, C] with phi [B, C, C], "
             f"got {list(logits.shape)}"
         )
     classes = logits.shape[-1 if models else 1]
     expected = ([logits.shape[0]] if models else []) + [classes, classes]
     if list(phi.shape) != expected:
-        raise RuntimeError(
+        raise ValueError(
             f"{name}: phi must be [{'B, ' * models}C, C] with C = {classes}, got {list(phi.shape)}"
         )
     if weight is not None and list(weight.shape) != [classes]:
-        raise RuntimeError(f"{name}: weight must be [{classes}], got {list(weight.shape)}")
+        raise ValueError(f"{name}: weight must be [{classes}], got {list(weight.shape)}")
     if target.dtype.is_floating_point and target.shape != logits.shape:
         hint = "; class indices are int64: target.long()" if target.dim() < logits.dim() else ""
-        raise RuntimeError(
+        raise ValueError(
             f"{name}: probabilities must have the shape of logits, {list(logits.shape)}, "
             f"got {list(target.shape)}{hint}"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta.ops._operator import Operator
+from lossmeta.ops._precision import accumulation_dtype
 
 
 def perturb(base: Tensor, directions: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
@@ -28,8 +29,9 @@ def perturb(base: Tensor, directions: Tensor, coefficients: Tensor, out: Tensor 
         not require grad, whatever the inputs do.
 
     Raises:
-        RuntimeError: for shapes, dtypes, devices or strides that do not fit, and for an ``out`` that requires
-            grad while gradients are recorded, or overlaps an input.
+        ValueError: for shapes, dtypes, devices or strides that do not fit, and for an ``out`` that requires grad while
+            gradients are recorded, or overlaps an input.
+        TypeError: for something that is not a tensor.
 
     Source:
         Li et al., *Visualizing the Loss Landscape of Neural Nets*, 2018, whose surfaces ALA analyses.
@@ -44,9 +46,7 @@ def perturb(base: Tensor, directions: Tensor, coefficients: Tensor, out: Tensor 
         points: Tensor = _operator(base, directions, coefficients)
         return points
     if out.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "perturb: out must not require grad while gradients are recorded, got one that does"
-        )
+        raise ValueError("perturb: out must not require grad while gradients are recorded, got one that does")
     _operator_out(base, directions, coefficients, out)
     torch.autograd.graph.increment_version(out)
     return out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossmeta.ops._operator import Operator, accumulation_dtype
+from lossmeta.ops._operator import Operator
+from lossmeta.ops._precision import accumulation_dtype
 
 _REFERENCE_BLOCK = 8192  # parameters whose Jacobian the reference holds at a time
 
@@ -38,9 +39,9 @@ def pwl_statistics(theta: Tensor, gradients: Tensor | None, knots: Tensor) -> tu
         only those rows of ``cross`` whose features have a slope at its parameter.
 
     Raises:
-        RuntimeError: for shapes, dtypes or devices that do not fit, and on the CPU for knots that are not
-            finite or not strictly increasing (on a GPU they are not looked at; the results are then
-            meaningless).
+        ValueError: for shapes, dtypes or devices that do not fit, and on the CPU for knots that are not finite or not
+            strictly increasing. On a GPU they are not looked at; the results are then meaningless.
+        TypeError: for something that is not a tensor.
 
     Source:
         Streeter, *Learning Effective Loss Functions Efficiently*, 2019, section 1.2 and algorithm LearnLoss.

@@ -1,15 +1,16 @@
-"""Experiments: the quickstart, and one file per table or figure of the papers."""
+"""Experiments by name: the quickstart, and one file per table of the papers."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lossmeta.recipes._comparison import Recipe
+from pathlib import Path
+from typing import Protocol
 
 # Files that hold recipes; each has a tuple RECIPES.
 MODULES = (
+    "quickstart",
+    "quickstart_tuning",
+    "clean_digits",
     "adalfl_table1",
     "adalfl_table2",
     "adalfl_table3",
@@ -20,7 +21,34 @@ MODULES = (
 )
 
 
+class Recipe(Protocol):
+    """An experiment that can be run.
+
+    Attributes:
+        name: for ``lossmeta run``.
+        about: one line for ``lossmeta list``.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def about(self) -> str: ...
+
+    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
+        """Trains, shows and keeps the results; returns the exit status.
+
+        Args:
+            size: ``"small"``, minutes on a CPU, or ``"paper"``.
+            seeds: how many.
+            device: ``"cpu"`` or ``"cuda"``.
+            output: folder of the results; a run that was stopped goes on there.
+            steps: training steps, instead of the recipe's own.
+        """
+        ...
+
+
 def recipes() -> dict[str, Recipe]:
-    """All recipes of ``lossmeta run`` by name."""
+    """All recipes by name."""
     modules = (import_module(f"lossmeta.recipes.{name}") for name in MODULES)
     return {recipe.name: recipe for module in modules for recipe in module.RECIPES}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import Recipe, standard
-from lossmeta.recipes._methods import Method
+from lossmeta.recipes._adalfl_tables import PaperTable, row, standard
+from lossmeta.recipes._adalfl_training import Fixed, Offline
 
 RECIPES = (
-    Recipe(
+    PaperTable(
         "adalfl-inner-steps",
         "AdaLFL, Table 2: offline losses learned over 1 to 20 inner steps",
         ("cifar10",),
         (
             *standard(offline="inner 1"),
             *(
-                Method(f"offline loss, {n} inner steps", f"inner {n}", loss="network", inner_steps=n)
+                row(f"offline loss, {n} inner steps", Offline(inner_steps=n), Fixed(), f"inner {n}")
                 for n in (5, 10, 15, 20)
             ),
         ),

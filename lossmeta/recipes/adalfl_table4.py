@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import Recipe, standard
-from lossmeta.recipes._methods import Method
+from lossmeta.recipes._adalfl_tables import PaperTable, row, standard
+from lossmeta.recipes._adalfl_training import Offline, Online
 
 RECIPES = (
-    Recipe(
+    PaperTable(
         "adalfl-taylor",
         "AdaLFL, Table 4: loss network against quadratic and cubic Taylor polynomials",
         ("regression", "mnist", "cifar10", "cifar100", "svhn"),
         (
             *standard(),
-            Method("quadratic polynomial, 1e-5", "quadratic", loss="quadratic", inner_steps=1, online=1e-5),
-            Method("cubic polynomial, 1e-5", "cubic", loss="cubic", inner_steps=1, online=1e-5),
+            row("quadratic polynomial, 1e-5", Offline("quadratic"), Online(1e-5), "quadratic"),
+            row("cubic polynomial, 1e-5", Offline("cubic"), Online(1e-5), "cubic"),
         ),
     ),
 )

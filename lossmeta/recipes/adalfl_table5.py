@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import Recipe, standard
-from lossmeta.recipes._methods import Method
+from lossmeta.recipes._adalfl_tables import PaperTable, row, standard
+from lossmeta.recipes._adalfl_training import Fixed, Offline
 
 RECIPES = (
-    Recipe(
+    PaperTable(
         "adalfl-activation",
         "AdaLFL, Table 5: ReLU and softplus (ML³) against smooth leaky ReLU",
         ("regression", "mnist", "cifar10", "cifar100", "svhn"),
         (
             *standard(offline="offline, smooth"),
-            Method("offline loss, ReLU + softplus", "offline, ReLU", loss="relu", inner_steps=1),
+            row("offline loss, ReLU + softplus", Offline("relu"), Fixed(), "offline, ReLU"),
         ),
     ),
 )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from lossmeta.recipes._comparison import Recipe, standard
-from lossmeta.recipes._methods import Method
+from lossmeta.recipes._adalfl_tables import PaperTable, Row, row, standard
+from lossmeta.recipes._adalfl_training import Offline, Online
 
 
-def _on_training_data(rate: str, column: str | None = None) -> Method:
-    label = f"AdaLFL, {rate}, meta-objective on training data"
-    return Method(label, column, loss="network", inner_steps=1, online=float(rate), objective=("train",))
+def _on_training_data(rate: str, column: str | None = None) -> Row:
+    online = Online(float(rate), objective=("train",))
+    return row(f"AdaLFL, {rate}, meta-objective on training data", Offline(), online, column)
 
 
 RECIPES = (
-    Recipe(
+    PaperTable(
         "adalfl-objective",
         "AdaLFL, Table 6: meta-objective on training or validation data",
         ("regression",),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lossmeta.recipes._comparison import PLAIN, Recipe
-from lossmeta.recipes._methods import Method
+from lossmeta.recipes._adalfl_tables import PLAIN, PaperTable, row
+from lossmeta.recipes._adalfl_training import Fixed, Offline, Online
 
 RECIPES = (
-    Recipe(
+    PaperTable(
         "adalfl-run-time",
         "AdaLFL, Table 7: seconds of plain, offline and online training",
         ("regression", "mnist", "cifar10", "cifar100", "svhn"),
         (
             replace(PLAIN, column="hours, baseline"),
-            Method("offline loss (ML³)", "hours, offline", loss="network", inner_steps=1),
-            Method("AdaLFL", "hours, online", loss="network", inner_steps=1, online=1e-5),
+            row("offline loss (ML³)", Offline(), Fixed(), "hours, offline"),
+            row("AdaLFL", Offline(), Online(1e-5), "hours, online"),
         ),
         seconds=True,
     ),

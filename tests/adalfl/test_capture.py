@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_meta_gradient import batches, cnn
-from test_online import equal, learner, values
+from small_problems import batches, cnn, equal, learner, values
 from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
-from lossmeta.adalfl._capture import CapturedStep, check_capturable
+from lossmeta.adalfl.capture import CapturedStep, check_capturable
 from lossmeta.losses import LossNetwork
 
 
@@ -37,12 +36,12 @@ def test_a_step_without_host_reads_is_the_same_step(optimizer: Any) -> None:
         assert bool(taken) == finite == (report.skipped is None)
         assert torch.equal(loss, report.loss)
         assert torch.equal(task_loss.nan_to_num(), report.task_loss.nan_to_num())  # type: ignore[union-attr]
-    assert equal(values(first._step.plain), values(second._step.plain))
+    assert equal(values(first._step.model.plain), values(second._step.model.plain))
     assert equal(values(first.loss), values(second.loss))
 
 
 def test_what_cannot_be_captured_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="capture=True needs the model on a CUDA device, got cpu; move it"):
+    with pytest.raises(ValueError, match="capture=True needs the model on a CUDA device, got cpu; move it"):
         learner(capture=True)
     p = [nn.Parameter(torch.zeros(1))]
     check_capturable("optimizer", SGD(p, 0.1, momentum=0.9))

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_meta_gradient import mlp
-from test_online import equal, learner, values
+from small_problems import equal, learner, mlp, values
 from torch import Tensor, nn
 
 from lossmeta.losses import LossNetwork
@@ -81,9 +80,7 @@ def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.M
             super().__init__()
             self.module = mlp()
 
-    monkeypatch.setattr(
-        sys.modules["lossmeta.adalfl.differentiable_step"], "DistributedDataParallel", Parallel
-    )
+    monkeypatch.setattr(sys.modules["lossmeta.adalfl.trained_model"], "DistributedDataParallel", Parallel)
     with pytest.raises(ValueError, match="backend must be 'jvp' or 'finite_difference' for a Distributed"):
         learner(model=Parallel(), backend="double_backward")
     assert learner(model=Parallel()).backend.startswith("finite_difference: the model is wrapped")

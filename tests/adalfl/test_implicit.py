@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_meta_gradient import relative_error
+from small_problems import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from lossmeta.adalfl import initialize
-from lossmeta.adalfl.initialize import _conjugate_gradients, _implicit, _neumann, _unrolled
+from lossmeta.adalfl.implicit import conjugate_gradients, neumann
+from lossmeta.adalfl.implicit import implicit as implicit_gradient
+from lossmeta.adalfl.unrolled import unrolled
 from lossmeta.losses import LossNetwork
 
 F64 = torch.float64
@@ -43,11 +45,11 @@ def linear(outputs: int = 1) -> nn.Module:
 def implicit(
     loss: nn.Module, model: nn.Module, chain: Any, valid: Any, task: Any, **options: Any
 ) -> list[Tensor]:
-    return _implicit(loss, list(loss.parameters()), model, chain, valid, task, 0.2, **options)[1]
+    return implicit_gradient(loss, list(loss.parameters()), model, chain, valid, task, 0.2, **options)[1]
 
 
 # As many terms as it takes: 4 parameters for conjugate gradients.
-SOLVERS = {"neumann": (_neumann, 400), "cg": (_conjugate_gradients, 4)}
+SOLVERS = {"neumann": (neumann, 400), "cg": (conjugate_gradients, 4)}
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -92,22 +94,22 @@ def test_equals_a_dense_solve_for_a_loss_network(name: str) -> None:
 def test_few_terms_equal_as_many_steps_at_the_minimum(terms: int) -> None:
     loss, model = Ridge(), linear()
     train, valid = batch(), batch()
-    implicit(loss, model, 2000 * [train], valid, F.mse_loss, solver=_neumann, terms=1, damping=0.0)
+    implicit(loss, model, 2000 * [train], valid, F.mse_loss, solver=neumann, terms=1, damping=0.0)
     other = copy.deepcopy(model)
-    series = implicit(loss, model, [train], valid, F.mse_loss, solver=_neumann, terms=terms, damping=0.0)
-    _, steps, _ = _unrolled(loss, [loss.phi], other, terms * [train], valid, F.mse_loss, 0.2)
+    series = implicit(loss, model, [train], valid, F.mse_loss, solver=neumann, terms=terms, damping=0.0)
+    _, steps, _ = unrolled(loss, [loss.phi], other, terms * [train], valid, F.mse_loss, 0.2)
     assert relative_error(series, steps) < 1e-8
 
 
-def test_conjugate_gradients_without_curvature() -> None:
+def testconjugate_gradients_without_curvature() -> None:
     v = [torch.ones(2, dtype=F64), torch.ones(1, dtype=F64)]
-    (a, b) = _conjugate_gradients(lambda x: [-t for t in x], v, 5, 1.0)
+    (a, b) = conjugate_gradients(lambda x: [-t for t in x], v, 5, 1.0)
     assert torch.cat([a, b]).isnan().all()
     # diag(1, 1, -0.1): the first direction is of positive curvature, the second is not.
-    (a, b) = _conjugate_gradients(lambda x: [x[0], -0.1 * x[1]], v, 5, 1.0)
+    (a, b) = conjugate_gradients(lambda x: [x[0], -0.1 * x[1]], v, 5, 1.0)
     torch.testing.assert_close(torch.cat([a, b]), torch.full((3,), 3 / 1.9, dtype=F64))
     # Nothing to solve is no lack of curvature.
-    (a, b) = _conjugate_gradients(lambda x: x, [torch.zeros_like(t) for t in v], 5, 1.0)
+    (a, b) = conjugate_gradients(lambda x: x, [torch.zeros_like(t) for t in v], 5, 1.0)
     assert not torch.cat([a, b]).any()
 
 

@@ -8,25 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_meta_gradient import LossOfEager, batches, cnn, mlp, relative_error
+from small_problems import LossOfEager, batches, cnn, mlp, relative_error, unrolled_chain
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam
 
 from lossmeta.adalfl import initialize, initialize_learning_rate
-from lossmeta.adalfl.initialize import _unrolled
+from lossmeta.adalfl.unrolled import unrolled
 from lossmeta.losses import LossNetwork, TaylorLoss
-
-
-def unrolled(model: nn.Module, loss: LossNetwork, chain: list[Any], valid: Any, rate: float) -> list[Tensor]:
-    theta = dict(model.named_parameters())
-    eager = LossOfEager(loss)
-    for x, y in chain:
-        value = eager(functional_call(model, theta, (x,)), y)
-        g = torch.autograd.grad(value, list(theta.values()), create_graph=True)
-        theta = {name: p - rate * d for (name, p), d in zip(theta.items(), g, strict=True)}
-    value = F.cross_entropy(functional_call(model, theta, (valid[0],)), valid[1])
-    return list(torch.autograd.grad(value, list(loss.parameters())))
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
@@ -35,9 +24,9 @@ def test_equals_full_unrolling(make: Any, inner_steps: int) -> None:
     model, loss = make(), LossNetwork(8, dtype=torch.float64)
     *chain, valid = batches(inner_steps + 1)
     random = torch.get_rng_state()
-    expected = unrolled(copy.deepcopy(model), loss, chain, valid, 0.2)
+    expected = unrolled_chain(copy.deepcopy(model), loss, chain, valid, 0.2)
     torch.set_rng_state(random)
-    _, actual, _ = _unrolled(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
+    _, actual, _ = unrolled(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
     assert relative_error(actual, expected) < 1e-10
 
 
@@ -60,7 +49,7 @@ def test_derivative_for_the_learning_rate(learned: bool, inner_steps: int) -> No
     task = F.cross_entropy(functional_call(other, theta, (valid[0],)), valid[1])
     (expected,) = torch.autograd.grad(task, rate)
     torch.set_rng_state(random)
-    value, _, actual = _unrolled(loss, phi, model, chain, valid, F.cross_entropy, 0.2)
+    value, _, actual = unrolled(loss, phi, model, chain, valid, F.cross_entropy, 0.2)
     torch.testing.assert_close(value, task.detach())
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
 
@@ -253,7 +242,7 @@ def test_gradients_that_autograd_shares_or_expands(inner_steps: int) -> None:
     task = F.cross_entropy(functional_call(model, theta, (valid[0],)), valid[1])
     expected = list(torch.autograd.grad(task, list(loss.parameters())))
     unused = model.unused.detach().clone()
-    value, actual, _ = _unrolled(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
+    value, actual, _ = unrolled(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
     torch.testing.assert_close(value, task.detach())
     assert relative_error(actual, expected) < 1e-10
     assert torch.equal(model.unused, unused)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from test_initialize import unrolled as unrolled_chain
-from test_meta_gradient import LossOfEager, batches, problem, relative_error, unrolled
+from small_problems import LossOfEager, batches, problem, relative_error, unrolled, unrolled_chain
 from torch import Tensor
 
 from lossmeta.adalfl import meta_gradient
-from lossmeta.adalfl.initialize import _unrolled
+from lossmeta.adalfl.unrolled import unrolled as adjoint
 from lossmeta.losses import LossNetwork
 
 
@@ -29,12 +26,6 @@ class VariantOfEager(LossOfEager):
     def unscaled(self, pred: Tensor, target: Tensor) -> Tensor:
         network = super().forward(pred, target)
         return network if self.loss.residual is None else network + F.cross_entropy(pred, target)
-
-
-@pytest.fixture(autouse=True)
-def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("test_meta_gradient", "test_initialize"):
-        monkeypatch.setattr(sys.modules[module], "LossOfEager", VariantOfEager)
 
 
 VARIANTS = pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "unscaled"])
@@ -57,7 +48,7 @@ def test_equals_full_unrolling(backend: str, bound: float, residual: str | None,
     network, made, _ = problem("mlp", "sgd, nesterov", 3)
     loss = variant(residual, normalized)
     train, valid = batches()
-    expected = unrolled(network, made, loss, train, valid, lambda g: g)
+    expected = unrolled(network, made, loss, train, valid, eager=VariantOfEager)
     result = meta_gradient(network, made, loss, F.cross_entropy, train, valid, backend=backend)
     assert relative_error(result.gradients, expected) < bound
 
@@ -67,7 +58,7 @@ def test_starts_with_the_output_layer(normalized: bool) -> None:
     network, made, _ = problem("mlp", "sgd, nesterov", 3)
     loss = LossNetwork(8, residual="cross_entropy", normalize_slope=normalized, dtype=torch.float64)
     train, valid = batches()
-    expected = unrolled(network, made, loss, train, valid, lambda g: g)
+    expected = unrolled(network, made, loss, train, valid, eager=VariantOfEager)
     first, second, third = meta_gradient(network, made, loss, F.cross_entropy, train, valid).gradients
     assert first is not None and not first.any()
     assert second is not None and not second.any()
@@ -80,6 +71,6 @@ def test_several_inner_steps(residual: str | None, normalized: bool) -> None:
     network, _, _ = problem("mlp", "sgd", 0)
     loss = variant(residual, normalized)
     *chain, valid = batches(4)
-    expected = unrolled_chain(network, loss, chain, valid, 0.2)
-    _, actual, _ = _unrolled(loss, list(loss.parameters()), network, chain, valid, F.cross_entropy, 0.2)
+    expected = unrolled_chain(network, loss, chain, valid, 0.2, VariantOfEager)
+    _, actual, _ = adjoint(loss, list(loss.parameters()), network, chain, valid, F.cross_entropy, 0.2)
     assert relative_error(actual, expected) < 1e-10

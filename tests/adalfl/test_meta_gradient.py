@@ -4,133 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_problems import MODELS, OPTIMIZERS, batches, mlp, problem, relative_error, unrolled
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adam
 
-from lossmeta.adalfl import OnlineLearner, meta_gradient
-from lossmeta.adalfl.differentiable_step import DifferentiableStep
+from lossmeta.adalfl import DivergedError, OnlineLearner, meta_gradient
+from lossmeta.adalfl.differentiable_step import DifferentiableStep, StepOptions
 from lossmeta.losses import LossNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:AdaLFL. the first step")
 
 EXACT = ["double_backward", "jvp"]
-
-
-class LossOfEager(nn.Module):
-    """The learned loss in plain PyTorch, which can be unrolled."""
-
-    def __init__(self, loss: LossNetwork) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        w1, w2, w3 = self.loss.parameters()
-
-        def activation(x: Tensor) -> Tensor:
-            return 0.99 * F.softplus(x, 10.0, 1000.0) + 0.01 * x
-
-        y = F.one_hot(target, pred.shape[1]).to(pred)
-        h = activation(torch.stack([y, pred.softmax(1)], -1) @ w1.mT)
-        return (activation(h @ w2.mT) @ w3.mT).squeeze(-1).mean(1).mean()
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 3)).double()
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Flatten(),
-        nn.Linear(144, 3),
-    ).double()
-
-
-MODELS = {"mlp": mlp, "cnn": cnn}
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "sgd": lambda p: SGD(p, 0.1),
-    "sgd, nesterov": lambda p: SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-    "sgd, dampening": lambda p: SGD(p, 0.1, momentum=0.9, dampening=0.3),
-    "adam": lambda p: Adam(p, 1e-2, weight_decay=1e-2),
-    "amsgrad": lambda p: Adam(p, 1e-2, amsgrad=True),
-    "adamw": lambda p: AdamW(p, 1e-2),
-    "rmsprop": lambda p: RMSprop(p, 1e-2, centered=True, momentum=0.9),
-    "adagrad": lambda p: Adagrad(p, 1e-1),
-}
-
-
-def batches(count: int = 2, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(7, 1, 8, 8, dtype=dtype), torch.randint(3, (7,))) for _ in range(count)]
-
-
-def problem(model: str, optimizer: str, history: int) -> tuple[nn.Module, Optimizer, LossNetwork]:
-    network = MODELS[model]()
-    made = OPTIMIZERS[optimizer](network.parameters())
-    for inputs, target in batches(history):
-        made.zero_grad()
-        F.cross_entropy(network(inputs), target).backward()
-        made.step()
-    return network, made, LossNetwork(8, dtype=torch.float64)
-
-
-def unrolled(
-    model: nn.Module,
-    optimizer: Optimizer,
-    loss: LossNetwork,
-    train: Any,
-    valid: Any,
-    change: Callable[..., Any],
-) -> list[Tensor]:
-    """``create_graph=True`` through the model and through a differentiable optimizer step."""
-    model, optimizer = copy.deepcopy((model, optimizer))
-    named = dict(model.named_parameters())
-    inputs, target = train
-    g = torch.autograd.grad(LossOfEager(loss)(model(inputs), target), list(named.values()), create_graph=True)
-    leaves = [p.detach().clone().requires_grad_() for p in named.values()]
-    stepped = [p.clone() for p in leaves]  # no leaves: the step may write to them
-    g = change(g)
-    for p, gradient in zip(stepped, g, strict=True):
-        p.grad = gradient  # type: ignore[assignment]
-    position = {id(p): i for i, p in enumerate(named.values())}
-    state = {i: optimizer.state[p] for i, p in enumerate(named.values()) if optimizer.state[p]}
-    old = optimizer.param_groups
-    optimizer.param_groups = [{**o, "differentiable": True, "foreach": False, "fused": None} for o in old]
-    for group in optimizer.param_groups:
-        group["params"] = [stepped[position[id(p)]] for p in group["params"]]
-    fresh = isinstance(optimizer, SGD) and not state
-    if fresh:  # torch detaches the first momentum buffer; from a buffer of zeros the step is the same
-        for group in optimizer.param_groups:
-            group["dampening"] = 0
-        state = {i: {"momentum_buffer": torch.zeros_like(p)} for i, p in enumerate(stepped)}
-    optimizer.state.clear()
-    for i, s in state.items():
-        optimizer.state[stepped[i]] = s
-    optimizer.defaults["differentiable"] = True
-    for s in optimizer.state.values():  # counted in float32 the bias corrections are rounded
-        if "step" in s:
-            s["step"] = s["step"].double()
-    try:
-        torch.set_default_dtype(torch.float64)
-        optimizer.step()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    output = functional_call(model, dict(zip(named, stepped, strict=True)), (valid[0],))
-    return list(torch.autograd.grad(F.cross_entropy(output, valid[1]), list(loss.parameters())))
-
-
-def relative_error(actual: Any, expected: list[Tensor]) -> float:
-    difference = torch.cat([(a - e).flatten() for a, e in zip(actual, expected, strict=True)])
-    return (difference.norm() / torch.cat([e.flatten() for e in expected]).norm()).item()
 
 
 # Unrolling a first adaptive step gives NaN where a gradient is 0, as dropout leaves some of the CNN.
@@ -149,7 +39,7 @@ def test_equals_full_unrolling(model: str, optimizer: str, history: int, backend
     network, made, loss = problem(model, optimizer, history)
     train, valid = batches()
     random = torch.get_rng_state()
-    expected = unrolled(network, made, loss, train, valid, lambda g: g)
+    expected = unrolled(network, made, loss, train, valid)
     torch.set_rng_state(random)
     result = meta_gradient(network, made, loss, F.cross_entropy, train, valid, backend=backend)
     assert result.backend == backend
@@ -160,7 +50,7 @@ def test_dropout_and_batch_norm_matter() -> None:
     # The equality above says something only if another mask would be noticed.
     network, made, loss = problem("cnn", "sgd", 0)
     train, valid = batches()
-    expected = unrolled(network, made, loss, train, valid, lambda g: g)
+    expected = unrolled(network, made, loss, train, valid)
     result = meta_gradient(network, made, loss, F.cross_entropy, train, valid, backend="jvp")
     assert relative_error(result.gradients, expected) > 1e-3
 
@@ -471,7 +361,7 @@ def test_bad_input() -> None:
         diverged.output_weight.fill_(float("nan"))
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(
-        RuntimeError, match=r"the learned loss is nan on this batch, its slope .*; the step was not taken"
+        DivergedError, match=r"the learned loss is nan on this batch, its slope .*; the step was not taken"
     ):
         attempt(loss=diverged)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), before.values(), strict=True))
@@ -580,7 +470,7 @@ def test_a_slope_that_is_not_finite_is_refused(backend: str) -> None:
     model = mlp().double()
     before = [p.clone() for p in model.parameters()]
     train, valid = batches()
-    with pytest.raises(RuntimeError, match="its slope not finite; the step was not taken"):
+    with pytest.raises(DivergedError, match="its slope not finite; the step was not taken"):
         meta_gradient(
             model, SGD(model.parameters(), 0.1), Root(), F.cross_entropy, train, valid, backend=backend
         )
@@ -610,7 +500,9 @@ def test_gradient_hooks_and_changed_parameters_are_refused(backend: str) -> None
     model, loss = mlp().double(), LossNetwork(8).double()
     train, valid = batches()
     last = list(model.parameters())[-1]
-    step = DifferentiableStep(model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, backend=backend)
+    step = DifferentiableStep(
+        model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, StepOptions(backend)
+    )
     before = [p.clone() for p in model.parameters()]
     hook = last.register_hook(lambda g: g.clamp(-1, 1))
     for take in (lambda: step(train, valid), lambda: step.plain_step(train)):
@@ -621,7 +513,9 @@ def test_gradient_hooks_and_changed_parameters_are_refused(backend: str) -> None
     with pytest.raises(ValueError, match=r"must stay the same, got one of shape \[3\] that was frozen"):
         step(train, valid)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    step = DifferentiableStep(model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, backend=backend)
+    step = DifferentiableStep(
+        model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, StepOptions(backend)
+    )
     step(train, valid)
     last.requires_grad_(True)
     with pytest.raises(ValueError, match="that was unfrozen since; make a new learner"):
@@ -648,7 +542,9 @@ def test_buffers_that_the_model_replaces() -> None:
     ends = []
     for backend in BACKENDS:
         model = copy.deepcopy(start)
-        step = DifferentiableStep(model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, backend=backend)
+        step = DifferentiableStep(
+            model, SGD(model.parameters(), 0.1), loss, F.cross_entropy, StepOptions(backend)
+        )
         step(train, valid)
         ends.append(model.mean)
     plain = copy.deepcopy(start)
@@ -664,7 +560,11 @@ def test_bounds_of_clipping(option: str, bound: float) -> None:
     model = mlp()
     with pytest.raises(ValueError, match=f"AdaLFL: {option} must be positive, got"):
         DifferentiableStep(
-            model, SGD(model.parameters(), 0.1), LossNetwork(), F.cross_entropy, **{option: bound}
+            model,
+            SGD(model.parameters(), 0.1),
+            LossNetwork(),
+            F.cross_entropy,
+            StepOptions(**{option: bound}),
         )
 
 
@@ -689,8 +589,7 @@ def test_finite_differences_of_a_model_that_computes_in_bfloat16() -> None:
             SGD(model.parameters(), 0.1),
             loss,
             F.cross_entropy,
-            backend=backend,
-            autocast=autocast,
+            StepOptions(backend, autocast=autocast),
         )
         found.append(step(train, valid).gradients)
     assert relative_error(found[1], found[0]) < 0.03  # type: ignore[arg-type]

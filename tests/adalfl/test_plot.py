@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_meta_gradient import batches, mlp
+from small_problems import batches, mlp
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -128,6 +128,10 @@ def test_bad_input() -> None:
         plot_loss([Snapshot(0, {}, None)], ParametricCrossEntropy(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^plot_loss: history must hold at least one snapshot, got none"):
         plot_loss([], LossNetwork())
+    with pytest.raises(
+        ValueError, match=r"^plot_loss: history must hold snapshots of the loss, got others at step 7"
+    ):
+        plot_loss([Snapshot(7, TaylorLoss().state_dict(), None)], LossNetwork())
     regression = LossNetwork(link="identity")
     with pytest.raises(
         ValueError, match=r"^LossNetwork: predictions must be \(lowest, highest\) .*, got None$"

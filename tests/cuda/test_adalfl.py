@@ -53,7 +53,7 @@ def test_captured_steps_are_those_of_python(optimizer: Any, backend: str) -> Non
         reports = [each.step(*pair) for each in (one, two)]
         torch.testing.assert_close(reports[0].loss, reports[1].loss, rtol=1e-5, atol=1e-6)
     assert int(one.skipped) == two.skipped == 1
-    for a, b in ((one._step.plain, two._step.plain), (one.loss, two.loss)):
+    for a, b in ((one._step.model.plain, two._step.model.plain), (one.loss, two.loss)):
         for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     short = [(x[:5], y[:5]) for x, y in pairs[0]]

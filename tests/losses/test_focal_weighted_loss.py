@@ -128,9 +128,7 @@ def test_refuses_a_bad_phi_in_either_form(batch: tuple[Tensor, Tensor], bad: flo
     loss = FocalWeightedLoss()
     loss.phi[1] = bad
     for arguments in ((batch[1],), (None, MINED)):
-        with pytest.raises(
-            (ValueError, RuntimeError), match=r"phi must be positive and finite, got .* at index 1$"
-        ):
+        with pytest.raises(ValueError, match=r"phi must be positive and finite, got .* at index 1$"):
             loss(batch[0], *arguments)
 
 
@@ -147,7 +145,7 @@ def test_refuses_a_bad_phi_in_either_form(batch: tuple[Tensor, Tensor], bad: flo
 )
 def test_refuses_bad_embeddings_in_either_form(embeddings: Tensor, message: str) -> None:
     for arguments in ((torch.arange(3),), (None, MINED)):
-        with pytest.raises((ValueError, RuntimeError), match=f"{re.escape(message)}$"):
+        with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
             FocalWeightedLoss()(embeddings, *arguments)
 
 

@@ -15,7 +15,6 @@ from lossmeta import _checks
 from lossmeta.losses import LossNetwork, TaylorLoss
 
 KINDS = pytest.mark.parametrize("kind", [LossNetwork, TaylorLoss])
-ERRORS = (TypeError, ValueError, RuntimeError)  # RuntimeError from the operator
 
 
 def made(kind: type, **options: Any) -> LossNetwork | TaylorLoss:
@@ -31,7 +30,7 @@ def test_only_the_given_label_is_ignored(kind: type, smoothing: float) -> None:
     with pytest.raises(IndexError, match="Target -100 is out of bounds"):
         F.cross_entropy(logits, labels, ignore_index=1)
     name = "loss_network" if kind is LossNetwork and not smoothing else kind.__name__
-    with pytest.raises(ERRORS, match=rf"^{name}: labels must lie in \[0, 4\), got -100 at index 1$"):
+    with pytest.raises(ValueError, match=rf"^{name}: labels must lie in \[0, 4\), got -100 at index 1$"):
         made(kind, ignore_index=1, label_smoothing=smoothing)(logits, labels)
 
 

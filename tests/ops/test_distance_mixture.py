@@ -417,7 +417,7 @@ BAD: dict[str, Any] = {
 def test_bad_arguments(message: str) -> None:
     x, triplets, phi = torch.randn(6, 4), torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.ones(10)
     *args, labels = BAD[message](x, triplets, phi, torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError, match=r"^distance_mixture: ") as caught:
         distance_mixture(*args, labels=labels)
     text = str(caught.value)
     assert text.startswith(f"distance_mixture: {message}")
@@ -428,9 +428,9 @@ def test_bad_options() -> None:
     args = torch.randn(6, 4), torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.ones(10)
     with pytest.raises(ValueError, match="reduction must be one of 'none', 'mean', 'sum', got 'avg'"):
         distance_mixture(*args, reduction="avg")
-    with pytest.raises(RuntimeError, match="min_distance must be positive, got 0"):
+    with pytest.raises(ValueError, match="min_distance must be positive, got 0"):
         distance_mixture(*args, min_distance=0.0)
     with pytest.raises(ValueError, match=r"three tensors \[T\], got shapes \[\[2\], \[2\]\]"):
         distance_mixture(args[0], args[1].unbind(1)[:2], args[2])
-    with pytest.raises(RuntimeError, match="phi and embeddings must be on the same device"):
+    with pytest.raises(ValueError, match="phi and embeddings must be on the same device"):
         distance_mixture(args[0], args[1], args[2].to("meta"))

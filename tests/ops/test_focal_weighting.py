@@ -256,7 +256,7 @@ BAD: dict[str, Any] = {
 @pytest.mark.parametrize("message", BAD, ids=str)
 def test_bad_arguments(message: str) -> None:
     args = BAD[message](torch.randn(6, 4), torch.zeros(6, dtype=torch.int64), torch.ones(2))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError, match=r"^focal_weighting: ") as caught:
         focal_weighting(*args)
     text = str(caught.value)
     assert text.startswith(f"focal_weighting: {message}")
@@ -267,7 +267,7 @@ def test_bad_options() -> None:
     args = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64), torch.ones(2)
     with pytest.raises(ValueError, match="reduction must be one of 'none', 'mean', 'sum', got 'avg'"):
         focal_weighting(*args, reduction="avg")
-    with pytest.raises(RuntimeError, match="offset must be finite, got inf"):
+    with pytest.raises(ValueError, match="offset must be finite, got inf"):
         focal_weighting(*args, offset=float("inf"))
-    with pytest.raises(RuntimeError, match="phi and embeddings must be on the same device"):
+    with pytest.raises(ValueError, match="phi and embeddings must be on the same device"):
         focal_weighting(args[0], args[1], args[2].to("meta"))

@@ -446,7 +446,7 @@ def test_bad_input() -> None:
         ((pred, labels, *(p.detach().to("meta") for p in w)), "must be on the same device"),
     ]
     for arguments, message in cases:
-        with pytest.raises(RuntimeError, match=f"loss_network: .*{message}"):
+        with pytest.raises(ValueError, match=f"loss_network: .*{message}"):
             loss_network(*arguments)
     options: list[tuple[dict[str, Any], str]] = [
         ({"link": "probit"}, "link must be one of 'identity', 'softmax', got 'probit'"),

@@ -90,7 +90,7 @@ def test_debug_raises_what_the_cpu_kernel_finds() -> None:
 
 
 def test_debug_by_environment() -> None:
-    code = "from lossmeta.ops import _operator; print(_operator._debugging)"
+    code = "from lossmeta import _checks; print(_checks.debugging)"
     for value, expected in (("1", "True"), ("0", "False"), ("", "False")):
         environment = {**os.environ, "LOSSMETA_DEBUG": value}
         result = subprocess.run(

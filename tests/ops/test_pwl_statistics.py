@@ -231,7 +231,7 @@ def bad(**changes: Any) -> tuple[Any, ...]:
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ValueError, match=r"^pwl_statistics: ") as error:
         pwl_statistics(*arguments)
     assert str(error.value).startswith(f"pwl_statistics: {message}")
 

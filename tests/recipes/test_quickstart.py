@@ -1,149 +1,204 @@
 from __future__ import annotations
 
 import builtins
-import json
-import os
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from lossmeta.losses import ParametricCrossEntropy
-from lossmeta.recipes import _results, quickstart
+from lossmeta.experiments import Trial, run_folder
+from lossmeta.recipes import _digits, _noisy_digits, quickstart, quickstart_tuning, recipes
+from lossmeta.recipes._digits import CLASSES, digits
+from lossmeta.recipes._noisy_digits import (
+    AveragedWeights,
+    NoisyDigits,
+    WithClean,
+    batch_rows,
+    cross_entropy,
+    draw,
+    fixed,
+    generalised_cross_entropy,
+    learned,
+    new_model,
+    symmetric_cross_entropy,
+)
+
+CPU = torch.device("cpu")
+MakeTrial = Callable[..., Trial]
 
 
-def without_times(report: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in report["results"]]
+def start(output: Path, name: str = "quickstart", **options: Any) -> int:
+    settings = {"size": "small", "seeds": 2, "steps": 3, "device": "cpu", "output": output}
+    return recipes()[name].run(**{**settings, **options})
 
 
-def start(output: Path, **options: Any) -> int:
-    return quickstart.run(**{"seeds": 2, "epochs": 2, "device": "cpu", "output": output, **options})
+def parts(drawn: NoisyDigits) -> dict[str, _digits.Batch]:
+    return {name: getattr(drawn, name) for name in ("train", "clean", "selection", "test")}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "deep" / "quickstart"
+@pytest.fixture
+def tagged(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Images that tell their row; gives the true labels."""
+    labels = digits()[1]
+    rows = torch.arange(len(labels), dtype=torch.float32)[:, None]
+    monkeypatch.setattr(_noisy_digits, "digits", lambda: (rows, labels))
+    return labels
+
+
+# ---- Data.
+
+
+def test_parts_are_disjoint_and_of_the_sizes_that_are_kept(tagged: torch.Tensor) -> None:
+    for seed in (0, 1, quickstart_tuning.FIRST_SEED):
+        rows = {name: inputs[:, 0].long() for name, (inputs, _) in parts(draw(seed, CPU)).items()}
+        assert {name: len(r) for name, r in rows.items()} == _noisy_digits.SETTINGS["sizes"]
+        together = torch.cat(list(rows.values()))
+        assert len(together.unique()) == len(together)
+
+
+def test_only_training_labels_are_wrong(tagged: torch.Tensor) -> None:
+    drawn = draw(3, CPU)
+    for name in ("clean", "selection", "test"):
+        inputs, labels = parts(drawn)[name]
+        assert torch.equal(labels, tagged[inputs[:, 0].long()])
+    assert torch.equal(drawn.true_labels, tagged[drawn.train[0][:, 0].long()])
+    assert drawn.clean[1].bincount().tolist() == [10] * CLASSES
+    draws = [draw(seed, CPU) for seed in range(20)]
+    wrong = torch.stack([(d.train[1] != d.true_labels).float().mean() for d in draws]).mean()
+    assert wrong.item() == pytest.approx(0.4 * 0.9, abs=0.015), "a redrawn label is right in one of ten cases"
+
+
+def test_the_test_part_is_the_same_in_every_seed_and_in_no_other_part(tagged: torch.Tensor) -> None:
+    draws = [draw(seed, CPU) for seed in (*range(4), *range(10_000, 10_004))]
+    test = set(draws[0].test[0][:, 0].tolist())
+    for drawn in draws:
+        assert set(drawn.test[0][:, 0].tolist()) == test
+        assert test.isdisjoint(drawn.train[0][:, 0].tolist() + drawn.selection[0][:, 0].tolist())
+    assert not torch.equal(draws[0].train[0], draws[1].train[0])
+
+
+def test_shades_are_exact() -> None:
+    sklearn = pytest.importorskip("sklearn.datasets")
+    images, labels = sklearn.load_digits(return_X_y=True)
+    assert torch.equal(digits()[0], torch.tensor(images, dtype=torch.float32) / 16)
+    assert torch.equal(digits()[1], torch.tensor(labels))
+
+
+def test_batches_are_whole_epochs_and_the_same_for_every_method() -> None:
+    drawn = draw(0, CPU)
+    ten, twenty = list(batch_rows(drawn, 0, 10)), list(batch_rows(drawn, 0, 20))
+    assert all(
+        torch.equal(a, b) for x, y in zip(ten, twenty, strict=False) for a, b in zip(x, y, strict=True)
+    )
+    epoch = torch.cat([noisy for noisy, _ in twenty[:14]])
+    assert len(epoch) == len(epoch.unique()) == 14 * 64
+    assert all(len(clean.unique()) == 64 and clean.max() < 100 for _, clean in twenty)
+    assert not torch.equal(ten[0][0], next(iter(batch_rows(drawn, 1, 1)))[0])
+
+
+# ---- What the rows are made of.
+
+
+def test_averaged_weights_are_those_of_a_plain_loop() -> None:
+    model = nn.Linear(3, 2)
+    average = AveragedWeights(model)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for t in range(2000):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        average.update()
+        d = min(0.995, (t + 1) / (t + 10))
+        expected = [d * e + (1 - d) * p.detach() for e, p in zip(expected, model.parameters(), strict=True)]
+    for actual, wanted in zip(average.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+        assert actual.data_ptr() not in {p.data_ptr() for p in model.parameters()}
+
+
+def test_clean_rows_stand_behind_the_noisy_ones() -> None:
+    logits = torch.randn(7, CLASSES)
+    noisy, clean = torch.randint(CLASSES, (4,)), torch.randint(CLASSES, (3,))
+    loss = WithClean(generalised_cross_entropy(0.5), 3.0)(logits, (noisy, clean))
+    expected = generalised_cross_entropy(0.5)(logits[:4], noisy) + 3 * F.cross_entropy(logits[4:], clean)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_robust_losses_between_cross_entropy_and_absolute_error() -> None:
+    logits, labels = torch.randn(50, CLASSES, dtype=torch.float64), torch.randint(CLASSES, (50,))
+    p = logits.softmax(1)[torch.arange(50), labels]
+    plain = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(generalised_cross_entropy(1.0)(logits, labels), (1 - p).mean())
+    torch.testing.assert_close(generalised_cross_entropy(1e-7)(logits, labels), plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(generalised_cross_entropy(0.7)(logits, labels), ((1 - p**0.7) / 0.7).mean())
+    torch.testing.assert_close(symmetric_cross_entropy(0.5)(logits, labels), plain + 0.5 * 4 * (1 - p).mean())
+
+
+def test_methods_start_from_the_same_weights_and_learn(make_trial: MakeTrial) -> None:
+    drawn = draw(0, CPU)
+    assert torch.equal(new_model(0, CPU)[0].weight, new_model(0, CPU)[0].weight)  # type: ignore[index]
+    trial = make_trial(drawn, steps=None)
+    nothing, some = (fixed("a", cross_entropy, rate=rate, steps=40).train(trial) for rate in (1e-9, 0.03))
+    assert some["error"] < 0.5 < nothing["error"]
+
+
+def test_without_a_learned_difference_the_learned_row_is_the_fixed_one(make_trial: MakeTrial) -> None:
+    """At a meta rate of 0 the loss stays cross-entropy: the rows differ in nothing but the loss."""
+    trial = make_trial(draw(0, CPU), steps=None)
+    plain = fixed("a", cross_entropy, rate=0.03, steps=30, clean_weight=1.0, averaged=True)
+    still = learned("b", rate=0.03, meta_rate=0.0, steps=30)
+    assert plain.train(trial) == pytest.approx(still.train(trial), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", quickstart.METHODS, ids=lambda m: m.label)
+def test_training_sees_neither_true_labels_nor_test_nor_selection(
+    method: Any, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a method may not see is put out of the way: the trained weights stay the same."""
+    drawn = draw(0, CPU)
+    hidden = replace(drawn, true_labels=None, selection=None, test=(torch.empty(0), torch.empty(0)))
+    weights = []
+
+    def keep(model: nn.Module, batch: Any) -> dict[str, float]:
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+        return {}
+
+    monkeypatch.setattr(_noisy_digits, "evaluate", keep)
+    for data in (drawn, hidden):
+        method.train(make_trial(data, steps=3))
+    assert torch.equal(*weights)
+
+
+# ---- The recipe.
+
+
+def test_quickstart_trains_every_row_with_every_seed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     threads = torch.get_num_threads()
-    assert start(output) == 0
+    assert start(tmp_path / "a") == start(tmp_path / "b") == 0
     assert torch.get_num_threads() == threads
-    return output
-
-
-def test_results_hold_versions_settings_and_every_run(folder: Path) -> None:
-    report = json.loads((folder / "results.json").read_text())
-    assert report["versions"]["torch"] == torch.__version__
-    assert report["versions"]["scikit-learn"]
-    assert report["settings"]["seeds"] == 2
-    assert report["settings"]["epochs"] == 2
-    assert [(row["method"], row["seed"]) for row in report["results"]] == [
-        (method, seed) for seed in range(2) for method in quickstart.METHODS
+    runs = [run_folder.read(tmp_path / name) for name in "ab"]
+    assert [(t.method, t.seed) for t in runs[0].trials] == [
+        (method.label, seed) for seed in range(2) for method in quickstart.METHODS
     ]
-    for method, summary in report["summary"].items():
-        errors = [row["test"]["error"] for row in report["results"] if row["method"] == method]
-        assert summary["error_mean"] == pytest.approx(sum(errors) / 2)
-        assert summary["error_sd"] == pytest.approx(abs(errors[0] - errors[1]) / 2**0.5)
-    assert {p.name for p in folder.iterdir()} <= {"results.json", "quickstart.png"}
+    assert [t.measures for t in runs[0].trials] == [t.measures for t in runs[1].trials]
+    assert runs[0].header.references == (quickstart.LEARNED,)
+    out = capsys.readouterr().out
+    for words in ("average precision", quickstart.LEARNED, 'install "lossmeta[plot]"'):
+        assert words in " ".join(out.split())
+    assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
 
 
-def test_same_seeds_give_the_same_results(folder: Path, tmp_path: Path) -> None:
-    assert start(tmp_path) == 0
-    reports = [json.loads((f / "results.json").read_text()) for f in (folder, tmp_path)]
-    assert without_times(reports[0]) == without_times(reports[1])
-    first, second = (reports[0]["results"][i]["test"] for i in (0, len(quickstart.METHODS)))
-    assert first != second, "seeds must differ"
-
-
-def test_figure_is_drawn_where_matplotlib_is(folder: Path) -> None:
-    pytest.importorskip("matplotlib")
-    assert (folder / "quickstart.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_split_is_disjoint_and_fixed_by_the_seed() -> None:
-    images, labels = quickstart.load_digits()
-    tagged = torch.arange(len(labels), dtype=torch.float32)[:, None]
-    parts = quickstart.split(tagged, labels, 1)
-    rows = torch.cat([inputs[:, 0] for inputs, _ in parts.values()])
-    assert len(rows) == len(rows.unique()) == len(images) == 1797
-    again, other = quickstart.split(tagged, labels, 1), quickstart.split(tagged, labels, 2)
-    assert torch.equal(parts["test"][0], again["test"][0])
-    assert not torch.equal(parts["test"][0], other["test"][0])
-    assert torch.equal(parts["test"][1], labels[parts["test"][0][:, 0].long()])
-
-
-def test_methods_share_weights_and_batches() -> None:
-    data = quickstart.split(*quickstart.load_digits(), 0)
-    weights = [quickstart.network(0).state_dict() for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
-    assert not torch.equal(weights[0]["0.weight"], quickstart.network(1).state_dict()["0.weight"])
-    runs = [quickstart.Run(quickstart.network(0), data, 0, 1, lambda: None) for _ in range(2)]
-    epochs = [
-        [labels for _, labels in run.batches(epoch)]
-        for run, epoch in ((runs[0], 0), (runs[1], 0), (runs[0], 1))
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
-    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[2]))
-
-
-def test_global_random_state_is_untouched() -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    quickstart.network(0)
-    assert torch.equal(torch.rand(1), expected)
-
-
-def test_confusions_are_penalised() -> None:
-    loss = ParametricCrossEntropy(quickstart.CLASSES)
-    # Class 1 takes class 3 for itself with probability 0.4; class 9 does not occur.
-    probabilities = torch.full((9, 10), 1e-6)
-    probabilities.fill_diagonal_(1)
-    probabilities[1, 1], probabilities[1, 3] = 0.6, 0.4
-    quickstart.penalise_confusions(loss, probabilities.log(), torch.arange(9))
-    phi = loss.phi
-    assert torch.equal(phi.diagonal(), torch.ones(10))
-    assert torch.equal(phi, phi.T)
-    assert phi[1, 3].item() == pytest.approx(-0.2, abs=1e-4)
-    others = phi - torch.eye(10)
-    others[1, 3] = others[3, 1] = 0
-    assert others.abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(("after", "kept"), [(0, False), (2, True)])
-def test_interruption_keeps_finished_runs_and_earlier_results(
-    after: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_learned_loss_is_drawn_beside_cross_entropy(
+    figures: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "results.json").write_text("earlier")
-    methods = list(quickstart.METHODS.items())
-
-    def interrupt(run: quickstart.Run) -> None:
-        raise KeyboardInterrupt
-
-    methods[after] = (methods[after][0], interrupt)
-    monkeypatch.setattr(quickstart, "METHODS", dict(methods))
-    assert start(tmp_path) == 130
-    message = capsys.readouterr().err
-    assert f"stopped after {after} of 8 runs" in message
-    partial = tmp_path / "results.partial.json"
-    assert partial.exists() == (str(partial) in message) == kept
-    if kept:
-        assert len(json.loads(partial.read_text())["results"]) == after
-    assert (tmp_path / "results.json").read_text() == "earlier"
-
-
-def test_full_disk_is_said_and_keeps_earlier_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "results.json").write_text("earlier")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert start(tmp_path, epochs=1, seeds=1) == 1
-    assert "lossmeta quickstart: the results could not be written: [Errno 28]" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-    assert (tmp_path / "results.json").read_text() == "earlier"
+    assert start(tmp_path, seeds=1) == 0
+    assert (tmp_path / quickstart.FIGURE).read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / quickstart.FIGURE) in capsys.readouterr().out
 
 
 def test_missing_scikit_learn_is_said(
@@ -156,32 +211,56 @@ def test_missing_scikit_learn_is_said(
             raise ModuleNotFoundError("No module named 'sklearn'")
         return real(name, *args, **kwargs)
 
+    digits.cache_clear()
     monkeypatch.setattr(builtins, "__import__", missing)
-    assert start(tmp_path) == 1
-    assert capsys.readouterr().err == (
-        "lossmeta quickstart: scikit-learn is needed for its digits; "
-        "install it with `python -m pip install scikit-learn`\n"
-    )
+    assert start(tmp_path / "new") == 2
+    assert "install it with `python -m pip install scikit-learn`" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
-def test_unusable_device_is_said(device: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert start(tmp_path, device=device) == 2
-    assert f"lossmeta quickstart: --device {device} cannot be used: " in capsys.readouterr().err
+# ---- Tuning.
 
 
-def test_replaced_file_is_whole_or_old(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.json"
-    _results.write_json(path, {"x": 1})
-    assert json.loads(path.read_text()) == {"x": 1}
+def test_networks_trained_at_once_are_those_trained_one_by_one(make_trial: MakeTrial) -> None:
+    seeds = (10_000, 10_001)
+    stack = quickstart_tuning.Stack(seeds, tuple(draw(seed, CPU) for seed in seeds))
+    loss, rate, weight = generalised_cross_entropy(0.5), 0.03, 3.0
+    found = {(step, averaged): error for step, averaged, error in stack.errors(loss, rate, weight, (10, 20))}
+    for steps, averaged in itertools.product((10, 20), (False, True)):
+        method = fixed("m", loss, rate=rate, steps=steps, clean_weight=weight, averaged=averaged)
+        errors = []
+        for seed, drawn in zip(seeds, stack.drawn, strict=True):
+            trial = make_trial(replace(drawn, test=drawn.selection), seed, steps=None)
+            errors.append(method.train(trial)["error"])
+        assert found[steps, averaged] == pytest.approx(sum(errors) / 2, abs=1e-6)
 
-    def torn(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        _results.replace_file(path, torn)
-    with pytest.raises(ValueError, match="Out of range float"):
-        _results.write_json(path, {"x": float("nan")})
-    assert json.loads(path.read_text()) == {"x": 1}
-    assert list(path.parent.iterdir()) == [path]
+def test_tuning_never_sees_the_test_part() -> None:
+    drawn = draw(10_000, CPU)
+    hidden = replace(drawn, true_labels=None, test=None)
+    errors = [
+        list(quickstart_tuning.Stack((10_000,), (d,)).errors(cross_entropy, 0.1, 1.0, (2, 4)))
+        for d in (drawn, hidden)
+    ]
+    assert errors[0] == errors[1]
+
+
+def test_tuning_picks_the_best_of_its_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def errors(self: Any, loss: Any, rate: float, weight: float, stops: tuple[int, ...]) -> Any:
+        for step, averaged in itertools.product(stops, (False, True)):
+            yield step, averaged, abs(rate - 0.03) + abs(weight - 1) + abs(step - 200) + averaged
+
+    monkeypatch.setattr(quickstart_tuning.Stack, "errors", errors)
+    assert start(tmp_path, "quickstart-tuning", steps=None) == 0
+    for trial in run_folder.read(tmp_path).trials:
+        found = trial.measures
+        assert (found["rate"], found["steps"], found["averaged"]) == (0.03, 200, 0)
+        assert found["clean weight"] == (0 if trial.method == "cross-entropy" else 1)
+
+
+def test_tuned_settings_are_on_the_grid_and_seeds_apart() -> None:
+    for method in quickstart.METHODS:
+        if "tuned" in method.label and method.label != quickstart.LEARNED:
+            assert method.settings["rate"] in quickstart_tuning.RATES
+            assert method.settings["steps"] in quickstart_tuning.STOPS
+    assert quickstart_tuning.FIRST_SEED >= 10_000

@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta.adalfl._batches import call_model, check_meta_optimizer, endless
-from lossmeta.adalfl._state import random_state, set_random_state
-from lossmeta.adalfl.differentiable_step import Batch, Loss
-from lossmeta.ops._arguments import choice
-
-Product = Callable[[list[Tensor]], list[Tensor]]
+from lossmeta._batches import Batch, Loss, endless
+from lossmeta._checks import check_at_least_one, check_positive, choice
+from lossmeta.adalfl.implicit import SOLVERS, implicit
+from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
+from lossmeta.adalfl.learned_rate import descended
+from lossmeta.adalfl.unrolled import unrolled
 
 
 def initialize(
@@ -94,17 +92,19 @@ def initialize(
         >>> len(initialize(loss, lambda: torch.nn.Linear(4, 3), batches, batches, steps=2))
         2
     """
-    _check_numbers("initialize", steps=steps, inner_steps=inner_steps, implicit_terms=implicit_terms)
-    _check_rate("initialize", learning_rate)
+    check_at_least_one("initialize", "steps", steps)
+    check_at_least_one("initialize", "inner_steps", inner_steps)
+    check_at_least_one("initialize", "implicit_terms", implicit_terms)
+    check_positive("initialize", "learning_rate", learning_rate)
     if not 0 <= damping < float("inf"):
         raise ValueError(f"initialize: damping must be finite and not negative, got {damping}")
     solver = choice("initialize", "implicit_solver", implicit_solver, SOLVERS)
     methods: dict[str, Callable[..., Any]] = {
-        "unrolled": _unrolled,
-        "implicit": partial(_implicit, solver=solver, terms=implicit_terms, damping=damping),
+        "unrolled": unrolled,
+        "implicit": partial(implicit, solver=solver, terms=implicit_terms, damping=damping),
     }
     differentiate = choice("initialize", "method", method, methods)
-    phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
+    phi = to_learn(loss)
     if not phi:
         raise ValueError("initialize: loss must have parameters to learn, got none")
     meta_optimizer = meta_optimizer or Adam(phi, lr=1e-3)
@@ -176,10 +176,10 @@ def initialize_learning_rate(
         >>> rate, history = initialize_learning_rate(lambda: torch.nn.Linear(4, 3), batches, batches, steps=2)
     """
     where = "initialize_learning_rate"
-    _check_numbers(where, steps=steps, inner_steps=inner_steps)
-    _check_rate(where, learning_rate)
-    if not meta_learning_rate > 0:
-        raise ValueError(f"{where}: meta_learning_rate must be positive, got {meta_learning_rate}")
+    check_at_least_one(where, "steps", steps)
+    check_at_least_one(where, "inner_steps", inner_steps)
+    check_positive(where, "learning_rate", learning_rate)
+    check_positive(where, "meta_learning_rate", meta_learning_rate)
     train, valid = (
         endless(where, "train_batches", train_batches),
         endless(where, "valid_batches", valid_batches),
@@ -187,189 +187,11 @@ def initialize_learning_rate(
     history = []
     for step in range(steps):
         chain = [next(train) for _ in range(inner_steps)]
-        value, _, slope = _unrolled(task_loss, [], make_model(), chain, next(valid), task_loss, learning_rate)
+        value, _, slope = unrolled(task_loss, [], make_model(), chain, next(valid), task_loss, learning_rate)
         finite = bool(value.isfinite() & slope.isfinite())
         if finite:
-            learning_rate = max(learning_rate - meta_learning_rate * slope.item(), 1e-3 * learning_rate)
+            learning_rate = descended(learning_rate, slope, meta_learning_rate)
         history.append(value.item() if finite else float("nan"))
         if progress:
             progress(step + 1, history[-1])
     return learning_rate, history
-
-
-def _unrolled(
-    loss: Loss,
-    phi: list[Tensor],
-    model: nn.Module,
-    chain: list[Batch],
-    valid: Batch,
-    task_loss: Loss,
-    learning_rate: float,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The task loss after gradient descent on ``chain``, its gradient with respect to ``phi``, and its derivative with
-    respect to the learning rate.
-
-    With theta_{i+1} = theta_i - a g_i(theta_i, phi), the adjoint of theta_i is that of theta_{i+1} minus
-    a (d g_i / d theta)' of it; phi collects -a (d g_i / d phi)' of it, and a collects its product with -g_i.
-    """
-    gradient, theta = _gradient_of(loss, model)
-    device = theta[0].device
-    visited, states = [], []
-    for batch in chain:
-        visited.append([p.detach().clone().requires_grad_() for p in theta])
-        states.append(([b.clone() for b in model.buffers()], random_state(device)))
-        _descend(theta, gradient(visited[-1], batch, False), learning_rate)
-    value, adjoint = _validate(task_loss, model, theta, valid)
-    end = random_state(device)
-    total = [torch.zeros_like(p) for p in phi]
-    slope = torch.zeros_like(value)
-    for i in reversed(range(len(chain))):
-        buffers, random = states[i]
-        for b, old in zip(model.buffers(), buffers, strict=True):
-            b.copy_(old)
-        set_random_state(device, random)
-        # The first step's weights lead nowhere further back.
-        wanted = [*phi, *(visited[i] if i else ())]
-        g = gradient(visited[i], chain[i], bool(wanted))
-        slope = slope - _dot(adjoint, g).detach()
-        if not wanted:
-            break
-        products = _transposed(g, wanted, adjoint)
-        total = list(torch._foreach_sub(total, products[: len(phi)], alpha=learning_rate)) if phi else []
-        if i:
-            adjoint = list(torch._foreach_sub(adjoint, products[len(phi) :], alpha=learning_rate))
-    set_random_state(device, end)
-    return value.detach(), total, slope.detach()
-
-
-def _implicit(
-    loss: Loss,
-    phi: list[Tensor],
-    model: nn.Module,
-    chain: list[Batch],
-    valid: Batch,
-    task_loss: Loss,
-    learning_rate: float,
-    *,
-    solver: Callable[[Product, list[Tensor], int, float], list[Tensor]],
-    terms: int,
-    damping: float,
-) -> tuple[Tensor, list[Tensor], None]:
-    """The same by the implicit function theorem at the last parameters; no derivative for the learning rate, on which
-    a minimum does not depend."""
-    gradient, theta = _gradient_of(loss, model)
-    for batch in chain:
-        _descend(theta, gradient(theta, batch, False), learning_rate)
-    value, v = _validate(task_loss, model, theta, valid)
-    g = gradient(theta, chain[-1], True)
-
-    def product(x: list[Tensor]) -> list[Tensor]:
-        return list(torch._foreach_add(_transposed(g, theta, x, retain_graph=True), x, alpha=damping))
-
-    solution = solver(product, v, terms, learning_rate)
-    return value.detach(), [-m for m in _transposed(g, phi, solution)], None
-
-
-def _neumann(product: Product, v: list[Tensor], terms: int, rate: float) -> list[Tensor]:
-    """rate sum_{j < terms} (I - rate A)^j v."""
-    term, total = v, [x.clone() for x in v]
-    for _ in range(terms - 1):
-        term = list(torch._foreach_sub(term, product(term), alpha=rate))
-        torch._foreach_add_(total, term)
-    torch._foreach_mul_(total, rate)
-    return total
-
-
-def _conjugate_gradients(product: Product, v: list[Tensor], terms: int, rate: float) -> list[Tensor]:
-    """A^-1 v for a positive definite A; NaN where already v itself shows that it is not."""
-    x = [torch.zeros_like(r) for r in v]
-    residual, direction = [r.clone() for r in v], v
-    square = start = _dot(residual, residual)
-    for i in range(terms):
-        # Nothing is left but rounding.
-        if square <= torch.finfo(square.dtype).eps ** 2 * start:
-            break
-        moved = product(direction)
-        curvature = _dot(direction, moved)
-        if not curvature > 0:
-            return x if i else [torch.full_like(r, torch.nan) for r in v]
-        length = square / curvature
-        torch._foreach_add_(x, torch._foreach_mul(direction, length))
-        torch._foreach_sub_(residual, torch._foreach_mul(moved, length))
-        square, before = _dot(residual, residual), square
-        direction = list(torch._foreach_add(residual, torch._foreach_mul(direction, square / before)))
-    return x
-
-
-SOLVERS = {"neumann": _neumann, "cg": _conjugate_gradients}
-
-
-def _gradient_of(
-    loss: Loss, model: nn.Module
-) -> tuple[Callable[[list[Tensor], Batch, bool], list[Tensor]], list[Tensor]]:
-    """The gradient of the loss as a function of the model's parameters, and these; 0 for those that it leaves out."""
-    model.train()
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError("AdaLFL: make_model must return a model with trainable parameters, got one without")
-
-    def gradient(at: list[Tensor], batch: Batch, create_graph: bool) -> list[Tensor]:
-        state = dict(zip(named, at, strict=True))
-        prediction = call_model(lambda *a, **k: functional_call(model, state, a, k), batch[0])
-        value = _scalar("loss", loss(prediction, batch[1]))
-        return _gradients(value, at, create_graph=create_graph)
-
-    return gradient, list(named.values())
-
-
-def _validate(
-    task_loss: Loss, model: nn.Module, theta: list[Tensor], batch: Batch
-) -> tuple[Tensor, list[Tensor]]:
-    """The task loss and its gradient."""
-    value = _scalar("task_loss", task_loss(call_model(model, batch[0]), batch[1]))
-    return value, _gradients(value, theta)
-
-
-def _transposed(
-    g: list[Tensor], inputs: list[Tensor], vectors: list[Tensor], retain_graph: bool = False
-) -> list[Tensor]:
-    """(d g / d inputs)' vectors."""
-    differentiable = [(x, v) for x, v in zip(g, vectors, strict=True) if x.requires_grad]
-    if not differentiable:  # both the loss and the model are linear
-        return [torch.zeros_like(p) for p in inputs]
-    outputs, along = map(list, zip(*differentiable, strict=True))
-    return _gradients(outputs, inputs, along, retain_graph=retain_graph)
-
-
-def _gradients(outputs: Any, inputs: list[Tensor], vectors: Any = None, **options: Any) -> list[Tensor]:
-    """Of what autograd returns several may be one tensor, expanded, or one of ``vectors``: not to be written to."""
-    found = torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, **options)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, inputs, strict=True)]
-
-
-def _scalar(argument: str, value: Tensor) -> Tensor:
-    if value.dim():
-        raise ValueError(
-            f"AdaLFL: {argument} must reduce to a scalar (reduction='mean'), got {list(value.shape)}"
-        )
-    return value
-
-
-@torch.no_grad()
-def _descend(theta: list[Tensor], gradient: list[Tensor], rate: float) -> None:
-    torch._foreach_sub_(theta, gradient, alpha=rate)
-
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
-
-
-def _check_numbers(where: str, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{where}: {name} must be at least 1, got {number}")
-
-
-def _check_rate(where: str, learning_rate: float) -> None:
-    if not learning_rate > 0:
-        raise ValueError(f"{where}: learning_rate must be positive, got {learning_rate}")

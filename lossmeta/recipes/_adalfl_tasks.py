@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossmeta import models
+from lossmeta import data, models
 from lossmeta.data import Dataset
+from lossmeta.experiments import Measure, Task
 
 Batch = tuple[Tensor, Tensor]
 # Train; validation, which the meta-objective sees; selection, by which hyper-parameters are chosen; test.
@@ -166,6 +168,55 @@ def split(dataset: Dataset, seed: int, device: torch.device, augment: bool) -> S
     sample = on_device["train"][0][:10_000].float().transpose(0, 1).flatten(1)
     mean, deviation = (t[:, None, None] for t in (sample.mean(1), sample.std(1)))
     return Splits(on_device, dataset.classes, augment, (mean, deviation))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a trial is given.
+
+    Attributes:
+        problem: with the number of steps that was asked for.
+        splits: of the trial's seed.
+        offline_steps: of Algorithms 1 and 3.
+    """
+
+    problem: Problem
+    splits: Splits
+    offline_steps: int
+
+
+OFFLINE_STEPS = 2500
+ERROR = Measure("test error", higher_is_better=False)
+SELECTION = Measure("selection error", higher_is_better=False, shown=False)
+SLOPE, RATE = Measure("slope", higher_is_better=None, digits=2), Measure("rate", higher_is_better=None)
+SECONDS = Measure("seconds", higher_is_better=False, digits=2, ratio=True)
+
+
+@lru_cache(maxsize=1)  # the tasks of one data set follow one another
+def _dataset(name: str) -> Dataset:
+    return data.load(name)
+
+
+def as_task(problem: Problem, steps: int | None, measures: tuple[Measure, ...]) -> Task:
+    """The task for the runner, with another number of steps where one is given."""
+    if steps is not None:
+        problem = replace(problem, steps=steps)
+    offline_steps = OFFLINE_STEPS if steps is None else steps
+    settings = {
+        "data": problem.data,
+        "batch": problem.batch,
+        "steps": problem.steps,
+        "offline_steps": offline_steps,
+        "base rate": problem.rate,
+        "augment": problem.augment,
+        **problem.optimizer_options,
+    }
+    return Task(problem.name, partial(_prepare, problem, offline_steps), measures, settings)
+
+
+def _prepare(problem: Problem, offline_steps: int, seed: int, device: torch.device) -> Drawn:
+    splits = split(_dataset(problem.data), seed, device, problem.augment)
+    return Drawn(problem, splits, offline_steps)
 
 
 # ---- The tasks. Paper: batch 128; SGD without momentum at 1e-3 (regression) and 1e-2; CIFAR and SVHN with Nesterov

@@ -1,15 +1,17 @@
-"""What the learners are given, refused where it is unfit before anything has changed."""
+"""What a training loop hands over, refused where it is unfit before anything has changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-if TYPE_CHECKING:  # which itself calls models from here
-    from lossmeta.adalfl.differentiable_step import Batch
+Batch = tuple[Any, Tensor]
+"""Inputs and target. Several inputs are a sequence or a mapping."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``loss(prediction, target)``."""
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -19,18 +21,6 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, Sequence):
         return model(*inputs)
     return model(inputs)
-
-
-def check_meta_optimizer(where: str, loss: nn.Module, optimizer: Optimizer) -> None:
-    """That it moves all trainable parameters of the loss; it may also hold frozen ones of it, but no others."""
-    owned = {p for group in optimizer.param_groups for p in group["params"]}
-    others = [p for p in owned if p not in set(loss.parameters())]
-    missing = [name for name, p in loss.named_parameters() if p.requires_grad and p not in owned]
-    if others or missing:
-        raise ValueError(
-            f"{where}: meta_optimizer must have all trainable parameters of the loss and no others, got "
-            f"{len(others)} others, and of the loss's all but {missing}; make it of loss.parameters()"
-        )
 
 
 def checked(where: str, name: str, batch: Any) -> Batch:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lossmeta._model_state import RandomState
+
 Step = Callable[[Any, Any], Sequence[Tensor]]
 
 
@@ -137,17 +139,14 @@ class CapturedStep:
         return numbers, tuple(t.data_ptr() for t in tensors if isinstance(t, Tensor))
 
     def _warm_up(self, train_batch: Any, valid_batch: Any) -> list[Tensor]:
-        random = self._random_state()
+        before = RandomState(self.device)
         outputs = list(self.step(train_batch, valid_batch))
-        if not all(map(torch.equal, random, self._random_state())):
+        if not before.equals(RandomState(self.device)):
             raise ValueError(
                 "OnlineLearner: with capture=True the model must draw no random numbers: a graph cannot draw those of "
                 "dropout a second time. Use capture=False, or remove it; this step has been taken"
             )
         return outputs
-
-    def _random_state(self) -> tuple[Tensor, Tensor]:
-        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
 
     def _capture(self, tensors: list[Tensor], layout: Any) -> _Captured:
         inputs = [t.clone() for t in tensors]
@@ -156,7 +155,3 @@ class CapturedStep:
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             outputs = self.step(*tree_unflatten(inputs, layout))
         return _Captured(graph, inputs, outputs, [p.grad for p in self.parameters])
-
-
-def is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,5 @@
+"""``python -m lossmeta.cli``: the command ``lossmeta``."""
+
+from lossmeta.cli import app
+
+app(prog_name="lossmeta")

@@ -1,0 +1,251 @@
+"""Tables, page and figure of a run, made from its folder alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lossmeta import plot
+from lossmeta._files import write_json, write_text
+from lossmeta.experiments.run_folder import Header, Record, Run, TaskHeader
+from lossmeta.experiments.statistics import Comparison, Summary, compare, summary
+from lossmeta.experiments.table import Cell, Column, Table
+from lossmeta.experiments.trial import Measure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+PAGE, TABLES = "tables.md", "tables.json"
+TEXT_WIDTH = 100
+# From here on decimals become fewer, and then none are left.
+LARGE, HUGE = 1e3, 1e6
+COMPARISONS = ("difference", "95 % interval", "better", "p t-test", "p Wilcoxon")
+NOTE = """\
+±: standard deviation over the seeds. Difference: mean of the differences to the row that is named, seed by seed, \
+with a 95 % confidence interval. Better: in how many seeds (=: equal). p: of the paired t-test and of Wilcoxon's \
+signed-rank test."""
+
+Rows = dict[str, dict[int, Record]]
+
+
+def tables(run: Run, seeds: Sequence[int] | None = None) -> list[Table]:
+    """One table for every task that has trials; with the seeds given, or all that were asked for."""
+    seeds = run.header.seeds if seeds is None else seeds
+    found = []
+    for task in run.header.tasks:
+        rows = _rows(run, task, seeds)
+        if any(rows.values()):
+            found.append(_table(run.header, task, rows, seeds))
+    return found
+
+
+def explanation(header: Header) -> list[str]:
+    """Paragraphs: what all tables have in common, and the recipe's legend."""
+    better: dict[bool, list[str]] = {False: [], True: []}
+    for measure in dict.fromkeys(m for task in header.tasks for m in _compared(task)):
+        assert measure.higher_is_better is not None
+        better[measure.higher_is_better].append(measure.name)
+    directions = [
+        f"{'Higher' if higher else 'Lower'} is better for {' and '.join(names)}."
+        for higher, names in better.items()
+        if names
+    ]
+    legend = [" ".join(paragraph.split()) for paragraph in header.legend.split("\n\n")]
+    return [" ".join([NOTE, *directions] if header.references else directions), *legend]
+
+
+def show(run: Run, console: Console, seeds: Sequence[int] | None = None) -> None:
+    """The tables for people, and what explains them."""
+    for table in tables(run, seeds):
+        table.print(console)
+    for paragraph in explanation(run.header):
+        console.print(paragraph, markup=False, highlight=False, width=min(console.width, TEXT_WIDTH))
+
+
+def page(run: Run, seeds: Sequence[int] | None = None) -> str:
+    """The run as a page of Markdown."""
+    header, where = run.header, run.header.environment
+    shown = header.seeds if seeds is None else seeds
+    settings = ", ".join(f"{name} {value}" for name, value in header.settings.items() if value is not None)
+    versions = ", ".join(f"{name} {where[name]}" for name in ("lossmeta", "torch") if where.get(name))
+    facts = [f"Settings: {settings}"] if settings else []
+    facts += [f"seeds: {_ranges(shown)}", versions, where.get("processor", ""), where.get("date", "")[:10]]
+    parts = [
+        f"# {header.recipe}",
+        header.about,
+        "; ".join(filter(None, facts)) + ".",
+        *(table.markdown().rstrip() for table in tables(run, seeds)),
+        *explanation(header),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def write(run: Run, seeds: Sequence[int] | None = None) -> list[Path]:
+    """Puts page, tables as JSON and, with matplotlib, a figure into the run's folder; gives their paths."""
+    written = [run.path / PAGE, run.path / TABLES]
+    write_text(written[0], page(run, seeds))
+    write_json(written[1], [table.data() for table in tables(run, seeds)])
+    if plot.installed():
+        for name, drawing in figures(run, seeds):
+            written.append(run.path / name)
+            plot.save(drawing, written[-1])
+    return written
+
+
+def figures(run: Run, seeds: Sequence[int] | None = None) -> Iterator[tuple[str, Figure]]:
+    """File name and figure of every task: mean and deviation of the first measure of every row."""
+    seeds = run.header.seeds if seeds is None else seeds
+    for task in run.header.tasks:
+        measure = (_compared(task) or task.measures)[0]
+        factor = 100 if measure.percent else 1
+        points = {}
+        for label, trials in _rows(run, task, seeds).items():
+            of_row = summary([trial.measures.get(measure.name) for trial in trials.values()])
+            if of_row.mean is not None:
+                points[label] = factor * of_row.mean, factor * (of_row.deviation or 0.0)
+        if points:
+            drawing, (axes,) = plot.figure(run.header.recipe, size=(7.0, 1.0 + 0.32 * len(points)))
+            means, deviations = zip(*points.values(), strict=True)
+            plot.intervals(axes, list(points), means, deviations)
+            axes.set_title(task.name)
+            axes.set_xlabel(f"{_heading(measure)}, mean ± sd")
+            names = [run.header.recipe, *([task.name] if len(run.header.tasks) > 1 else [])]
+            words = re.findall(r"[\w.]+", " ".join(names).lower())
+            yield f"{'-'.join(words)}.png", drawing
+
+
+def _compared(task: TaskHeader) -> list[Measure]:
+    return [m for m in task.measures if m.shown and m.higher_is_better is not None]
+
+
+def _rows(run: Run, task: TaskHeader, seeds: Sequence[int]) -> Rows:
+    """The last trial of every row and seed."""
+    rows: Rows = {label: {} for label in run.header.rows}
+    for trial in run.trials:
+        if (trial.role, trial.task) == ("report", task.name) and trial.method in rows and trial.seed in seeds:
+            rows[trial.method][trial.seed] = trial
+    return rows
+
+
+def _table(header: Header, task: TaskHeader, rows: Rows, seeds: Sequence[int]) -> Table:
+    columns, cells = [], []
+    for column, of_rows in (*_values(header, task, rows), *_comparisons(header, task, rows)):
+        columns.append(column)
+        cells.append(of_rows)
+    by_row = {label: tuple(of_rows[i] for of_rows in cells) for i, label in enumerate(rows)}
+    title = f"{task.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    return Table(title, tuple(columns), by_row, tuple(_notes(rows, len(seeds))))
+
+
+def _values(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple[Column, list[Cell]]]:
+    """The measures; columns of others stand after the first."""
+    beside = {heading: texts[task.name] for heading, texts in header.reported.items() if texts.get(task.name)}
+    for measure in (m for m in task.measures if m.shown):
+        of_rows = [
+            summary([trial.measures.get(measure.name) for trial in trials.values()])
+            for trials in rows.values()
+        ]
+        yield Column(_heading(measure)), [Cell(_spread(measure, s), _data(s)) for s in of_rows]
+        if measure.ratio and header.references:
+            name = header.references[0]
+            base = of_rows[list(rows).index(name)].mean
+            ratios = [None if not base or s.mean is None else s.mean / base for s in of_rows]
+            yield Column(f"times {name}"), [Cell("" if r is None else f"{r:.2f}", r) for r in ratios]
+        for heading, texts in beside.items():
+            yield Column(heading), [Cell(texts.get(label, "")) for label in rows]
+        beside = {}
+
+
+def _comparisons(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple[Column, list[Cell]]]:
+    for reference in header.references:
+        for measure in _compared(task):
+            group = f"{measure.name}: difference to {reference}"
+            compared = [
+                None if label == reference else _compare(measure, trials, rows[reference])
+                for label, trials in rows.items()
+            ]
+            texts = [("",) * len(COMPARISONS) if c is None else _texts(measure, c) for c in compared]
+            for i, heading in enumerate(COMPARISONS):
+                values = [None if c is None or i else _data(c) for c in compared]
+                of_rows = [Cell(text[i], value) for text, value in zip(texts, values, strict=True)]
+                if i == 0 or any(cell.text for cell in of_rows):
+                    yield Column(heading, group), of_rows
+
+
+def _compare(measure: Measure, trials: dict[int, Record], reference: dict[int, Record]) -> Comparison | None:
+    pairs = [(trials[seed], reference[seed]) for seed in trials if seed in reference]
+    if not pairs:
+        return None
+    values, others = (
+        [trial.measures.get(measure.name) for trial in side] for side in zip(*pairs, strict=True)
+    )
+    return compare(values, others, higher_is_better=bool(measure.higher_is_better))
+
+
+def _texts(measure: Measure, c: Comparison) -> tuple[str, ...]:
+    """In the order of COMPARISONS."""
+    return (
+        "" if c.difference is None else _number(measure, c.difference, "+"),
+        "" if c.interval is None else " to ".join(_number(measure, end, "+") for end in c.interval),
+        f"{c.wins}/{c.count}" + (f", {c.ties}=" if c.ties else ""),
+        "" if c.t_test is None else f"{c.t_test:.2g}",
+        "" if c.wilcoxon is None else f"{c.wilcoxon:.2g}",
+    )
+
+
+def _notes(rows: Rows, seeds: int) -> Iterator[str]:
+    """What was chosen, and what is missing."""
+    chosen = {
+        label: next((t.candidate for t in trials.values() if t.candidate), None)
+        for label, trials in rows.items()
+    }
+    if any(chosen.values()):
+        yield "Chosen: " + "; ".join(f"{label}: {best}" for label, best in chosen.items() if best) + "."
+    partial = {label: len(trials) for label, trials in rows.items() if len(trials) < seeds}
+    if partial:
+        yield "Not finished: " + "; ".join(f"{label}: {n} of {seeds}" for label, n in partial.items()) + "."
+
+
+def _heading(measure: Measure) -> str:
+    return f"{measure.name} (%)" if measure.percent else measure.name
+
+
+def _number(measure: Measure, value: float, sign: str = "") -> str:
+    value *= 100 if measure.percent else 1
+    if abs(value) >= HUGE:
+        return f"{value:{sign}.3g}"
+    digits = measure.digits - int(math.log10(abs(value))) + 1 if abs(value) >= LARGE else measure.digits
+    return f"{value:{sign}.{max(0, digits)}f}"
+
+
+def _spread(measure: Measure, s: Summary) -> str:
+    """Mean ± sd of what is finite, and how much is not."""
+    compared = measure.higher_is_better is not None
+    if s.mean is None:
+        return "diverged" if s.count and compared else ""
+    text = _number(measure, s.mean)
+    # What is not compared is often a setting: the same in every trial, or in some of them none.
+    if s.deviation is not None and (compared or _number(measure, s.deviation) != _number(measure, 0)):
+        text += f" ± {_number(measure, s.deviation)}"
+    return f"{text}, {s.diverged} diverged" if s.diverged and compared else text
+
+
+def _data(numbers: Summary | Comparison) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(numbers)
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """0 to 4, 7: what follows on one another as a range."""
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

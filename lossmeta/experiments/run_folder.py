@@ -1,0 +1,325 @@
+"""A run on disk: ``run.json`` says what it is, ``trials.jsonl`` has one finished trial a line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lossmeta
+from lossmeta._files import write_json
+from lossmeta.experiments.lock import locked
+from lossmeta.experiments.trial import Measure
+
+# 1 was results.json, all in one file.
+SCHEMA = 2
+HEADER, TRIALS, LOCK, OLD = "run.json", "trials.jsonl", ".lock", "results.json"
+REMEDY = "choose another --output or remove it"
+
+Identity = tuple[str, str, int, str]
+
+
+class FolderError(ValueError):
+    """A folder that a run cannot go on with; says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished trial.
+
+    Attributes:
+        role: ``"report"``, or ``"tuning"`` for what only serves to choose.
+        task: its name.
+        method: label of the row.
+        seed: of the trial.
+        candidate: what was trained, where the row is a tuned one.
+        settings: of the task and of the method that was trained.
+        measures: and further numbers; None where training diverged.
+        seconds: of training.
+        peak_memory: in bytes, of the process or, on a GPU, of tensors; None where it is not known.
+    """
+
+    role: str
+    task: str
+    method: str
+    seed: int
+    settings: Mapping[str, Any]
+    measures: Mapping[str, float | None]
+    seconds: float
+    peak_memory: int | None
+    candidate: str | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What decides the outcome: two trials with the same need to be trained once."""
+        return self.task, self.candidate or self.method, self.seed, canonical(self.settings)
+
+
+@dataclass(frozen=True)
+class TaskHeader:
+    """What a table needs to know of a task."""
+
+    name: str
+    measures: tuple[Measure, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run is.
+
+    Attributes:
+        recipe: its name.
+        about: one line.
+        settings: of the run; those of a folder never change.
+        tasks: one table each.
+        rows: labels.
+        references: labels of the rows that others are compared with.
+        seeds: all that were ever asked for.
+        legend: below the tables.
+        reported: columns beside ours: heading, task, row, text.
+        environment: where it began.
+    """
+
+    recipe: str
+    about: str
+    settings: Mapping[str, Any]
+    tasks: tuple[TaskHeader, ...]
+    rows: tuple[str, ...]
+    references: tuple[str, ...]
+    seeds: tuple[int, ...]
+    legend: str
+    reported: Mapping[str, Mapping[str, Mapping[str, str]]]
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder as it was read."""
+
+    path: Path
+    header: Header
+    trials: list[Record] = field(default_factory=list)
+
+
+def canonical(settings: Mapping[str, Any]) -> str:
+    """Settings as text: the same for the same settings, whatever their order and whether they come from a file."""
+    return json.dumps(settings, sort_keys=True, allow_nan=False)
+
+
+def read(path: Path) -> Run:
+    """A run as it is, finished or not.
+
+    Raises:
+        FolderError: for a folder without a run, with a corrupt one or with one of a newer lossmeta.
+        OSError: where it cannot be read.
+    """
+    if not (path / HEADER).exists():
+        if (path / OLD).exists():
+            from lossmeta.experiments.old import convert
+
+            return convert(path, _json(path / OLD))
+        raise FolderError(f"{path} holds no run: it has neither {HEADER} nor {OLD}")
+    header = _read_header(path / HEADER)
+    return Run(path, header, _read_trials(path / TRIALS)[0])
+
+
+class Writer:
+    """A folder that this process alone writes to."""
+
+    def __init__(self, path: Path, header: Header, trials: list[Record], file: int) -> None:
+        self.path = path
+        self.header = header
+        self.trials = trials
+        self._file = file
+
+    def append(self, record: Record) -> None:
+        """Puts a finished trial on the disk.
+
+        Raises:
+            OSError: where it does not fit; what was written before stays as it is.
+        """
+        line = json.dumps(asdict(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        size = os.fstat(self._file).st_size
+        try:
+            # One call: an interrupt comes before or after it, never within the line.
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file, size)
+            raise
+        self.trials.append(record)
+
+
+@contextmanager
+def opened(path: Path, header: Header) -> Iterator[Writer]:
+    """The folder for a run to begin or to go on in. One in which no trial was finished is left as it was found.
+
+    Raises:
+        FolderError: for a folder that another process writes to, that holds something else or that is corrupt.
+        OSError: where it cannot be written to.
+    """
+    new_folder = not path.exists()
+    _plan(path, header)  # what is refused is left without a trace
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path / LOCK) as holder:
+        if holder is not None:
+            raise FolderError(
+                f"{path} is being written to by process {holder}; wait for it, or choose another --output"
+            )
+        earlier, kept = _plan(path, header)
+        try:
+            trials, good = _read_trials(path / TRIALS)
+            if kept != earlier:
+                write_json(path / HEADER, {"schema": SCHEMA, **asdict(kept)})
+            file = os.open(path / TRIALS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.ftruncate(file, good)
+                _sync_folder(path)
+                yield Writer(path, kept, trials, file)
+            finally:
+                os.close(file)
+        finally:
+            if earlier is None and not finished(path):
+                with suppress(OSError):
+                    for name in (TRIALS, HEADER, LOCK):
+                        (path / name).unlink(missing_ok=True)
+                    if new_folder:
+                        path.rmdir()
+
+
+def finished(path: Path) -> int:
+    """How many trials are really on the disk."""
+    with suppress(OSError):
+        return (path / TRIALS).read_bytes().count(b"\n")
+    return 0
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """Where a run is made."""
+    from datetime import datetime, timezone
+
+    return {
+        **lossmeta.info(),
+        "processor": _processor(),
+        "device": device,
+        "threads": threads,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    import platform
+
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _sync_folder(path: Path) -> None:
+    """So that the files' names, too, outlast a loss of power."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _plan(path: Path, header: Header) -> tuple[Header | None, Header]:
+    """What the folder is, and what it is to be."""
+    if (path / HEADER).exists():
+        earlier = _read_header(path / HEADER)
+        return earlier, _continued(path, earlier, header)
+    if (path / TRIALS).exists():
+        raise FolderError(f"{path} holds {TRIALS} without its {HEADER}; {REMEDY}")
+    if (path / OLD).exists():
+        raise FolderError(
+            f"{path} holds {OLD} of an earlier lossmeta (schema 1, this one writes {SCHEMA}), which no run can go on "
+            f"with; `lossmeta report {path}` shows it; choose another --output for the new run"
+        )
+    return None, header
+
+
+def _continued(path: Path, earlier: Header, now: Header) -> Header:
+    """The header of a run that goes on: everything as it is now, but where it began."""
+
+    def fixed(header: Header) -> dict[str, Any]:
+        where = {name: header.environment.get(name) for name in ("lossmeta", "torch", "device")}
+        return {"recipe": header.recipe, **where, **header.settings}
+
+    there, here = fixed(earlier), fixed(now)
+    different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if different:
+        list_of = "; ".join(
+            f"{name} is {there.get(name)} there and {here.get(name)} now" for name in different
+        )
+        raise FolderError(f"{path} holds results of other settings: {list_of}; {REMEDY}")
+    seeds = tuple(sorted({*earlier.seeds, *now.seeds}))
+    return replace(now, seeds=seeds, environment=earlier.environment)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FolderError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+
+
+def _read_header(path: Path) -> Header:
+    content = _json(path)
+    schema = content.pop("schema", None) if isinstance(content, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        version = (content.get("environment") or {}).get("lossmeta", "?")
+        raise FolderError(
+            f"{path} was written by lossmeta {version} with schema {schema}; lossmeta {lossmeta.__version__} reads "
+            f"schemas up to {SCHEMA}: use the newer lossmeta, or choose another --output"
+        )
+    if schema != SCHEMA:
+        raise FolderError(f"{path} must say schema {SCHEMA}, got {schema!r}; {REMEDY}")
+    try:
+        tasks = tuple(
+            TaskHeader(task["name"], tuple(Measure(**measure) for measure in task["measures"]))
+            for task in content["tasks"]
+        )
+        lists = {name: tuple(content[name]) for name in ("rows", "references", "seeds")}
+        return Header(**{**content, **lists, "tasks": tasks})
+    except (KeyError, TypeError, ValueError) as error:
+        raise FolderError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+
+
+def _read_trials(path: Path) -> tuple[list[Record], int]:
+    """The trials, and at which byte the last whole line ends: a process that is killed can leave half a line."""
+    content = path.read_bytes() if path.exists() else b""
+    good = content.rfind(b"\n") + 1
+    trials = []
+    for number, line in enumerate(content[:good].split(b"\n")[:-1], 1):
+        try:
+            trials.append(_record(json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise FolderError(
+                f"{path}, line {number}, is damaged ({type(error).__name__}: {error}); "
+                "delete that line, and the same command trains its trial again"
+            ) from error
+    return trials, good
+
+
+def _record(content: Any) -> Record:
+    if not isinstance(content, dict):
+        raise TypeError(f"a trial must be an object, got {type(content).__name__}")
+    record = Record(**content)
+    types = {"role": str, "task": str, "method": str, "seed": int, "settings": dict, "measures": dict}
+    for name, expected in types.items():
+        if not isinstance(getattr(record, name), expected):
+            raise TypeError(f"{name} must be {expected.__name__}, got {getattr(record, name)!r}")
+    for name, value in record.measures.items():
+        if not (value is None or isinstance(value, int | float)):
+            raise TypeError(f"{name} must be a number or null, got {value!r}")
+    return record

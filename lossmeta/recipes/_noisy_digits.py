@@ -1,0 +1,265 @@
+"""Digits with wrong labels and a few clean ones: the data, and how a model is trained on them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from lossmeta.adalfl import OnlineLearner
+from lossmeta.experiments import Method, Trial
+from lossmeta.experiments.trial import STREAM, seeded
+from lossmeta.losses import LossNetwork
+from lossmeta.recipes._digits import CLASSES, Batch, digits, evaluate, network
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+SETTINGS: dict[str, Any] = {
+    "sizes": {"test": 500, "clean": 100, "selection": 250, "train": 900},
+    "share of labels redrawn": 0.4,
+    "hidden": 64,
+    "batch": 64,
+    "optimizer": "SGD, momentum 0.9",
+}
+# Streams of random numbers of a seed. Stream 0 draws the data.
+WEIGHTS, NOISY_ORDER, CLEAN_ORDER, LOSS = range(1, 5)
+
+
+# ---- Data.
+
+
+@dataclass(frozen=True)
+class NoisyDigits:
+    """One seed's data.
+
+    Attributes:
+        train: images, and labels of which a share is redrawn.
+        true_labels: those of ``train``. No method may see them.
+        clean: images with right labels, as many of each class.
+        selection: right labels too; settings are chosen by it, with the tuning seeds, and nothing else looks at it.
+        test: the same in every seed, in those of tuning too.
+    """
+
+    train: Batch
+    true_labels: Tensor
+    clean: Batch
+    selection: Batch
+    test: Batch
+
+
+def draw(seed: int, device: torch.device) -> NoisyDigits:
+    """A seed's noise, and its draw of everything but the test part."""
+    images, labels = digits()
+    sizes: dict[str, int] = SETTINGS["sizes"]
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, pool = shuffled[: sizes["test"]], shuffled[sizes["test"] :]
+    generator = torch.Generator().manual_seed(seed)
+    pool = pool[torch.randperm(len(pool), generator=generator)]
+    clean = torch.cat([pool[labels[pool] == c][: sizes["clean"] // CLASSES] for c in range(CLASSES)])
+    rest = pool[~torch.isin(pool, clean)]
+    selection, train = rest[: sizes["selection"]], rest[sizes["selection"] :][: sizes["train"]]
+    redrawn = torch.rand(len(train), generator=generator) < SETTINGS["share of labels redrawn"]
+    noisy = torch.where(redrawn, torch.randint(CLASSES, train.shape, generator=generator), labels[train])
+
+    def part(rows: Tensor) -> Batch:
+        return images[rows].to(device), labels[rows].to(device)
+
+    inputs, true_labels = part(train)
+    return NoisyDigits((inputs, noisy.to(device)), true_labels, part(clean), part(selection), part(test))
+
+
+def new_model(seed: int, device: torch.device) -> nn.Module:
+    with seeded(seed + STREAM * WEIGHTS, device):
+        return network(SETTINGS["hidden"]).to(device)
+
+
+def batch_rows(drawn: NoisyDigits, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of every step's batch, and of its batch of clean data."""
+
+    def whole_batches(count: int, stream: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed + STREAM * stream)
+        size = SETTINGS["batch"]
+        while True:
+            yield from torch.randperm(count, generator=generator)[: count - count % size].split(size)
+
+    noisy = whole_batches(len(drawn.train[1]), NOISY_ORDER)
+    clean = whole_batches(len(drawn.clean[1]), CLEAN_ORDER)
+    for _ in range(steps):
+        yield next(noisy), next(clean)
+
+
+# ---- What the rows of the comparison are made of.
+
+
+class WithClean(nn.Module):
+    """A loss of the noisy rows of a batch, plus the weighted cross-entropy of the clean rows behind them.
+
+    The target is a pair: the noisy labels and the clean ones.
+    """
+
+    def __init__(self, loss: Loss, weight: float) -> None:
+        super().__init__()
+        self.loss = loss
+        self.weight = weight
+
+    def forward(self, prediction: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        noisy, clean = target
+        on_noisy, on_clean = prediction.split([len(noisy), len(clean)])
+        return self.loss(on_noisy, noisy) + self.weight * F.cross_entropy(on_clean, clean)
+
+
+class AveragedWeights:
+    """An exponential moving average of a model's weights over the steps.
+
+    After step t, which starts from 0, it is d times itself plus 1 - d times the weights, d = min(0.995, (t + 1) / (t +
+    10)): at first it follows closely.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model)
+        self._averages: list[Tensor] = list(self.model.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
+        self._steps = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(0.995, (self._steps + 1) / (self._steps + 10))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        self._steps += 1
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
+
+
+def generalised_cross_entropy(q: float) -> Loss:
+    """``(1 - p^q) / q`` of the probability p of the label: from cross-entropy (q = 0) to the absolute error (1).
+
+    Zhang and Sabuncu, Generalized cross entropy loss for training deep neural networks with noisy labels, 2018.
+    """
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return ((1 - (-q * F.cross_entropy(logits, labels, reduction="none")).exp()) / q).mean()
+
+    return loss
+
+
+def symmetric_cross_entropy(beta: float) -> Loss:
+    """Cross-entropy plus beta times its reverse, which is ``4 (1 - p)`` where log 0 is taken for -4.
+
+    Wang et al., Symmetric cross entropy for robust learning with noisy labels, 2019.
+    """
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        plain = F.cross_entropy(logits, labels, reduction="none")
+        return (plain + 4 * beta * (1 - (-plain).exp())).mean()
+
+    return loss
+
+
+# ---- Methods.
+
+
+def fixed(
+    label: str,
+    loss: Loss,
+    *,
+    rate: float,
+    steps: int,
+    clean_weight: float = 0.0,
+    averaged: bool = False,
+    **parameter: float,
+) -> Method:
+    """Training with a loss that stays as it is.
+
+    Args:
+        label: of the row.
+        loss: of the noisy batch.
+        rate: learning rate.
+        steps: of training.
+        clean_weight: of the clean batch's cross-entropy; with 0 there is no clean batch.
+        averaged: whether the averaged weights are tested.
+        parameter: of the loss, to be kept with the results.
+    """
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: NoisyDigits = trial.data
+        model = new_model(trial.seed, trial.device)
+        optimizer = SGD(model.parameters(), rate, momentum=0.9)
+        average = AveragedWeights(model)
+        with_clean = WithClean(loss, clean_weight)
+        for inputs, target in batches(trial, steps):
+            optimizer.zero_grad()
+            if clean_weight:
+                value = with_clean(model(inputs), target)
+            else:
+                value = loss(model(inputs[: len(target[0])]), target[0])
+            value.backward()
+            optimizer.step()
+            average.update()
+        return evaluate(average.model if averaged else model, drawn.test)
+
+    settings = {"rate": rate, "steps": steps, "clean weight": clean_weight, "averaged": averaged, **parameter}
+    return Method(label, train, settings)
+
+
+def learned(
+    label: str,
+    *,
+    rate: float,
+    meta_rate: float,
+    steps: int,
+    finally_: Callable[[Trial, nn.Module, LossNetwork], None] = lambda trial, model, loss: None,
+) -> Method:
+    """AdaLFL, online: every step moves the loss too, by what the step did to the clean batch.
+
+    Args:
+        label: of the row.
+        rate: learning rate.
+        meta_rate: Adam's, of the loss.
+        steps: of training.
+        finally_: called when training ends, with the averaged model and the loss.
+    """
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: NoisyDigits = trial.data
+        model = new_model(trial.seed, trial.device)
+        with trial.seeded(LOSS):
+            loss = LossNetwork(residual="cross_entropy", normalize_slope=True).to(trial.device)
+        learner = OnlineLearner(
+            model,
+            SGD(model.parameters(), rate, momentum=0.9),
+            WithClean(loss, 1.0),
+            F.cross_entropy,
+            meta_optimizer=Adam(loss.parameters(), meta_rate),
+        )
+        average = AveragedWeights(model)
+        for inputs, target in batches(trial, steps):
+            noisy, clean = target
+            # The pair of targets is for WithClean alone: the learner passes it on.
+            learner.step((inputs, target), (inputs[len(noisy) :], clean))  # type: ignore[arg-type]
+            average.update()
+        finally_(trial, average.model, loss)
+        return evaluate(average.model, drawn.test)
+
+    settings = {"rate": rate, "meta rate": meta_rate, "steps": steps, "clean weight": 1.0, "averaged": True}
+    return Method(label, train, settings)
+
+
+def batches(trial: Trial, steps: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Per step the noisy images with the clean ones behind them, and the labels of both; as many as were asked for."""
+    drawn: NoisyDigits = trial.data
+    steps = min(steps, trial.task.settings["steps"] or steps)
+    for step, (noisy, clean) in enumerate(batch_rows(drawn, trial.seed, steps)):
+        noisy, clean = noisy.to(trial.device), clean.to(trial.device)
+        trial.progress(step / steps)
+        yield (
+            torch.cat([drawn.train[0][noisy], drawn.clean[0][clean]]),
+            (drawn.train[1][noisy], drawn.clean[1][clean]),
+        )

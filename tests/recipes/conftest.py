@@ -1,0 +1,37 @@
+"""Trials without a runner, and figures only where a test wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lossmeta import plot
+from lossmeta.experiments import Task, Trial
+
+
+@pytest.fixture
+def figures() -> None:
+    """Asked for by tests of figures."""
+    pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def _no_other_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the training."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(plot, "installed", lambda: False)
+
+
+@pytest.fixture
+def make_trial(tmp_path: Path) -> Callable[..., Trial]:
+    """Makes a trial of some data; its task has the settings given."""
+
+    def make(data: Any, seed: int = 0, **settings: Any) -> Trial:
+        task = Task("toy", lambda seed, device: data, (), settings)
+        return Trial(task, seed, torch.device("cpu"), data, {}, lambda share: None, tmp_path)
+
+    return make
