@@ -1,8 +1,26 @@
 """Losses that adapt while a PyTorch model trains."""
 
-import lossmeta._source_folder  # noqa: F401 - first: from the bare source folder it leads to the installed one
-from lossmeta import adalfl, losses, metrics, ops
-from lossmeta._info import info
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["adalfl", "info", "losses", "metrics", "ops"]
+import lossmeta._source_folder  # noqa: F401 - first: from the bare source folder it leads to the installed one
+from lossmeta import ops
+
+if TYPE_CHECKING:  # loaded when first used
+    from lossmeta import adalfl, data, experiments, losses, metrics, models, recipes
+    from lossmeta._info import info
+
+__all__ = ["adalfl", "data", "experiments", "info", "losses", "metrics", "models", "ops", "recipes"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = import_module("lossmeta._info").info if name == "info" else import_module(f"lossmeta.{name}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
