@@ -88,7 +88,8 @@ def report(
 
     from lossmeta._files import write_text
     from lossmeta.experiments import report
-    from lossmeta.experiments.run_folder import FolderError, read
+    from lossmeta.experiments.records import FolderError
+    from lossmeta.experiments.run_folder import read
 
     try:
         finished = read(folder)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lossmeta.experiments.run_folder import OLD, REMEDY, FolderError, Header, Record, Run, TaskHeader
+from lossmeta.experiments.records import REMEDY, FolderError, Header, Record, Run, TaskHeader
 from lossmeta.experiments.trial import Measure
+
+OLD = "results.json"
 
 # Of the tables of papers, and of the quickstart.
 TABLE = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lossmeta import plot
 from lossmeta._files import write_json, write_text
-from lossmeta.experiments.run_folder import Header, Record, Run, TaskHeader
+from lossmeta.experiments.records import Header, Record, Run, TaskHeader
 from lossmeta.experiments.statistics import Comparison, Summary, compare, summary
 from lossmeta.experiments.table import Cell, Column, Table
 from lossmeta.experiments.trial import Measure

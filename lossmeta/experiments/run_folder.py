@@ -5,110 +5,29 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lossmeta
 from lossmeta._files import write_json
 from lossmeta.experiments.lock import locked
+from lossmeta.experiments.old import OLD, convert
+from lossmeta.experiments.records import (
+    REMEDY,
+    FolderError,
+    Header,
+    Record,
+    Run,
+    TaskHeader,
+)
 from lossmeta.experiments.trial import Measure
 
 # 1 was results.json, all in one file.
 SCHEMA = 2
-HEADER, TRIALS, LOCK, OLD = "run.json", "trials.jsonl", ".lock", "results.json"
-REMEDY = "choose another --output or remove it"
-
-Identity = tuple[str, str, int, str]
-
-
-class FolderError(ValueError):
-    """A folder that a run cannot go on with; says why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """A finished trial.
-
-    Attributes:
-        role: ``"report"``, or ``"tuning"`` for what only serves to choose.
-        task: its name.
-        method: label of the row.
-        seed: of the trial.
-        candidate: what was trained, where the row is a tuned one.
-        settings: of the task and of the method that was trained.
-        measures: and further numbers; None where training diverged.
-        seconds: of training.
-        peak_memory: in bytes, of the process or, on a GPU, of tensors; None where it is not known.
-    """
-
-    role: str
-    task: str
-    method: str
-    seed: int
-    settings: Mapping[str, Any]
-    measures: Mapping[str, float | None]
-    seconds: float
-    peak_memory: int | None
-    candidate: str | None = None
-
-    @property
-    def identity(self) -> Identity:
-        """What decides the outcome: two trials with the same need to be trained once."""
-        return self.task, self.candidate or self.method, self.seed, canonical(self.settings)
-
-
-@dataclass(frozen=True)
-class TaskHeader:
-    """What a table needs to know of a task."""
-
-    name: str
-    measures: tuple[Measure, ...]
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a run is.
-
-    Attributes:
-        recipe: its name.
-        about: one line.
-        settings: of the run; those of a folder never change.
-        tasks: one table each.
-        rows: labels.
-        references: labels of the rows that others are compared with.
-        seeds: all that were ever asked for.
-        legend: below the tables.
-        reported: columns beside ours: heading, task, row, text.
-        environment: where it began.
-    """
-
-    recipe: str
-    about: str
-    settings: Mapping[str, Any]
-    tasks: tuple[TaskHeader, ...]
-    rows: tuple[str, ...]
-    references: tuple[str, ...]
-    seeds: tuple[int, ...]
-    legend: str
-    reported: Mapping[str, Mapping[str, Mapping[str, str]]]
-    environment: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A folder as it was read."""
-
-    path: Path
-    header: Header
-    trials: list[Record] = field(default_factory=list)
-
-
-def canonical(settings: Mapping[str, Any]) -> str:
-    """Settings as text: the same for the same settings, whatever their order and whether they come from a file."""
-    return json.dumps(settings, sort_keys=True, allow_nan=False)
+HEADER, TRIALS, LOCK = "run.json", "trials.jsonl", ".lock"
 
 
 def read(path: Path) -> Run:
@@ -120,8 +39,6 @@ def read(path: Path) -> Run:
     """
     if not (path / HEADER).exists():
         if (path / OLD).exists():
-            from lossmeta.experiments.old import convert
-
             return convert(path, _json(path / OLD))
         raise FolderError(f"{path} holds no run: it has neither {HEADER} nor {OLD}")
     header = _read_header(path / HEADER)

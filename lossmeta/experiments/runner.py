@@ -18,7 +18,7 @@ import torch
 
 from lossmeta.experiments import memory, report, run_folder
 from lossmeta.experiments.progress import Progress
-from lossmeta.experiments.run_folder import FolderError, Header, Record, Run, TaskHeader, canonical
+from lossmeta.experiments.records import FolderError, Header, Record, Run, TaskHeader, canonical
 from lossmeta.experiments.trial import Diverged, Method, Task, Trial, Tuned, seeded
 
 Reported = Mapping[str, Mapping[str, Mapping[str, str]]]

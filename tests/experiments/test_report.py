@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lossmeta.experiments import Measure, report
-from lossmeta.experiments.run_folder import Header, Record, Run, TaskHeader
+from lossmeta.experiments.records import Header, Record, Run, TaskHeader
 
 MEASURES = (
     Measure("error", higher_is_better=False, percent=True, digits=1),

@@ -13,7 +13,8 @@ import pytest
 
 import lossmeta
 from lossmeta.experiments import Measure, run_folder
-from lossmeta.experiments.run_folder import FolderError, Header, Record, TaskHeader, finished, opened, read
+from lossmeta.experiments.records import FolderError, Header, Record, TaskHeader
+from lossmeta.experiments.run_folder import finished, opened, read
 
 MEASURE = Measure("error", higher_is_better=False)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lossmeta.experiments import Diverged, Method, Task, Trial, Tuned, memory, report
-from lossmeta.experiments.run_folder import Record, read
+from lossmeta.experiments.records import Record
+from lossmeta.experiments.run_folder import read
 from lossmeta.experiments.runner import TrialError
 
 
