@@ -1,17 +1,22 @@
-"""Turns the JSON of ``pytest benchmarks --benchmark-json=FILE`` into ``benchmarks/RESULTS.md``.
+"""Turns what was measured into a page of results.
 
-python benchmarks/report.py FILE [RESULTS.md]
+python benchmarks/report.py SOURCE [TARGET] [--short]
+
+SOURCE is the JSON of ``pytest benchmarks --benchmark-json=FILE``, a file of ``pytest benchmarks --lines FILE``, or a
+folder of the GPU check. TARGET is by default ``benchmarks/RESULTS.md`` for the CPU and ``benchmarks/RESULTS-<card>.md``
+for a GPU; a dry run, whose figures mean nothing, has none. ``--short`` prints some forty lines instead.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-# One line of a table: what was measured, and the results by candidate.
-Row = dict[str, dict[str, Any]]
+import report_gpu
+import report_source
+from report_table import Row, candidates_of, median, memory, peak_memory_table, rows_of, table, variant_name
 
 HEADER = """# Benchmark results
 
@@ -24,13 +29,8 @@ large `copy_` reaches with the same threads in the same run (above 100 % where t
 
 
 def report(run: dict[str, Any]) -> str:
-    """The whole file for one run of pytest-benchmark."""
-    operators: dict[str, dict[tuple[str, int], Row]] = {}
-    for benchmark in run["benchmarks"]:
-        info = benchmark["extra_info"]
-        rows = operators.setdefault(info["operator"], {})
-        row = rows.setdefault((info["size"], info["threads"]), {})
-        row[info["candidate"]] = {**benchmark["stats"], **info}
+    """The whole file for one run on the CPU."""
+    operators = rows_of(run["benchmarks"], "threads")
     copies = operators.pop("copy", {})
     bandwidth = {
         threads: row["eager"]["bytes_moved"] / row["eager"]["median"] for (_, threads), row in copies.items()
@@ -41,7 +41,7 @@ def report(run: dict[str, Any]) -> str:
         parts.append(f"Copy bandwidth: {', '.join(figures)}.\n")
     for name, rows in sorted(operators.items()):
         parts.append(_table(name, rows, bandwidth))
-        parts += _memory(name, rows)
+        parts += peak_memory_table(name, rows)
     return "\n".join(parts)
 
 
@@ -66,13 +66,11 @@ def _devices(run: dict[str, Any]) -> str:
 
 
 def _table(operator: str, rows: dict[tuple[str, int], Row], bandwidth: dict[int, float]) -> str:
-    """A line for each size, number of threads and variant of lossmeta: candidates named "lossmeta ..."."""
-    candidates = list(dict.fromkeys(c for row in rows.values() for c in row))
-    baselines = [c for c in candidates if not c.startswith("lossmeta")]
-    variants = sorted(c for c in candidates if c.startswith("lossmeta"))
+    """A line for each size, number of threads and variant of lossmeta."""
+    variants, baselines = candidates_of(rows)
     columns = ["size", "threads", *(["variant"] if variants[1:] else []), "lossmeta", *baselines]
     columns += ["bytes", "GB/s", "of copy"]
-    lines = [f"## {operator}\n", _line(columns), _line(["---", *("--:" for _ in columns[1:])])]
+    lines = []
     sizes = list(dict.fromkeys(size for size, _ in rows))
     for (size, threads), row in sorted(rows.items(), key=lambda item: (sizes.index(item[0][0]), item[0][1])):
         moved, copy = next(iter(row.values()))["bytes_moved"], bandwidth.get(threads)
@@ -80,66 +78,52 @@ def _table(operator: str, rows: dict[tuple[str, int], Row], bandwidth: dict[int,
             ours = row[variant]["median"] if variant in row else None
             cells = [size, str(threads)]
             if variants[1:]:
-                cells.append(variant.removeprefix("lossmeta").strip() or "default")
-            cells += [_time(row.get(variant)), *(_time(row.get(b), ours) for b in baselines), _bytes(moved)]
+                cells.append(variant_name(variant))
+            cells += [
+                median(row.get(variant)),
+                *(median(row.get(b), ours) for b in baselines),
+                memory(moved),
+            ]
             cells.append(f"{moved / ours / 1e9:.1f}" if ours else "–")
             cells.append(f"{100 * moved / ours / copy:.0f} %" if ours and copy else "–")
-            lines.append(_line(cells))
-    return "\n".join(lines) + "\n"
+            lines.append(cells)
+    return f"## {operator}\n\n{table(columns, lines)}\n"
 
 
-def _memory(operator: str, rows: dict[tuple[str, int], Row]) -> list[str]:
-    """Peak memory, where it was measured: it does not depend on the number of threads."""
-    sizes: dict[str, Row] = {}
-    for (size, _), row in rows.items():
-        sizes.setdefault(size, {}).update(row)
-    if not any("peak_bytes" in result for row in sizes.values() for result in row.values()):
-        return []
-    candidates = list(dict.fromkeys(c for row in sizes.values() for c in row))
-    candidates.sort(key=lambda c: c != "lossmeta")
-    lines = [f"Peak memory of the {operator}, batches, parameters and optimizer state included:\n"]
-    lines += [_line(["size", *candidates]), _line(["---", *("--:" for _ in candidates)])]
-    for size, row in sizes.items():
-        cells = [size]
-        for candidate in candidates:
-            peak = row.get(candidate, {}).get("peak_bytes")
-            ours = row.get("lossmeta", {}).get("peak_bytes")
-            ratio = f" ({_significant(peak / ours)}×)" if peak and ours and candidate != "lossmeta" else ""
-            cells.append(_bytes(peak) + ratio if peak else "–")
-        lines.append(_line(cells))
-    return ["\n".join(lines) + "\n"]
+def target_for(source: report_source.Source) -> Path:
+    """Where the page goes that no TARGET was named for."""
+    here = Path(__file__)
+    if not source.gpu:
+        return here.with_name("RESULTS.md")
+    if source.dry:
+        raise SystemExit(
+            "This was a dry run: no figure in it means anything. Name a TARGET to see its report"
+        )
+    if not source.card:
+        raise SystemExit("The card's name is missing: name a TARGET")
+    return here.with_name(f"RESULTS-{slug(source.card)}.md")
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _time(result: dict[str, Any] | None, ours: float | None = None) -> str:
-    if result is None:
-        return "–"
-    median = result["median"]
-    mark = "~" if result["iqr"] > median / 4 else ""
-    ratio = f" ({_significant(median / ours)}×)" if ours else ""
-    return (f"{mark}{median * 1e6:.1f} µs" if median < 1e-3 else f"{mark}{median * 1e3:.2f} ms") + ratio
-
-
-def _significant(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"
+def slug(card: str) -> str:
+    """As in ``RESULTS-H100-80GB-HBM3.md``."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", card.removeprefix("NVIDIA ")).strip("-")
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) not in (1, 2):
+    short = "--short" in arguments
+    paths = [Path(argument) for argument in arguments if argument != "--short"]
+    if len(paths) not in (1, 2) or (short and len(paths) == 2):
         raise SystemExit(__doc__)
-    run = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    target = Path(arguments[1]) if len(arguments) == 2 else Path(__file__).with_name("RESULTS.md")
-    target.write_text(report(run), encoding="utf-8")
+    if not paths[0].exists():
+        raise SystemExit(f"{paths[0]} does not exist")
+    source = report_source.load(paths[0])
+    if short:
+        print(report_gpu.short(source))
+        return
+    if not source.gpu and "machine_info" not in source.run:
+        raise SystemExit(f"{paths[0]} does not say on what machine it was measured")
+    target = paths[1] if paths[1:] else target_for(source)
+    target.write_text(report_gpu.report(source) if source.gpu else report(source.run), encoding="utf-8")
     print(f"written: {target}")
 
 

@@ -1,5 +1,6 @@
 """One online step of AdaLFL (training step, meta-gradient, Adam on the loss) against a plain training step, against
-unrolling as a user would write it, and against TorchOpt and higher where they are installed.
+unrolling as a user would write it, and against TorchOpt and higher where they are installed; on a GPU also as a CUDA
+graph, against a plain step that is one.
 
 Everybody trains the same model on the same batches of 128 with plain SGD, and learns the same loss network.
 """
@@ -13,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peak_memory import peak_memory
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lossmeta.adalfl import OnlineLearner
 from lossmeta.losses import LossNetwork
 
-BATCH, RATE, META_RATE = 128, 0.01, 1e-5
+RATE, META_RATE = 0.01, 1e-5
 
 
 def mlp(classes: int) -> nn.Module:
@@ -64,7 +64,7 @@ class EagerNetwork(nn.Module):
         return (activation(activation(h @ w1.mT) @ w2.mT) @ w3.mT).squeeze(-1).mean(1).mean()
 
 
-def plain(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
+def plain(device: Any, model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), RATE)
 
     def step() -> None:
@@ -75,7 +75,19 @@ def plain(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[]
     return step
 
 
-def learned(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
+def captured_plain(device: Any, model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
+    """The plain step as a CUDA graph, which reads the batches where it was captured."""
+    inputs = [t.clone() for t in train]
+    replay = device.captured(plain(device, model, classes, inputs, valid))
+
+    def step() -> None:
+        torch._foreach_copy_(inputs, list(train))
+        replay()
+
+    return step
+
+
+def learned(device: Any, model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
     """The learned loss without meta-updates."""
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     loss = LossNetwork().requires_grad_(False)
@@ -88,7 +100,7 @@ def learned(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[
     return step
 
 
-def unrolling(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
+def unrolling(device: Any, model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
     loss = EagerNetwork(classes)
     phi = list(loss.parameters())
     meta = torch.optim.Adam(phi, META_RATE)
@@ -109,7 +121,7 @@ def unrolling(model: nn.Module, classes: int, train: Any, valid: Any) -> Callabl
     return step
 
 
-def higher(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
+def higher(device: Any, model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
     library = pytest.importorskip("higher")
     loss = EagerNetwork(classes)
     meta = torch.optim.Adam(loss.parameters(), META_RATE)
@@ -128,7 +140,7 @@ def higher(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[
     return step
 
 
-def torchopt(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
+def torchopt(device: Any, model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
     library = pytest.importorskip("torchopt")
     loss = EagerNetwork(classes)
     meta = torch.optim.Adam(loss.parameters(), META_RATE)
@@ -145,13 +157,22 @@ def torchopt(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable
     return step
 
 
-def online(model: nn.Module, classes: int, train: Any, valid: Any) -> Callable[[], None]:
-    learner = OnlineLearner(model, torch.optim.SGD(model.parameters(), RATE), LossNetwork(), F.cross_entropy)
+def online(
+    device: Any, model: nn.Module, classes: int, train: Any, valid: Any, capture: bool = False
+) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    learner = OnlineLearner(model, optimizer, LossNetwork(), F.cross_entropy, capture=capture)
 
     def step() -> None:
         learner.step(train, valid)
 
     return step
+
+
+def captured_online(
+    device: Any, model: nn.Module, classes: int, train: Any, valid: Any
+) -> Callable[[], None]:
+    return online(device, model, classes, train, valid, capture=device.captures)
 
 
 CANDIDATES = {
@@ -161,25 +182,43 @@ CANDIDATES = {
     "higher": higher,
     "TorchOpt": torchopt,
     "lossmeta": online,
+    "captured plain step": captured_plain,
+    "lossmeta captured": captured_online,
+}
+EAGER = [name for name in CANDIDATES if "captured" not in name]
+GPU_CANDIDATES = ["plain step", "captured plain step", "lossmeta", "lossmeta captured", *EAGER[1:-1]]
+BY_DEVICE = {"cpu": EAGER, "cuda": GPU_CANDIDATES, "dry": GPU_CANDIDATES}
+GPU_MODELS = ["784-256-256-10", "three convolutions, 10 classes"]
+NAMES = {"cpu": list(MODELS), "cuda": GPU_MODELS, "dry": GPU_MODELS}
+SAMPLES = {"cpu": [128], "cuda": [128], "dry": [8]}
+NO_GRAPH = {
+    "lossmeta": "the host looks at the losses",
+    "lossmeta captured": "it is one already",
+    "captured plain step": "it is one already",
 }
 
 
-@pytest.mark.parametrize("candidate", CANDIDATES)
-@pytest.mark.parametrize("name", MODELS)
-def test_online_step(name: str, candidate: str, measure: Any) -> None:
+@pytest.mark.by_device("candidate", BY_DEVICE)
+@pytest.mark.by_device("name", NAMES)
+@pytest.mark.by_device("samples", SAMPLES)
+def test_online_step(name: str, candidate: str, samples: int, device: Any, measure: Any) -> None:
     def make() -> Callable[[], None]:
         torch.manual_seed(0)
         classes = 100 if name.endswith("100") else 10
-        train, valid = ((torch.randn(BATCH, 1, 28, 28), torch.randint(classes, (BATCH,))) for _ in range(2))
-        return CANDIDATES[candidate](MODELS[name](), classes, train, valid)
+        train, valid = (
+            (torch.randn(samples, 1, 28, 28), torch.randint(classes, (samples,))) for _ in range(2)
+        )
+        return CANDIDATES[candidate](device, MODELS[name](), classes, train, valid)
 
     # The parameters are read by three passes over each batch, and their gradients and the step written.
     moved = 4 * sum(p.numel() for p in MODELS[name]().parameters()) * 8
     measure(
-        make(),
+        lambda step: step(),
+        lambda: (make(),),
         operator="online step of AdaLFL",
         size=name,
         candidate=candidate,
         bytes_moved=moved,
-        peak_bytes=peak_memory(make),
+        no_graph=NO_GRAPH.get(candidate),
+        peak_bytes=device.peak_memory(make),
     )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-MIB = 256
+MIB = {"cpu": [256], "cuda": [2048], "dry": [1]}
 
 
-def test_copy(measure: Any) -> None:
-    source = torch.ones(MIB * 2**18)
-    target = torch.zeros_like(source)
+@pytest.mark.by_device("mib", MIB)
+def test_copy(mib: int, measure: Any) -> None:
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        source = torch.ones(mib * 2**18)
+        return torch.zeros_like(source), source
+
     measure(
-        lambda: target.copy_(source),
+        torch.Tensor.copy_,
+        make,
         operator="copy",
-        size=f"{MIB} MiB",
+        size=f"{mib} MiB",
         candidate="eager",
-        bytes_moved=2 * source.nbytes,
+        bytes_moved=2 * mib * 2**20,
     )

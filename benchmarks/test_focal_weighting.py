@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from lossmeta.ops import focal_weighting
 
-COUNT, DIMS, CLASSES = 256, 128, 32
+# Embeddings, their dimensions, classes.
+SIZES = {"cpu": [(256, 128, 32)], "cuda": [(1000, 128, 32)], "dry": [(8, 4, 2)]}
 
 
 def log_sum(s: Tensor, pairs: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def log_sum(s: Tensor, pairs: Tensor) -> Tensor:
 
 def loss(d: Tensor, labels: Tensor, phi: Tensor) -> Tensor:
     same = labels[:, None] == labels
-    positive = same & ~torch.eye(len(labels), dtype=torch.bool)
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return (log_sum(phi[0] * (d - 1), positive) / phi[0] + log_sum(-phi[1] * (d - 1), ~same) / phi[1]).mean()
 
 
@@ -35,28 +35,32 @@ def cdist(x: Tensor, labels: Tensor, phi: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("candidate", ["differences", "compile", "cdist", "compile of cdist", "lossmeta"])
-def test_forward_backward(candidate: str, measure: Any) -> None:
-    torch.manual_seed(0)
-    x = torch.nn.functional.normalize(torch.randn(COUNT, DIMS)).requires_grad_()
-    labels, phi = torch.arange(COUNT) * CLASSES // COUNT, torch.ones(2)
-    candidates: dict[str, Callable[..., Tensor]] = {
+@pytest.mark.by_device("size", SIZES)
+def test_forward_backward(size: tuple[int, int, int], candidate: str, device: Any, measure: Any) -> None:
+    count, dims, classes = size
+    candidates = {
         "differences": differences,
-        "compile": torch.compile(differences),
+        "compile": device.compile(differences),
         "cdist": cdist,
-        "compile of cdist": torch.compile(cdist),
+        "compile of cdist": device.compile(cdist),
         "lossmeta": focal_weighting,
     }
     function = candidates[candidate]
 
-    def step() -> None:
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.nn.functional.normalize(torch.randn(count, dims)).requires_grad_()
+        return x, torch.arange(count) * classes // count, torch.ones(2)
+
+    def step(x: Tensor, labels: Tensor, phi: Tensor) -> None:
         x.grad = None
         function(x, labels, phi).backward()
 
     measure(
         step,
+        make,
         operator="focal_weighting",
-        size=f"{COUNT}×{DIMS}, {CLASSES} classes, forward + backward",
+        size=f"{count}×{dims}, {classes} classes, forward + backward",
         candidate=candidate,
         # The embeddings are read twice, their gradient is written once.
-        bytes_moved=4 * 3 * COUNT * DIMS,
+        bytes_moved=4 * 3 * count * dims,
     )

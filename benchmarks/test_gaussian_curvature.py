@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lossmeta.ops import gaussian_curvature
+
+SIZES = {"cpu": [256, 2048], "cuda": [8192, 2048], "dry": [20, 7]}
 
 
 def eager(f: Tensor, dx: float, dy: float) -> Tensor:
@@ -21,19 +22,18 @@ def eager(f: Tensor, dx: float, dy: float) -> Tensor:
     return (fxx * fyy - fxy**2) / (1 + fx**2 + fy**2) ** 2
 
 
-def candidates() -> dict[str, Callable[..., Tensor]]:
-    return {"eager": eager, "compile": torch.compile(eager, fullgraph=True), "lossmeta": gaussian_curvature}
-
-
 @pytest.mark.parametrize("candidate", ["eager", "compile", "lossmeta"])
-@pytest.mark.parametrize("size", [256, 2048])
-def test_curvature(size: int, candidate: str, measure: Any) -> None:
-    torch.manual_seed(0)
-    surface = torch.randn(size, size)
-    curvature = candidates()[candidate]
+@pytest.mark.by_device("size", SIZES)
+def test_curvature(size: int, candidate: str, device: Any, measure: Any) -> None:
+    candidates = {
+        "eager": eager,
+        "compile": device.compile(eager, fullgraph=True),
+        "lossmeta": gaussian_curvature,
+    }
     # The surface is read once, the curvature written once.
     measure(
-        lambda: curvature(surface, 0.1, 0.1),
+        candidates[candidate],
+        lambda: (torch.randn(size, size), 0.1, 0.1),
         operator="gaussian_curvature",
         size=f"{size}×{size}",
         candidate=candidate,

@@ -7,18 +7,26 @@ is the strongest that a user could write, the slope by a forward tangent, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from device import DTYPES
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
 from lossmeta.ops import loss_network
 
-# MNIST and CIFAR-100 at the paper's batch size, ImageNet.
-SIZES = [(128, 10), (128, 100), (256, 1000)]
+CANDIDATES = ["lossmeta", "lossmeta exact", "eager", "compile"]
+CASES = {
+    # MNIST and CIFAR-100 at the paper's batch size, ImageNet.
+    "cpu": list(itertools.product([(128, 10), (128, 100), (256, 1000)], CANDIDATES)),
+    # At a language model's vocabulary only the table is fit: the hidden layers would be 40 times the logits.
+    "cuda": [*itertools.product([(8192, 1000), (128, 10)], CANDIDATES), ((8192, 32000), "lossmeta")],
+    "dry": [*itertools.product([(8, 10), (4, 3)], CANDIDATES), ((2000, 5), "lossmeta")],
+}
+COMPILED_FIRST = [{"size": (8192, 1000)}]
 WIDTH, LEAK, SMOOTHNESS = 40, 0.01, 10.0
 
 
@@ -32,8 +40,9 @@ def value(logits: Tensor, labels: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) ->
 
 
 def eager(logits: Tensor, labels: Tensor, *w: Tensor) -> tuple[Tensor, Tensor]:
-    loss = value(logits, labels, *w)
-    return loss, torch.autograd.grad(loss.sum(), logits, create_graph=w[0].requires_grad)[0]
+    x = logits.float().requires_grad_()
+    loss = value(x, labels, *w)
+    return loss, torch.autograd.grad(loss.sum(), x, create_graph=w[0].requires_grad)[0]
 
 
 def tangent(logits: Tensor, labels: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +51,8 @@ def tangent(logits: Tensor, labels: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) 
         value = (1 - LEAK) / SMOOTHNESS * (torch.relu(SMOOTHNESS * x) + torch.log1p(e)) + LEAK * x
         return value, (1 - LEAK) * torch.where(x > 0, 1, e) / (1 + e) + LEAK
 
-    f, y = logits.softmax(1), one_hot(labels, logits.shape[1]).to(logits.dtype)
+    f = logits.float().softmax(1)
+    y = one_hot(labels, logits.shape[1]).to(f.dtype)
     h1, d1 = activation(torch.stack([y, f], -1) @ w1.mT)
     h2, d2 = activation(h1 @ w2.mT)
     slope = ((d2 * ((d1 * w1[:, 1]) @ w2.mT)) @ w3.mT).squeeze(-1) / logits.shape[1]
@@ -57,34 +67,40 @@ def tabulated(logits: Tensor, labels: Tensor, *w: Tensor) -> tuple[Tensor, Tenso
     return loss_network(logits, labels, *w, link="softmax")
 
 
-def candidates() -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
-    compiled = torch.compile(tangent, fullgraph=True)
-    return {"eager": eager, "compile": compiled, "lossmeta exact": exact, "lossmeta": tabulated}
-
-
-@pytest.mark.parametrize("candidate", ["eager", "compile", "lossmeta exact", "lossmeta"])
+@pytest.mark.by_device("size, candidate", CASES)
 @pytest.mark.parametrize("what", ["value and slope", "and mixed derivative"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
-def test_loss_network(size: tuple[int, int], what: str, candidate: str, measure: Any) -> None:
+@pytest.mark.by_device("dtype", DTYPES)
+def test_loss_network(
+    size: tuple[int, int], what: str, candidate: str, dtype: torch.dtype, device: Any, measure: Any
+) -> None:
     samples, classes = size
-    torch.manual_seed(0)
     mixed = what == "and mixed derivative"
-    logits, u = torch.randn(samples, classes), torch.randn(samples, classes)
-    labels = torch.randint(classes, (samples,))
-    shapes = [(WIDTH, 2), (WIDTH, WIDTH), (1, WIDTH)]
-    weights = [(torch.randn(s) / s[1] ** 0.5).requires_grad_(mixed) for s in shapes]
-    logits.requires_grad_(candidate == "eager")
-    function = candidates()[candidate]
+    candidates = {
+        "eager": eager,
+        "compile": device.compile(tangent, fullgraph=True),
+        "lossmeta exact": exact,
+        "lossmeta": tabulated,
+    }
+    function = candidates[candidate]
 
-    def run() -> Any:
+    def make() -> tuple[Tensor, ...]:
+        logits, u = torch.randn(size, dtype=dtype), torch.randn(size)
+        labels = torch.randint(classes, (samples,))
+        shapes = [(WIDTH, 2), (WIDTH, WIDTH), (1, WIDTH)]
+        weights = [(torch.randn(s) / s[1] ** 0.5).requires_grad_(mixed) for s in shapes]
+        return logits, u, labels, *weights
+
+    def run(logits: Tensor, u: Tensor, labels: Tensor, *weights: Tensor) -> Any:
         _, slope = function(logits, labels, *weights)
         return torch.autograd.grad(slope, weights, u) if mixed else slope
 
-    # Logits are read and the slope is written; then logits and u are read again.
+    # Logits are read and the slope, in float32, is written; then logits and u are read again.
     measure(
         run,
+        make,
         operator="loss_network",
         size=f"{samples} x {classes}, {what}",
         candidate=candidate,
-        bytes_moved=4 * samples * classes * (4 if mixed else 2),
+        bytes_moved=(dtype.itemsize + 4) * samples * classes * (2 if mixed else 1),
+        dtype=dtype,
     )

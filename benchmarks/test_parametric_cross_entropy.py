@@ -1,77 +1,123 @@
-"""Forward + backward of the parametric cross-entropy with fixed Phi: what a training step pays."""
+"""The parametric cross-entropy with fixed Phi: what a training step pays, forward and backward together and alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from device import DTYPES
 from torch import Tensor
 
 from lossmeta.ops import parametric_cross_entropy
+from lossmeta.ops._operator import OPERATORS
 
-SIZES = [(128, 10), (1024, 100), (1024, 1000), (8192, 1000)]
+# With "rows" each sample has its row of Phi, as soft targets come to the operator: at a vocabulary of 128256 the whole
+# matrix would be 66 GB.
+SIZES = {
+    "cpu": [(128, 10), (1024, 100), (1024, 1000), (8192, 1000)],
+    "cuda": [(8192, 1000), (8192, 32000, "rows"), (8192, 128256, "rows"), (1024, 1000)],
+    "dry": [(8, 10), (8, 12, "rows")],
+}
+BOTH = "forward + backward"
+PASSES = [BOTH, "forward", "backward"]
+WHAT = {"cpu": [BOTH], "cuda": PASSES, "dry": PASSES}
+COMPILED_FIRST = [{"size": size, "what": BOTH} for size in ((8192, 1000), (8192, 32000, "rows"))]
+SMALLEST = (128, 10)
 
 
-def eager(logits: Tensor, target: Tensor, phi: Tensor) -> Tensor:
-    z = (phi[target] * torch.log_softmax(logits, 1)).sum(1)
+def eager(logits: Tensor, target: Tensor | None, phi: Tensor) -> Tensor:
+    rows = phi if target is None else phi[target]
+    z = (rows * torch.log_softmax(logits, 1, dtype=torch.float32)).sum(1)
     return -torch.sigmoid(z).mean()
 
 
-def candidates() -> dict[str, Callable[..., Tensor]]:
-    return {"eager": eager, "compile": torch.compile(eager), "lossmeta": parametric_cross_entropy}
+def by_rows(logits: Tensor, target: None, rows: Tensor) -> Tensor:
+    """Without the product of soft targets and the matrix, next to which nothing else would be seen."""
+    loss: Tensor = OPERATORS["parametric_cross_entropy"](logits, target, rows, None, -100, True, 1)
+    return loss
 
 
 @pytest.mark.parametrize("candidate", ["eager", "compile", "lossmeta"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_forward_backward(size: tuple[int, int], candidate: str, measure: Any) -> None:
-    samples, classes = size
-    torch.manual_seed(0)
-    logits = torch.randn(size, requires_grad=True)
-    target = torch.randint(classes, (samples,))
-    phi = torch.eye(classes) + 0.1 * torch.randn(classes, classes)
-    loss = candidates()[candidate]
+@pytest.mark.by_device("dtype", DTYPES)
+@pytest.mark.by_device("what", WHAT)
+@pytest.mark.by_device("size", SIZES)
+def test_passes(
+    size: tuple[Any, ...], what: str, dtype: torch.dtype, candidate: str, device: Any, measure: Any
+) -> None:
+    samples, classes, *form = size
+    candidates = {
+        "eager": eager,
+        "compile": device.compile(eager),
+        "lossmeta": by_rows if form else parametric_cross_entropy,
+    }
+    loss = candidates[candidate]
 
-    def step() -> None:
+    def inputs() -> tuple[Tensor, Tensor | None, Tensor]:
+        logits = torch.randn(samples, classes, dtype=dtype, requires_grad=True)
+        if form:
+            return logits, None, torch.randn(samples, classes)
+        return (
+            logits,
+            torch.randint(classes, (samples,)),
+            torch.eye(classes) + 0.1 * torch.randn(classes, classes),
+        )
+
+    def both(logits: Tensor, target: Tensor | None, phi: Tensor) -> None:
         logits.grad = None
         loss(logits, target, phi).backward()
 
-    # The logits are read twice (forward, backward), their gradient is written once; a row of Phi goes with each read.
-    moved = 4 * (3 * samples * classes + 2 * min(samples, classes) * classes)
+    def graph() -> tuple[Tensor, ...]:
+        logits, target, phi = inputs()
+        # What is compiled otherwise gives its buffers away in the first backward pass.
+        with torch._functorch.config.patch(donated_buffer=False):
+            return loss(logits, target, phi), logits, phi
+
+    def backward(value: Tensor, logits: Tensor, phi: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, logits, retain_graph=True)
+
+    # Forward and backward read the logits, and each sample its row of Phi; the backward writes a gradient.
+    element, rows = (
+        dtype.itemsize * samples * classes,
+        4 * (samples if form else min(samples, classes)) * classes,
+    )
     measure(
-        step,
+        {BOTH: both, "forward": loss, "backward": backward}[what],
+        graph if what == "backward" else inputs,
         operator="parametric_cross_entropy",
-        size=f"{samples}×{classes}, forward + backward",
+        size=f"{samples}×{classes}{', a row of Φ per sample' if form else ''}, {what}",
         candidate=candidate,
-        bytes_moved=moved,
+        bytes_moved={BOTH: 3 * element + 2 * rows, "forward": element + rows, "backward": 2 * element + rows}[
+            what
+        ],
+        dtype=dtype,
     )
 
 
 @pytest.mark.parametrize("candidate", ["bare operators", "lossmeta"])
 def test_python_layer(candidate: str, measure: Any) -> None:
     """What autograd and the Python function add to the two operators that they call, on the smallest size."""
-    samples, classes = SIZES[0]
-    torch.manual_seed(0)
-    logits, target = torch.randn(samples, classes), torch.randint(classes, (samples,))
-    phi, one = torch.eye(classes), torch.ones(())
+    samples, classes = SMALLEST
     options = (None, -100, True, 1)  # weight, ignore_index, sigmoid, mean
     operators = torch.ops.lossmeta
     forward = operators.parametric_cross_entropy.default
     backward = operators.parametric_cross_entropy_backward.default
 
-    def bare() -> None:
+    def make() -> tuple[Tensor, ...]:
+        logits, target = torch.randn(samples, classes), torch.randint(classes, (samples,))
+        return logits.requires_grad_(candidate == "lossmeta"), target, torch.eye(classes), torch.ones(())
+
+    def bare(logits: Tensor, target: Tensor, phi: Tensor, one: Tensor) -> None:
         _, statistics = forward(logits, target, phi, *options)
         backward(one, logits, target, phi, *options, statistics, True, False)
 
-    def step() -> None:
+    def step(logits: Tensor, target: Tensor, phi: Tensor, one: Tensor) -> None:
         logits.grad = None
         parametric_cross_entropy(logits, target, phi).backward()
 
-    if candidate == "lossmeta":
-        logits.requires_grad_()
     measure(
         step if candidate == "lossmeta" else bare,
+        make,
         operator="parametric_cross_entropy",
         size=f"{samples}×{classes}, Python layer",
         candidate=candidate,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,11 @@ from torch import Tensor
 
 from lossmeta.ops import perturb
 
-SIZES = [(16, 2, 10**4), (16, 2, 10**6)]
+SIZES = {
+    "cpu": [(16, 2, 10**4), (16, 2, 10**6)],
+    "cuda": [(16, 2, 10**8), (16, 2, 10**6)],
+    "dry": [(16, 2, 300), (16, 2, 3)],
+}
 
 
 def eager(base: Tensor, directions: Tensor, coefficients: Tensor, out: Tensor) -> Tensor:
@@ -22,21 +25,20 @@ def fused(base: Tensor, directions: Tensor, coefficients: Tensor, out: Tensor) -
     return out.copy_(base + (coefficients[:, :, None] * directions).sum(1))
 
 
-def candidates() -> dict[str, Callable[..., Tensor]]:
-    return {"eager": eager, "compile": torch.compile(fused, fullgraph=True), "lossmeta": perturb}
-
-
 @pytest.mark.parametrize("candidate", ["eager", "compile", "lossmeta"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
-def test_perturb(size: tuple[int, int, int], candidate: str, measure: Any) -> None:
+@pytest.mark.by_device("size", SIZES)
+def test_perturb(size: tuple[int, int, int], candidate: str, device: Any, measure: Any) -> None:
     points, count, parameters = size
-    torch.manual_seed(0)
-    base, directions = torch.randn(parameters), torch.randn(count, parameters)
-    coefficients, out = torch.randn(points, count), torch.empty(points, parameters)
-    function = candidates()[candidate]
+    candidates = {"eager": eager, "compile": device.compile(fused, fullgraph=True), "lossmeta": perturb}
+
+    def make() -> tuple[Tensor, ...]:
+        base, directions = torch.randn(parameters), torch.randn(count, parameters)
+        return base, directions, torch.randn(points, count), torch.empty(points, parameters)
+
     # Base and directions are read once, the points written once.
     measure(
-        lambda: function(base, directions, coefficients, out=out),
+        candidates[candidate],
+        make,
         operator="perturb",
         size=f"{points} points, {count} directions, {parameters} parameters",
         candidate=candidate,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,12 @@ from torch import Tensor
 
 from lossmeta.ops import pwl_statistics
 
-SIZES = [(10**4, 50, 2), (10**6, 50, 2)]
+SIZES = {
+    "cpu": [(10**4, 50, 2), (10**6, 50, 2)],
+    "cuda": [(10**6, 50, 2), (10**8, 50, 2)],
+    "dry": [(100, 50, 2), (300, 50, 2)],
+}
+COMPILED_FIRST = [{"size": (10**6, 50, 2)}]
 
 
 def dense(theta: Tensor, gradients: Tensor, knots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,28 +35,23 @@ def bucketize(theta: Tensor, gradients: Tensor, knots: Tensor) -> tuple[Tensor, 
     return counts, sums, gradients.new_zeros(len(gradients), size).index_add_(1, interval, gradients)
 
 
-def candidates() -> dict[str, Callable[..., Any]]:
-    return {
+@pytest.mark.parametrize("candidate", ["dense", "compile", "bucketize", "lossmeta"])
+@pytest.mark.by_device("size", SIZES)
+def test_statistics(size: tuple[int, int, int], candidate: str, device: Any, measure: Any) -> None:
+    parameters, knots, count = size
+    candidates = {
         "dense": dense,
-        "compile": torch.compile(dense, fullgraph=True),
+        "compile": device.compile(dense, fullgraph=True),
         "bucketize": bucketize,
         "lossmeta": pwl_statistics,
     }
-
-
-@pytest.mark.parametrize("candidate", ["dense", "compile", "bucketize", "lossmeta"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
-def test_statistics(size: tuple[int, int, int], candidate: str, measure: Any) -> None:
-    parameters, knots_count, count = size
-    torch.manual_seed(0)
-    theta, gradients = torch.randn(parameters), torch.randn(count, parameters)
-    knots = torch.linspace(-2, 2, knots_count)
-    function = candidates()[candidate]
     # Parameters and gradients are read once.
     measure(
-        lambda: function(theta, gradients, knots),
+        candidates[candidate],
+        lambda: (torch.randn(parameters), torch.randn(count, parameters), torch.linspace(-2, 2, knots)),
         operator="pwl_statistics",
-        size=f"{parameters} parameters, {knots_count} knots, {count} gradients",
+        size=f"{parameters} parameters, {knots} knots, {count} gradients",
         candidate=candidate,
         bytes_moved=4 * (1 + count) * parameters,
+        no_graph="bincount waits for the GPU" if candidate == "bucketize" else None,
     )
