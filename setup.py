@@ -39,10 +39,15 @@ class CMakeBuild(build_ext):
 
         package = ROOT / "lossmeta" if self.inplace else Path(self.build_lib, "lossmeta")
         package.mkdir(parents=True, exist_ok=True)
-        for stale in package.glob("_c*.so"):
-            stale.unlink()
+        why_no_cuda = package / "_why_no_cuda.txt"
+        for stale in [*package.glob("_c*.so"), why_no_cuda]:
+            stale.unlink(missing_ok=True)
         for library in [*tree.glob("_core*.so"), *(tree.glob("_cuda.so") if plan.cuda.compiler else ())]:
             shutil.copy2(library, package)
+        if plan.cuda.compiler is None:  # lossmeta._build tells it at run time
+            why_no_cuda.write_text(plan.cuda.reason, encoding="utf-8")
+        if warning := plan.warning():  # after all that the compilers print
+            print(warning, file=sys.stderr, flush=True)
 
     def get_source_files(self) -> list[str]:
         """What a source distribution needs besides the Python package."""

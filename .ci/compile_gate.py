@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import lossmeta_toolchain as toolchain  # noqa: E402
 
-ARCHITECTURES = ["80", "90", "100"]
+# PTX of an architecture -> those that it is assembled for. That of 86 and 89 is the same as that of 80.
+ARCHITECTURES = {"80": ["80", "86", "89"], "90": ["90"], "100": ["100"], "120": ["120"]}
 
 # Kernels that use float64 on purpose whatever their input: file -> (pattern of the demangled name, reason).
 FLOAT64 = {
@@ -80,29 +81,43 @@ def compile_commands(tree: Path) -> dict[str, list[str]]:
     }
 
 
-def for_architecture(command: list[str], architecture: str, folder: Path) -> list[str]:
-    """The same command, for one architecture only, with the report of ptxas."""
+def without_output(command: list[str]) -> list[str]:
+    """The same command, but for what it is to make."""
     kept, arguments = [], iter(command)
     for argument in arguments:
         if argument == "-o":
             next(arguments)
         elif not re.match(r"--generate-code|-gencode|-c$", argument) and Path(argument).name != "ccache":
             kept.append(argument)
-    output = ["-cubin", "-o", str(folder / "cubin"), "--keep", "--keep-dir", str(folder)]
-    return [*kept, f"-arch=sm_{architecture}", "-Xptxas", "-v", *output]
+    return kept
 
 
-def compile_kernels(file: str, command: list[str], architecture: str, tree: Path) -> list[Kernel]:
-    folder = tree / f"{file}.{architecture}"
-    folder.mkdir()
-    result = subprocess.run(
-        for_architecture(command, architecture, folder), cwd=tree, capture_output=True, text=True, check=False
-    )
+def compile_kernels(file: str, command: list[str], virtual: str, tree: Path) -> list[Kernel]:
+    """Compiles to PTX once, which takes as long as ptxas, and assembles it for each architecture."""
+    command, ptx = without_output(command), tree / f"{file}.{virtual}.ptx"
+    run([*command, "-ptx", f"-arch=compute_{virtual}", "-o", str(ptx)], tree)
+    float64 = float64_instructions(ptx.read_text())
+    kernels = []
+    for architecture in ARCHITECTURES[virtual]:
+        target = f"-gencode=arch=compute_{virtual},code=sm_{architecture}"
+        cubin = str(tree / f"{file}.{architecture}.cubin")
+        report = run([command[0], str(ptx), "-cubin", target, "-Xptxas", "-v", "-o", cubin], tree)
+        kernels += read_report(file, architecture, report, float64)
+    return kernels
+
+
+def run(command: list[str], tree: Path) -> str:
+    """What a compiler reports."""
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise SystemExit(f"{file}.cu does not compile for sm_{architecture}:\n{result.stderr}")
+        raise SystemExit(f"{shlex.join(command)}\n{result.stderr}")
+    return result.stderr
+
+
+def read_report(file: str, architecture: str, report: str, float64: dict[str, list[str]]) -> list[Kernel]:
     kernels: dict[str, Kernel] = {}
     properties_of = ""
-    for line in result.stderr.splitlines():
+    for line in report.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)'", line):
             kernels[match[1]] = Kernel(file, architecture, match[1])
             properties_of = match[1]
@@ -118,7 +133,7 @@ def compile_kernels(file: str, command: list[str], architecture: str, tree: Path
             kernel = kernels[properties_of]
             kernel.registers = int(match[1])
             kernel.shared = int(shared[1]) if (shared := re.search(r"(\d+) bytes smem", line)) else 0
-    for name, instructions in float64_instructions((folder / f"{file}.ptx").read_text()).items():
+    for name, instructions in float64.items():
         kernels.setdefault(name, Kernel(file, architecture, name)).float64 = instructions
     names = demangle(list(kernels))
     for mangled, kernel in kernels.items():

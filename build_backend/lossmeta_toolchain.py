@@ -14,7 +14,9 @@ from pathlib import Path
 
 MINIMUM_TORCH = (2, 10)
 MINIMUM_CMAKE = (3, 22)
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX;12.0"
+ARCHITECTURES_BEFORE_12_8 = "8.0;9.0+PTX"  # CUDA 12.8 brought Blackwell
+SYSTEM_TOOLKITS = Path("/usr/local")
 GIB_PER_JOB = 2
 
 # torch's names for families of architectures.
@@ -49,6 +51,8 @@ class CudaChoice:
 
     reason: str
     compiler: Path | None = None
+    release: str = ""  # of the compiler
+    missed: bool = False  # torch could run them, but no toolkit fits
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class Plan:
         if self.cuda.compiler:
             lines.insert(2, f"CUDA architectures: {self.architectures}")
         return lines
+
+    def warning(self) -> str:
+        """What must not be overlooked in the output of a build; empty where there is nothing."""
+        if not self.cuda.missed:
+            return ""
+        title = f"WARNING: lossmeta was built WITHOUT its CUDA operators, although torch {self.torch.version} has CUDA"
+        rule = "=" * len(title)
+        return "\n".join(("", rule, title, "", self.cuda.reason, rule, ""))
 
     def cmake_options(self) -> list[str]:
         import pybind11  # a build requirement of pyproject.toml, not needed to decide
@@ -100,7 +112,7 @@ def plan_build(environ: Mapping[str, str] = os.environ) -> Plan:
     if cmake is None or ninja is None:
         raise BuildError('CMake 3.22 or later and Ninja were not found: pip install "cmake>=3.22" ninja')
     cuda = choose_cuda(torch, environ)
-    architectures = cuda_architectures(environ.get("TORCH_CUDA_ARCH_LIST"))
+    architectures = cuda_architectures(environ.get("TORCH_CUDA_ARCH_LIST"), cuda.release)
     return Plan(torch, cmake, ninja, cuda, architectures, *parallel_jobs(environ))
 
 
@@ -139,58 +151,101 @@ def find_tool(name: str, minimum: tuple[int, ...]) -> Path | None:
     return Path(path) if version and _numbers(version.group()) >= minimum else None
 
 
-def find_nvcc(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """nvcc of CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, in this order."""
-    if environ.get("CUDACXX"):
-        return Path(environ["CUDACXX"])
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if environ.get(variable):
-            nvcc = Path(environ[variable]) / "bin" / "nvcc"
-            if not nvcc.exists():
-                raise BuildError(f"{variable}={environ[variable]} has no bin/nvcc; correct it or unset it")
-            return nvcc
-    found = shutil.which("nvcc", path=environ.get("PATH")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    return Path(found) if found else None
+def named_nvcc(environ: Mapping[str, str] = os.environ) -> tuple[str, Path | None]:
+    """The first setting of CUDACXX, CUDA_HOME and CUDA_PATH, as "CUDA_HOME=/opt/cuda", and the nvcc that it names."""
+    for variable in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        value = environ.get(variable)
+        if not value:
+            continue
+        path = value if variable == "CUDACXX" else os.path.join(value, "bin", "nvcc")
+        nvcc = shutil.which(path, path=environ.get("PATH"))
+        if nvcc is None:
+            missing = "is no program" if variable == "CUDACXX" else "has no program bin/nvcc"
+            raise BuildError(f"{variable}={value} {missing}; correct it or unset it")
+        return f"{variable}={value}", Path(nvcc).absolute()
+    return "", None
 
 
-def nvcc_version(nvcc: Path) -> str:
-    release = re.search(r"release (\d+\.\d+)", _output([str(nvcc), "--version"]))
+def find_nvccs(torch: Torch, environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Every nvcc on PATH, then of /usr/local/cuda, of /usr/local/cuda-*, the newest first, and of NVIDIA's Python
+    packages beside torch."""
+    folders = [Path(folder) for folder in environ.get("PATH", os.defpath).split(os.pathsep) if folder]
+    versions = sorted(SYSTEM_TOOLKITS.glob("cuda-*"), key=lambda home: _numbers(home.name), reverse=True)
+    folders += [home / "bin" for home in (SYSTEM_TOOLKITS / "cuda", *versions)]
+    folders += sorted((torch.directory.parent / "nvidia").glob("*/bin"))
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        nvcc = folder.absolute() / "nvcc"
+        if os.path.isfile(nvcc):
+            found.setdefault(nvcc.resolve(), nvcc)
+    return list(found.values())
+
+
+def nvcc_release(nvcc: Path) -> tuple[str | None, str]:
+    """The CUDA release that nvcc is of, as "13.0", and the same in words; None and why not where that is unknown."""
+    answer = _output([str(nvcc), "--version"])
+    release = re.search(r"release (\d+\.\d+)", answer)
     if release is None:
-        raise BuildError(f"{nvcc} --version names no CUDA release")
-    return release.group(1)
+        return None, "--version names no CUDA release" if answer else "does not run"
+    return release.group(1), f"CUDA {release.group(1)}"
 
 
 def choose_cuda(torch: Torch, environ: Mapping[str, str] = os.environ) -> CudaChoice:
-    """Whether to build the CUDA operators. Never asks whether this machine has a GPU."""
+    """Whether to build the CUDA operators, and with which nvcc: the first that is of torch's major version, or of any
+    where torch has none. A compiler that was named is the only candidate. Never asks whether this machine has a GPU.
+    """
     if environ.get("LOSSMETA_CUDA") == "0":
-        return CudaChoice("LOSSMETA_CUDA=0")
+        return CudaChoice("LOSSMETA_CUDA=0; to have them, install again without it")
     forced = environ.get("FORCE_CUDA") == "1"
     if torch.cuda is None and not forced:
         return CudaChoice(
-            f"torch {torch.version} is built without CUDA; FORCE_CUDA=1 builds them all the same"
+            f"torch {torch.version} is built without CUDA; to have them, install again beside a CUDA build of torch, "
+            "or with FORCE_CUDA=1"
         )
-    nvcc = find_nvcc(environ)
-    if nvcc is None:
-        if forced:
-            raise BuildError("FORCE_CUDA=1, but nvcc was not found: put it on PATH, or set CUDA_HOME")
-        return CudaChoice(
-            f"torch {torch.version} is built with CUDA {torch.cuda}, but nvcc was not found: "
-            "put it on PATH or set CUDA_HOME, and install again"
-        )
-    toolkit = nvcc_version(nvcc)
-    if torch.cuda is not None and torch.cuda.split(".")[0] != toolkit.split(".")[0]:
-        raise BuildError(
-            f"the CUDA toolkit is {toolkit} ({nvcc}) but torch {torch.version} is built with CUDA {torch.cuda}: "
-            f"their major versions must be equal. Point CUDA_HOME to a CUDA {torch.cuda.split('.')[0]} toolkit, "
-            "or build without CUDA operators with LOSSMETA_CUDA=0"
-        )
-    why = "FORCE_CUDA=1" if forced else f"torch {torch.version} is built with CUDA {torch.cuda}"
-    return CudaChoice(f"{why}; nvcc {toolkit} at {nvcc}", nvcc)
+    setting, named = named_nvcc(environ)
+    tried = []
+    for nvcc in [named] if named else find_nvccs(torch, environ):
+        release, words = nvcc_release(nvcc)
+        if named and release is None:
+            raise BuildError(f"{setting}: {nvcc} {words}; correct it or unset it")
+        if release and (torch.cuda is None or _major(release) == _major(torch.cuda)):
+            why = "FORCE_CUDA=1" if forced else f"torch {torch.version} is built with CUDA {torch.cuda}"
+            return CudaChoice(f"{why}; nvcc {release} at {nvcc}", nvcc, release)
+        tried.append(f"  {nvcc}: {words}")
+    reason = _why_no_toolkit(torch, setting, tried)
+    if forced:
+        raise BuildError(f"FORCE_CUDA=1, but {reason}")
+    return CudaChoice(reason, missed=True)
 
 
-def cuda_architectures(listed: str | None) -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "Hopper") as CMAKE_CUDA_ARCHITECTURES ("80-real;90")."""
-    listed = listed or DEFAULT_ARCHITECTURES
+def _why_no_toolkit(torch: Torch, setting: str, tried: list[str]) -> str:
+    """What was looked for, what was there instead, and what to do."""
+    reason, remedy = "nvcc was not found", "Name a CUDA toolkit in CUDA_HOME"
+    if torch.cuda:
+        major = _major(torch.cuda)
+        reason = (
+            f"torch {torch.version} is built with CUDA {torch.cuda}, but nvcc of CUDA {major} was not found"
+        )
+        remedy = f"Name a CUDA {major} toolkit in CUDA_HOME"
+        if int(major) >= 13:  # NVIDIA's Python packages of earlier releases have no nvcc
+            remedy += f' or pip install "cuda-toolkit[nvcc]=={torch.cuda}.*"'
+    if setting:
+        reason += f"; {setting} names"
+        remedy = f"Correct or unset {setting.partition('=')[0]}"
+    elif tried:
+        reason += "; tried"
+    else:
+        reason += f": there is none on PATH, in {SYSTEM_TOOLKITS}/cuda* or beside torch"
+    remedy += ", and install again; LOSSMETA_CUDA=0 builds without the CUDA operators."
+    return "\n".join((reason + (":" if tried else "."), *tried, remedy))
+
+
+def cuda_architectures(listed: str | None, release: str = "") -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "Hopper") as CMAKE_CUDA_ARCHITECTURES ("80-real;90"); by default those that
+    nvcc of this release knows."""
+    if not listed:
+        old = release and _numbers(release) < (12, 8)
+        listed = ARCHITECTURES_BEFORE_12_8 if old else DEFAULT_ARCHITECTURES
     for family, members in _FAMILIES.items():
         listed = re.sub(rf"\b{family}\b", members, listed)
     chosen = []
@@ -269,6 +324,10 @@ def _read_torch(directory: Path) -> Torch | None:
     }
     version, cuda = value["__version__"], value["cuda"]
     return Torch(directory.resolve(), version.group(1), cuda.group(1) if cuda else None) if version else None
+
+
+def _major(release: str) -> str:
+    return release.partition(".")[0]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

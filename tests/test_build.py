@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 import lossmeta
+from lossmeta import _build
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(lossmeta.__file__).resolve().parent
@@ -53,12 +54,26 @@ def make_torch(directory: Path, version: str, cuda: str | None) -> Path:
     return directory
 
 
-def make_nvcc(home: Path, release: str) -> dict[str, str]:
+def make_nvcc(home: Path, release: str | None) -> Path:
+    """A toolkit that holds nothing but an nvcc, which does not run where it has no release."""
     nvcc = home / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.48'\n")
+    answer = f"echo 'Cuda compilation tools, release {release}, V{release}.48'" if release else "exit 1"
+    nvcc.write_text(f"#!/bin/sh\n{answer}\n")
     nvcc.chmod(0o755)
-    return {"CUDA_HOME": str(home), "PATH": "/nowhere"}
+    return nvcc
+
+
+@pytest.fixture
+def machine(toolchain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine without CUDA, until a test makes some: its torch, its system folder and its PATH."""
+    monkeypatch.setattr(toolchain, "SYSTEM_TOOLKITS", tmp_path / "local")
+
+    def torch(cuda: str | None) -> Any:
+        return toolchain.Torch(tmp_path / "site-packages/torch", "2.14.0", cuda)
+
+    path = f"{tmp_path / 'old/bin'}{os.pathsep}{tmp_path / 'new/bin'}"
+    return SimpleNamespace(torch=torch, environ={"PATH": path}, folder=tmp_path)
 
 
 def test_named_torch_is_described_without_import(toolchain: Any, tmp_path: Path) -> None:
@@ -105,56 +120,133 @@ def test_torch_is_required_only_where_there_is_none(
 
 
 @pytest.mark.parametrize(
-    ("torch_cuda", "toolkit", "environ", "builds", "reason"),
+    ("torch_cuda", "environ", "builds", "reason"),
     [
-        (None, "13.0", {}, False, "built without CUDA; FORCE_CUDA=1"),
-        (None, "13.0", {"FORCE_CUDA": "1"}, True, "FORCE_CUDA=1; nvcc 13.0"),
-        ("13.0", "13.2", {}, True, "built with CUDA 13.0; nvcc 13.2"),
-        ("13.0", None, {}, False, "nvcc was not found"),
-        ("13.0", "13.0", {"LOSSMETA_CUDA": "0"}, False, "LOSSMETA_CUDA=0"),
-        ("12.8", "13.0", {"LOSSMETA_CUDA": "0", "FORCE_CUDA": "1"}, False, "LOSSMETA_CUDA=0"),
+        (None, {}, False, "torch 2.14.0 is built without CUDA; to have them, install again"),
+        (None, {"FORCE_CUDA": "1"}, True, "FORCE_CUDA=1; nvcc 13.2"),
+        ("13.0", {}, True, "torch 2.14.0 is built with CUDA 13.0; nvcc 13.2"),
+        ("13.0", {"LOSSMETA_CUDA": "0"}, False, "LOSSMETA_CUDA=0"),
+        ("12.8", {"LOSSMETA_CUDA": "0", "FORCE_CUDA": "1"}, False, "LOSSMETA_CUDA=0"),
     ],
 )
+@pytest.mark.parametrize("named", [True, False])
 def test_cuda_is_chosen_by_torch_and_toolkit(
     toolchain: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    machine: Any,
     torch_cuda: str | None,
-    toolkit: str | None,
     environ: dict[str, str],
     builds: bool,
     reason: str,
+    named: bool,
 ) -> None:
-    if toolkit is None:
-        monkeypatch.setattr(toolchain, "find_nvcc", lambda environ: None)
-    else:
-        environ = environ | make_nvcc(tmp_path, toolkit)
-    choice = toolchain.choose_cuda(toolchain.Torch(tmp_path, "2.14.0", torch_cuda), environ)
-    assert (choice.compiler is not None) == builds
+    nvcc = make_nvcc(machine.folder / "new", "13.2")
+    names = {"CUDA_HOME": str(machine.folder / "new"), "PATH": "/nowhere"} if named else machine.environ
+    choice = toolchain.choose_cuda(machine.torch(torch_cuda), environ | names)
+    assert choice.compiler == (nvcc if builds else None)
+    assert not choice.missed
     assert reason in choice.reason
 
 
-@pytest.mark.parametrize("forced", [{}, {"FORCE_CUDA": "1"}])
-def test_a_toolkit_of_another_major_version_is_refused(
-    toolchain: Any, tmp_path: Path, forced: dict[str, str]
+# Where an nvcc may lie, in the order in which they are tried.
+PLACES = ["old", "new", "local/cuda", "local/cuda-13.10", "local/cuda-13.9", "site-packages/nvidia/cu13"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("torch_cuda", ["13.0", None])
+def test_the_first_toolkit_that_fits_is_taken(
+    toolchain: Any, machine: Any, place: str, torch_cuda: str | None
 ) -> None:
-    torch = toolchain.Torch(tmp_path, "2.10.0", "12.8")
+    at = PLACES.index(place)
+    for before in PLACES[:at:2]:
+        make_nvcc(machine.folder / before, None)
+    for before in PLACES[1:at:2]:
+        make_nvcc(machine.folder / before, "12.8" if torch_cuda else None)
+    expected = make_nvcc(machine.folder / place, "13.1")
+    for after in PLACES[at + 1 :]:
+        make_nvcc(machine.folder / after, "13.0")
+    environ = machine.environ | ({} if torch_cuda else {"FORCE_CUDA": "1"})
+    assert toolchain.choose_cuda(machine.torch(torch_cuda), environ).compiler == expected
+
+
+def test_a_toolkit_is_tried_once_whatever_it_is_called(toolchain: Any, machine: Any) -> None:
+    make_nvcc(machine.folder / "local/cuda-12.8", "12.8")
+    (machine.folder / "local/cuda").symlink_to("cuda-12.8")
+    (machine.folder / "old").symlink_to("local/cuda-12.8")
+    assert toolchain.find_nvccs(machine.torch("13.0"), machine.environ) == [machine.folder / "old/bin/nvcc"]
+
+
+@pytest.mark.parametrize("forced", [{}, {"FORCE_CUDA": "1"}])
+def test_without_a_fitting_toolkit_the_cpu_build_goes_on_unless_cuda_is_forced(
+    toolchain: Any, machine: Any, forced: dict[str, str]
+) -> None:
+    old = make_nvcc(machine.folder / "old", "12.4")
+    broken = make_nvcc(machine.folder / "new", None)
+    other = make_nvcc(machine.folder / "local/cuda", None)
+    other.write_text("#!/bin/sh\necho clang version 20\n")
+    reason = f"""torch 2.14.0 is built with CUDA 13.0, but nvcc of CUDA 13 was not found; tried:
+  {old}: CUDA 12.4
+  {broken}: does not run
+  {other}: --version names no CUDA release
+Name a CUDA 13 toolkit in CUDA_HOME or pip install "cuda-toolkit[nvcc]==13.0.*", and install again; \
+LOSSMETA_CUDA=0 builds without the CUDA operators."""
+    if forced:
+        with pytest.raises(toolchain.BuildError) as error:
+            toolchain.choose_cuda(machine.torch("13.0"), machine.environ | forced)
+        assert str(error.value) == f"FORCE_CUDA=1, but {reason}"
+    else:
+        choice = toolchain.choose_cuda(machine.torch("13.0"), machine.environ)
+        assert (choice.compiler, choice.missed, choice.reason) == (None, True, reason)
+
+
+@pytest.mark.parametrize("torch_cuda", ["12.8", None])
+def test_without_any_toolkit_the_places_are_named(
+    toolchain: Any, machine: Any, torch_cuda: str | None
+) -> None:
+    places = (
+        f"none on PATH, in {machine.folder}/local/cuda\\* or beside torch\\.\nName a CUDA (12 )?toolkit in"
+    )
     with pytest.raises(
-        toolchain.BuildError, match=r"toolkit is 13\.0 .* torch 2\.10\.0 is built with CUDA 12\.8"
+        toolchain.BuildError, match=rf"FORCE_CUDA=1, but .*nvcc.* was not found: there is {places} "
     ):
-        toolchain.choose_cuda(torch, forced | make_nvcc(tmp_path, "13.0"))
+        toolchain.choose_cuda(machine.torch(torch_cuda), machine.environ | {"FORCE_CUDA": "1"})
 
 
-def test_forced_cuda_needs_nvcc(toolchain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda environ: None)
-    with pytest.raises(toolchain.BuildError, match="FORCE_CUDA=1, but nvcc was not found"):
-        toolchain.choose_cuda(toolchain.Torch(tmp_path, "2.13.0", None), {"FORCE_CUDA": "1"})
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH"])
+def test_a_named_toolkit_is_not_replaced_by_another(toolchain: Any, machine: Any, variable: str) -> None:
+    make_nvcc(machine.folder / "new", "13.0")
+    nvcc = make_nvcc(machine.folder / "named", "12.4")
+    value = str(nvcc if variable == "CUDACXX" else machine.folder / "named")
+    environ = machine.environ | {variable: value}
+    choice = toolchain.choose_cuda(machine.torch("13.0"), environ)
+    assert (choice.compiler, choice.missed) == (None, True)
+    assert f"CUDA 13 was not found; {variable}={value} names:\n  {nvcc}: CUDA 12.4\n" in choice.reason
+    assert f"\nCorrect or unset {variable}, and install again" in choice.reason
+    with pytest.raises(toolchain.BuildError, match=rf"FORCE_CUDA=1, but .* {variable}={value} names"):
+        toolchain.choose_cuda(machine.torch("13.0"), environ | {"FORCE_CUDA": "1"})
+
+
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH"])
+def test_a_named_toolkit_must_be_one(toolchain: Any, machine: Any, variable: str) -> None:
+    make_nvcc(machine.folder / "new", "13.0")
+    value = str(machine.folder / ("missing/bin/nvcc" if variable == "CUDACXX" else "missing"))
+    missing = "is no program" if variable == "CUDACXX" else "has no program bin/nvcc"
+    with pytest.raises(toolchain.BuildError, match=f"^{variable}={value} {missing}; correct it or unset it$"):
+        toolchain.choose_cuda(machine.torch("13.0"), machine.environ | {variable: value})
+    nvcc = make_nvcc(machine.folder / "missing", None)
+    with pytest.raises(toolchain.BuildError, match=f"^{variable}={value}: {nvcc} does not run; correct it"):
+        toolchain.choose_cuda(machine.torch("13.0"), machine.environ | {variable: value})
+
+
+def test_a_compiler_named_without_its_folder_is_looked_for_on_path(toolchain: Any, machine: Any) -> None:
+    nvcc = make_nvcc(machine.folder / "new", "13.0")
+    named = machine.environ | {"CUDACXX": "nvcc"}
+    assert toolchain.choose_cuda(machine.torch("13.0"), named).compiler == nvcc
 
 
 @pytest.mark.parametrize(
     ("listed", "expected"),
     [
-        (None, "80-real;90-real;100"),
+        (None, "80-real;90-real;100;120-real"),
         ("8.0;9.0+PTX", "80-real;90"),
         ("8.0 9.0a", "80-real;90a-real"),
         ("Hopper", "90"),
@@ -165,9 +257,93 @@ def test_architectures_are_read_in_torch_syntax(toolchain: Any, listed: str | No
     assert toolchain.cuda_architectures(listed) == expected
 
 
+def test_default_architectures_are_those_that_nvcc_knows(toolchain: Any) -> None:
+    assert toolchain.cuda_architectures(None, "12.6") == "80-real;90"
+    assert toolchain.cuda_architectures("12.0", "12.6") == "120-real"
+    assert toolchain.cuda_architectures(None, "12.8") == toolchain.cuda_architectures(None, "13.0")
+
+
 def test_unknown_architecture_is_refused(toolchain: Any) -> None:
     with pytest.raises(toolchain.BuildError, match=r"TORCH_CUDA_ARCH_LIST: .* got 'sm_80'"):
         toolchain.cuda_architectures("sm_80")
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Any:
+    """Runs setup.py in a folder of its own, with a CMake that does nothing, beside a torch with CUDA 13."""
+    pytest.importorskip("setuptools")
+    for tool in ("cmake", "ninja"):
+        program = tmp_path / "bin" / tool
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\necho version 9.9\n")
+        program.chmod(0o755)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/pybind11.py").write_text("def get_cmake_dir(): return ''\n")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copytree(ROOT / "build_backend", tmp_path / "build_backend")
+    environ = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path / "modules"),
+        "LOSSMETA_TORCH_DIR": str(make_torch(tmp_path / "torch", "2.14.0", "13.0")),
+        "CUDACXX": "",
+        "FORCE_CUDA": "",
+        "LOSSMETA_CUDA": "",
+    }
+
+    def run(toolkit: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        home = {"CUDA_HOME": str(toolkit)}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environ | home, capture_output=True, text=True, check=True
+        )
+
+    return run
+
+
+def test_a_build_that_misses_cuda_warns_and_keeps_the_reason(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = make_nvcc(tmp_path / "old", "12.4")
+    make_nvcc(tmp_path / "new", "13.0")
+    warning = build(tmp_path / "old").stderr
+    rule, title, _, *reason, end = warning.strip().splitlines()[-7:]
+    assert rule == end == "=" * len(title)
+    assert title.startswith(
+        "WARNING: lossmeta was built WITHOUT its CUDA operators, although torch 2.14.0 has CUDA"
+    )
+    assert f"  {nvcc}: CUDA 12.4" in reason
+
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path / "lossmeta")])
+    monkeypatch.setattr(_build.util, "find_spec", lambda name: package)
+    kept = "\n".join(reason)
+    assert _build._load_cuda() == f"lossmeta was built without its CUDA operators: {kept}"
+
+    assert "WARNING" not in build(tmp_path / "new").stderr
+    assert kept not in (_build._load_cuda() or "")
+
+
+@pytest.mark.slow
+def test_the_cuda_toolkit_of_python_packages_can_be_linked(toolchain: Any, tmp_path: Path) -> None:
+    """Their libraries lie in lib instead of lib64, and the runtime has no other name than libcudart.so.13."""
+    pytest.importorskip("pybind11")
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    top = re.search(r"TOP=(.+)", toolchain._output(["sh", "-c", f"{nvcc} --dryrun x.cu 2>&1"]))
+    if not top or not (system := Path(top.group(1)).resolve() / "lib64").exists():
+        pytest.skip("no CUDA toolkit with a folder lib64 here")
+    home = tmp_path / "cu13"
+    for folder in ("bin", "include", "nvvm"):
+        shutil.copytree(system.parent / folder, home / folder, copy_function=os.symlink)
+    (home / "bin/nvcc").unlink()  # it looks for the others beside its own file
+    shutil.copy2(system.parent / "bin/nvcc", home / "bin/nvcc")
+    (home / "lib").mkdir()
+    for library in (*system.glob("libcudart_static.a"), *system.glob("libcudadevrt.a")):
+        (home / "lib" / library.name).symlink_to(library)
+    (home / "lib/libcudart.so.13").symlink_to((system / "libcudart.so").resolve())
+
+    plan = toolchain.plan_build(os.environ | {"FORCE_CUDA": "1", "CUDACXX": str(home / "bin/nvcc")})
+    configure = [str(plan.cmake), "-S", str(ROOT), "-B", str(tmp_path / "tree"), "-G", "Ninja"]
+    subprocess.run([*configure, *plan.cmake_options()], capture_output=True, check=True)
+    assert f"LINK_LIBRARIES = {home}/lib/libcudart.so.13" in (tmp_path / "tree/build.ninja").read_text()
 
 
 def test_jobs_are_capped_by_memory(toolchain: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,7 +318,7 @@ class Exact {
       const Problem<T> problem(a_, plan_, first, left < plan_.rows ? left : plan_.rows);
       parts += backward(problem, partials ? partials + int64_t(parts) * size : nullptr);
     }
-    if (!partials) return;
+    if (!a_.grad_input_weight) return;
     LOSSMETA_LAUNCH(sum_partials_kernel<A>, (size + 31) / 32, dim3(32, sum_slices), 0, stream_, gate_,
                     partials, parts, size, WeightGradients<A>(a_));
   }
