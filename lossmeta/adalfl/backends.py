@@ -258,8 +258,10 @@ def norm(tensors: list[Tensor], least: float) -> Any:
 
 @contextmanager
 def _holding(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
-    """The parameters have other values for a while, wherever the model keeps them: tied, parametrized, or in lists of
-    its own as recurrent layers do."""
+    """Within, the parameters have other values, wherever the model keeps them.
+
+    It may keep them tied, parametrized, or in lists of its own as recurrent layers do.
+    """
     parameters = list(parameters)
     own = [p.data for p in parameters]
     try:

@@ -26,8 +26,11 @@ def implicit(
     terms: int,
     damping: float,
 ) -> tuple[Tensor, list[Tensor], None]:
-    """The same by the implicit function theorem at the last parameters; no derivative for the learning rate, on which
-    a minimum does not depend."""
+    """The task loss after gradient descent on ``chain``, and its gradient with respect to ``phi``.
+
+    The gradient is that of the implicit function theorem at the last parameters. There is none with respect to the
+    learning rate: a minimum does not depend on it.
+    """
     gradient, theta = gradient_of(loss, model)
     for batch in chain:
         descend(theta, gradient(theta, batch, False), learning_rate)

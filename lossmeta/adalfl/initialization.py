@@ -1,5 +1,7 @@
-"""AdaLFL's offline initialisation of the loss (Algorithm 1), which is also how ML3 learns its loss, and of the learning
-rate (Algorithm 3)."""
+"""AdaLFL's offline initialisation of the loss (Algorithm 1) and of the learning rate (Algorithm 3).
+
+ML3 learns its loss by the former.
+"""
 
 from __future__ import annotations
 

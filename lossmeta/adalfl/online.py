@@ -67,14 +67,14 @@ class OnlineLearner:
         optimizer: the model's, over all its trainable parameters; SGD, Adam, AdamW, RMSprop or Adagrad.
         loss: module ``loss(prediction, target) -> []``; initialise it first, see :func:`initialize`.
         task_loss: function of the same arguments, what is really to be lowered.
-        meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-5. Its groups may hold the parameters
-            of several losses with rates of their own, together all trainable ones of ``loss``, and no others.
+        meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-5. It holds all trainable parameters of
+            ``loss`` and no others. Its groups may have rates of their own.
         meta_every: training steps per meta-update.
-        learning_rate: step size of the learning rate's own update (Algorithm 4), together with the loss's or, for a
-            loss without parameters, alone; 0 leaves it as it is. The rate moves by this times its gradient, to a
-            thousandth of itself at most; a tensor is filled in place. No group may start at 0.
-        min_slope: meta-updates under which the slope ratio fell below this are undone, with what they left in the
-            meta-optimizer, so that the loss does not stop the training early; ``None`` lets it. A loss that starts
+        learning_rate: step size of the optimizer's learning rates, which are then learned too (Algorithm 4); 0 leaves
+            them as they are. A rate moves by this times its gradient, and in one step falls to a thousandth of itself
+            at most. A rate that is a tensor is filled in place. No group may start at 0.
+        min_slope: keeps the loss from stopping the training early; ``None`` does not. Where the slope ratio falls below
+            this, the last meta-update is undone, together with what it left in the meta-optimizer. A loss that starts
             below it learns until it has once been above. The ratio is the mean over the processes of a
             ``DistributedDataParallel`` model.
         backend: see :func:`meta_gradient`.
@@ -84,15 +84,15 @@ class OnlineLearner:
         autocast: dtype under which the model runs, ``torch.bfloat16``. Not float16, which needs a ``GradScaler``: it
             would not see the backward passes here.
         log_slope: whether to report the slope ratio of every step.
-        snapshot_every: training steps after which a copy of the loss is added to ``history``, a list of
-            :class:`Snapshot` that starts with the loss before the first step; see :func:`plot_loss`. ``None``: never.
+        snapshot_every: training steps from one :class:`Snapshot` in ``history`` to the next; ``None``: none. The first
+            is of the loss before the first step. :func:`plot_loss` draws them.
         capture: replay training step, meta-gradient and update as one CUDA graph, which spares a small model the time
-            of launching kernels. For batches on the GPU, SGD, or Adam or AdamW with ``capturable=True``, and models
-            that draw no random numbers; nothing is read back, so that ``skipped`` is a tensor and never a reason.
-            Steps without a meta-update run as they would without it.
+            of launching kernels. It needs batches on the GPU, SGD, or Adam or AdamW with ``capturable=True``, and a
+            model that draws no random numbers. Nothing is read back: ``skipped`` is a tensor, and a report gives no
+            reason. Steps without a meta-update run as they would without it.
 
-    A loss may offer ``with_mixed_derivative(pred, target)`` as :meth:`LossNetwork.with_mixed_derivative
-    <lossmeta.losses.LossNetwork.with_mixed_derivative>` does, which is then taken in place of differentiating it twice.
+    A loss may have a method ``with_mixed_derivative(pred, target)`` as :meth:`LossNetwork.with_mixed_derivative
+    <lossmeta.losses.LossNetwork.with_mixed_derivative>`. The step calls it and does not differentiate the loss twice.
 
     Attributes:
         loss: the learned loss.
@@ -234,8 +234,11 @@ class OnlineLearner:
         return CapturedStep(self._step_on_device, list(model.names), optimizers)
 
     def _step_on_device(self, train_batch: Batch, valid_batch: Batch) -> list[Tensor]:
-        """A step with a meta-update that reads nothing back: the losses, whether the update was taken, and the slope
-        ratio if asked for."""
+        """A step with a meta-update that reads nothing back.
+
+        Returns:
+            Both losses, whether the update was taken, and the slope ratio if asked for.
+        """
         result = self._step(train_batch, valid_batch)
         assert self.meta_optimizer is not None
         taken = update_where_finite(self.meta_optimizer, self._step.loss.phi, result.gradients)
@@ -259,7 +262,7 @@ class OnlineLearner:
             ValueError: for an empty batch, and whatever the model and the losses raise for one that does not fit them.
             TypeError: for a batch that is not a pair.
             DivergedError: if the learned loss or its slope is not finite.
-            In any case weights, optimizer and loss are as before.
+            Whatever is raised, weights, optimizer and loss are as before.
         """
         train_batch = checked("OnlineLearner", "train_batch", train_batch)
         if valid_batch is not None:

@@ -14,11 +14,11 @@ Stepped = tuple[Tensor, dict[str, Any], bool]
 
 
 class StepJacobian:
-    r"""The diagonal of :math:`\partial\,\mathrm{step}/\partial g` for ``optimizer``'s next step (DESIGN of the method).
+    r"""The diagonal of :math:`\partial\,\mathrm{step}/\partial g` for ``optimizer``'s next step.
 
-    With :math:`\theta' = \theta - \mathrm{step}(g)`, the steps of SGD, Adam, AdamW, RMSprop and Adagrad depend on each
-    element of the gradient by itself, in closed form; the state from before the step is a constant. Make one before
-    the step; after it, ``products(v, before)`` are the derivatives times ``v``.
+    With :math:`\theta' = \theta - \mathrm{step}(g)`, each element of a step of SGD, Adam, AdamW, RMSprop or Adagrad
+    depends on one element of the gradient, in closed form. The state from before the step is a constant. Make a
+    StepJacobian before the step; :meth:`products` is for after it.
 
     Where a second moment and the gradient are both 0 the derivative is defined as 0: unrolling gives NaN there.
 
@@ -64,9 +64,15 @@ class StepJacobian:
 
     @torch.no_grad()
     def products(self, vectors: list[Tensor], before: list[Tensor]) -> tuple[list[Tensor], float]:
-        """The derivative times ``vectors``, after the step, as tensors, for which ``vectors`` are overwritten, and a
-        factor of them all. ``before``: the parameters before the step. In the order of ``stepped``; the gradients must
-        still be those of the step."""
+        """The derivative times ``vectors``, after the step, when the gradients are still those of the step.
+
+        Args:
+            vectors: in the order of ``stepped``; they are overwritten.
+            before: the parameters before the step, in the same order.
+
+        Returns:
+            Tensors, and a factor of them all.
+        """
         derivatives: Iterator[Any] = (
             self.rule(parameter.grad, old, group, self.optimizer.state.get(parameter, {}), first)  # type: ignore[misc]
             for old, (parameter, group, first) in zip(before, self.stepped, strict=True)

@@ -19,8 +19,7 @@ def unrolled(
     task_loss: Loss,
     learning_rate: float,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The task loss after gradient descent on ``chain``, its gradient with respect to ``phi``, and its derivative with
-    respect to the learning rate.
+    """The task loss after gradient descent on ``chain``, and its derivatives in ``phi`` and in the learning rate.
 
     With theta_{i+1} = theta_i - a g_i(theta_i, phi), the adjoint of theta_i is that of theta_{i+1} minus
     a (d g_i / d theta)' of it; phi collects -a (d g_i / d phi)' of it, and a collects its product with -g_i.

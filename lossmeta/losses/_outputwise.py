@@ -35,8 +35,8 @@ class OutputwiseLoss(nn.Module):
     """Base of losses ``(1/C) sum_i l(y_i, f_i)``: targets, weights and reduction as in ``torch.nn``.
 
     A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``. With ``takes_labels`` it is given class indices
-    ``[N]`` as they are, of which it leaves out ``ignore_index`` and refuses those out of range; otherwise a label out
-    of range is an error here, or on a GPU, where looking would wait for the device, NaN as the loss of its row.
+    ``[N]`` as they are; it leaves out ``ignore_index`` and refuses labels out of range. Without, labels out of range
+    are refused here. On a GPU, where looking would wait for the device, the loss of such a row is NaN.
     """
 
     takes_labels = False

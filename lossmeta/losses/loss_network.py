@@ -33,18 +33,18 @@ class LossNetwork(OutputwiseLoss):
 
     .. math:: \mathcal M_\phi(y, f) = \mathcal L_T(y, f) + \frac1C \sum_{i=1}^C \ell_\phi(y_i, f_i)
 
-    (with ``output="softplus"`` log 2 above it, of the same gradient). At first only the output layer has a
-    meta-gradient, the others from the second update on.
+    With ``output="softplus"`` it starts log 2 above it, with the same gradient. The first update moves the output layer
+    only: the other layers have a meta-gradient from the second on.
 
-    With ``normalize_slope`` only the shape of the loss is left to learn, not its size, which acts as a learning rate.
-    The loss is multiplied by the factor that makes it, on the batch at hand, as steep as the task loss (cross-entropy
-    as a function of the logits, or squared error) in the mean:
+    With ``normalize_slope`` the shape of the loss is learned, and not its size, which acts as a learning rate. On each
+    batch the loss is multiplied by a factor. It makes the loss as steep in the mean as the task loss, which is
+    cross-entropy as a function of the logits, or squared error:
 
     .. math:: s(\phi) = \frac{\sum |\partial \mathcal L_T / \partial f|}
                            {\sum |\partial \mathcal M_\phi / \partial f|}
 
-    For derivatives with respect to the prediction s is a constant; for those with respect to :math:`\phi` it is not, so
-    that the meta-gradient has no component along mere scaling.
+    For derivatives with respect to the prediction s is a constant. For those with respect to :math:`\phi` it is not:
+    the meta-gradient has no component along mere scaling.
 
     Args:
         hidden: H, the width of the hidden layers.
@@ -54,13 +54,12 @@ class LossNetwork(OutputwiseLoss):
         output: ``"linear"`` (AdaLFL) or ``"softplus"``.
         link: ``"softmax"`` for classification: takes logits and compares probabilities with one-hot targets.
             ``"identity"`` for regression.
-        residual: ``"cross_entropy"`` (:func:`torch.nn.functional.cross_entropy` with the weight, ``ignore_index``,
-            ``label_smoothing`` and reduction below, the network's share being reduced as without it; for the softmax
-            link), ``"squared_error"`` (for the identity link; its mean is that of
-            :func:`torch.nn.functional.mse_loss`), or ``None``: the network alone.
+        residual: ``"cross_entropy"``, for the softmax link: :func:`torch.nn.functional.cross_entropy` with the weight,
+            ``ignore_index``, ``label_smoothing`` and reduction below. ``"squared_error"``, for the identity link: its
+            mean is that of :func:`torch.nn.functional.mse_loss`. ``None``: the network alone.
         normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
-            slope is below the rounding error of the task loss's, as that of a constant loss, s is 1. Not for
-            ``torch.func`` (which raises) and ``torch.compile``.
+            slope is nothing but rounding, as that of a constant loss, s is 1. Not for ``torch.func``, which raises, and
+            not for ``torch.compile``.
         exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
         weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
         ignore_index: label that contributes neither loss nor gradient.
@@ -198,12 +197,14 @@ class LossNetwork(OutputwiseLoss):
     def with_mixed_derivative(
         self, pred: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, ...]]] | None:
-        """The loss, its gradient in ``pred`` and, of the latter's product with ``u``, the gradients in the weights:
-        what :func:`~lossmeta.adalfl.meta_gradient` needs, without autograd.
+        """What :func:`~lossmeta.adalfl.meta_gradient` needs, without autograd.
 
         For the mean over logits ``[N, C]`` with class indices ``[N]``, or over predictions and targets of one shape.
-        ``None`` where a call and autograd must do it: for anything else, a subclass, weights of which one is frozen,
-        and a module with hooks.
+
+        Returns:
+            The loss, its slope in ``pred``, and the function that takes ``u`` to the gradients of <slope, u> in the
+            three weights. ``None`` where a call and autograd must do it: for other shapes and reductions, a subclass,
+            weights of which one is frozen, and a module with hooks.
         """
         weights = (self.input_weight, self.hidden_weight, self.output_weight)
         if (
@@ -307,8 +308,10 @@ class LossNetwork(OutputwiseLoss):
 
 
 def _ratio(task_slope: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor that makes a slope of absolute sum ``own`` as steep as the task loss's, and whether there is one: 1
-    where the slope is nothing but rounding."""
+    """The factor that makes a slope of absolute sum ``own`` as steep as the task loss's, and whether there is one.
+
+    Where the slope is nothing but rounding there is none, and the factor is 1.
+    """
     task = task_slope.abs().sum()
     steep = own > torch.finfo(task_slope.dtype).eps * task
     return torch.where(steep, task / own.where(steep, 1), 1), steep

@@ -28,24 +28,25 @@ OPERATORS: dict[str, Operator] = {}
 class Operator:
     """A compiled operator ``torch.ops.lossmeta.<name>`` as torch sees it.
 
-    The schema takes its tensor arguments first and its options after them. It returns its results, the first
-    ``num_outputs`` of which are differentiable, then whatever its backward wants saved. The backward operator
-    ``<name>_backward(*grad_outputs, *arguments, *saved, *needs)`` returns a gradient for each argument that
-    ``differentiable`` numbers, and has one ``bool`` in ``needs`` for each of them.
+    Its schema has the tensor arguments first and the options after them. It returns ``num_outputs`` differentiable
+    results, then whatever its backward wants saved. The backward operator is
+    ``<name>_backward(*grad_outputs, *arguments, *saved, *needs)``. It returns a gradient for each argument that
+    ``differentiable`` numbers; ``needs`` holds one ``bool`` for each of them.
 
     Args:
         name: the operator's name.
-        reference: the formula in plain PyTorch: the same arguments, the differentiable outputs (one tensor, or a
-            tuple). It serves devices without a kernel, second derivatives, forward-mode and nested transforms.
+        reference: the formula in plain PyTorch. It takes the same arguments and returns the differentiable outputs, one
+            tensor or a tuple. It serves devices without a kernel, second derivatives, forward mode and nested
+            transforms.
         fake: shapes and dtypes of the operator's results.
         differentiable: positions of the differentiable arguments; empty for an operator without gradient.
         num_tensors: how many of the arguments are tensors (or ``None`` in the place of one).
         num_outputs: how many of the results are differentiable.
         vmap: batching rule ``(info, in_dims, *args) -> (outputs, out_dims)``; without it the batch is looped over.
         vmap_backward: the same for the backward operator.
-        shortcut: ``(i, rule)`` where output ``i`` already holds the gradient of the first differentiable argument:
-            ``rule(output, grad_outputs)`` returns it, or ``None`` where it needs the backward operator after all. Its
-            own derivative with respect to the output goes through the operator's first backward: no reference.
+        shortcut: ``(i, rule)`` where output ``i`` already holds the gradient of the first differentiable argument.
+            ``rule(output, grad_outputs)`` returns that gradient, or ``None`` where the backward operator must compute
+            it. The gradient's own derivative goes through the operator's backward, not through the reference.
     """
 
     def __init__(

@@ -48,15 +48,18 @@ def loss_network(
     is the loss of ML³.
 
     With class indices, the softmax link and the smooth activation, :math:`\ell_\phi` is only two functions of a
-    probability. From N·C = 1036 on (on GPUs 8 ``table_size`` + 24) they are tabulated: the cost per element is then
-    that of cross-entropy, whatever the width. The slope is a piecewise cubic through the network's slopes at equally
-    spaced probabilities (``table_size`` + 3 of them, in small batches N·C / 4), the loss its integral, and the
-    gradients are the exact derivatives of these two. Where the estimated error of
-    :math:`\partial \ell / \partial f` is above 1e-5 of its largest value on [0, 1] (weights several times their usual
-    size), the table is refused and every element goes through the network. At the usual size the error is about 1e-8
-    with 512 intervals, 1e-7 with 256. The one visible error is that of the gradient of the slope with respect to
-    ``pred`` in float32, about 1e-4: the curvature comes from differences of neighbouring nodes. On the CPU numbers
-    below the smallest normal one (1e-38 in float32) count as 0.
+    probability. From N·C = 1036 on (on GPUs 8 ``table_size`` + 24) they are read from a table. An element then costs
+    what it costs cross-entropy, whatever the width.
+
+    * The slope is a piecewise cubic through the network's slopes at equally spaced probabilities: ``table_size`` + 3 of
+      them, in small batches N·C / 4. The loss is its integral, and the gradients are the exact derivatives of both.
+    * The error of the slope is about 1e-8 of its largest value on [0, 1] with 512 intervals and 1e-7 with 256, for
+      weights of the usual size. Where its estimate is above 1e-5, for weights several times that size, the table is
+      refused, and every element goes through the network.
+    * The gradient of the slope with respect to ``pred`` has an error of about 1e-4 in float32: curvature comes from
+      differences of neighbouring nodes.
+
+    On the CPU numbers below the smallest normal one (1e-38 in float32) count as 0.
 
     Args:
         pred: predictions, ``[N, C]``; float32, float64, bfloat16 or float16 (accumulated and returned in float32).

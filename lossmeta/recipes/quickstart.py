@@ -30,20 +30,8 @@ RATE, META_RATE, STEPS = 0.03, 3e-3, 1200
 TUNED: dict[str, dict[str, Any]] = {
     "cross-entropy": {"rate": 0.1, "steps": 150, "averaged": True},
     "cross-entropy, clean batches": {"rate": 0.1, "steps": 200, "clean_weight": 1.0, "averaged": True},
-    "generalised cross-entropy": {
-        "q": 0.5,
-        "rate": 0.03,
-        "steps": 800,
-        "clean_weight": 1.0,
-        "averaged": False,
-    },
-    "symmetric cross-entropy": {
-        "beta": 1.0,
-        "rate": 0.03,
-        "steps": 800,
-        "clean_weight": 1.0,
-        "averaged": False,
-    },
+    "generalised cross-entropy": {"q": 0.5, "rate": 0.03, "steps": 800, "clean_weight": 1.0, "averaged": False},
+    "symmetric cross-entropy": {"beta": 3.0, "rate": 0.03, "steps": 300, "clean_weight": 1.0, "averaged": True},
 }
 LEARNED = "learned loss, nothing tuned"
 FIGURE = "learned-loss.png"
