@@ -44,7 +44,8 @@ def plot_loss(
     Example:
         >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> learner = OnlineLearner(model, optimizer, loss, torch.nn.functional.cross_entropy, snapshot_every=1)
+        >>> task_loss = torch.nn.functional.cross_entropy
+        >>> learner = lossmeta.adalfl.OnlineLearner(model, optimizer, loss, task_loss, snapshot_every=1)
         >>> report = learner.step((torch.randn(8, 4), torch.randint(3, (8,))))
         >>> plot_loss(learner.history, loss).savefig("loss.png")
     """
