@@ -154,7 +154,7 @@ class QuickstartTuning:
     """The recipe."""
 
     name = "quickstart-tuning"
-    about = "Where the settings of quickstart's tuned rows come from; half an hour"
+    about = "Where the settings of quickstart's tuned rows come from; a quarter of an hour"
 
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         """As all recipes; ``seeds`` is the number of tuning seeds."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lossmeta.experiments import Trial, run_folder
+from lossmeta.losses import LossNetwork
 from lossmeta.recipes import _digits, _noisy_digits, quickstart, quickstart_tuning, recipes
 from lossmeta.recipes._digits import CLASSES, digits
 from lossmeta.recipes._noisy_digits import (
@@ -127,6 +128,22 @@ def test_clean_rows_stand_behind_the_noisy_ones() -> None:
     loss = WithClean(generalised_cross_entropy(0.5), 3.0)(logits, (noisy, clean))
     expected = generalised_cross_entropy(0.5)(logits[:4], noisy) + 3 * F.cross_entropy(logits[4:], clean)
     torch.testing.assert_close(loss, expected)
+
+
+def test_shortcut_of_the_learned_loss_gives_what_autograd_does() -> None:
+    learned_loss = LossNetwork(residual="cross_entropy", normalize_slope=True, dtype=torch.float64)
+    nn.init.normal_(learned_loss.output_weight)
+    loss, u = WithClean(learned_loss, 2.0), torch.randn(7, CLASSES, dtype=torch.float64)
+    logits = torch.randn(7, CLASSES, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(CLASSES, (4,)), torch.randint(CLASSES, (3,))
+    expected = loss(logits, target)
+    (expected_slope,) = torch.autograd.grad(expected, logits, create_graph=True)
+    value, slope, mixed = loss.with_mixed_derivative(logits.detach(), target)  # type: ignore[misc]
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(slope, expected_slope.detach())
+    gradients = torch.autograd.grad(expected_slope, list(loss.parameters()), u)
+    for actual, wanted in zip(mixed(u), gradients, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 def test_robust_losses_between_cross_entropy_and_absolute_error() -> None:
