@@ -77,10 +77,15 @@ struct Problem : Statistics<accumulate_t<T>> {
 
 // ---- Forward. Rows: `threads` threads for each.
 
+// Of a multiprocessor, at the least. Two leave a thread 128 registers, which float64 can exceed.
+template <class T>
+constexpr int forward_blocks = sizeof(accumulate_t<T>) == 8 ? 1 : 2;
+
 template <class T, int threads, int width>
-__global__ __launch_bounds__(block_threads, sizeof(accumulate_t<T>) == 8 ? 1 : 2) void forward_rows(
-    Problem<T> p, accumulate_t<T>* losses,  // [B, S] or null
-    unsigned* counters) {                   // [B], set to zero
+__global__ __launch_bounds__(block_threads,
+                             forward_blocks<T>) void forward_rows(Problem<T> p,
+                                                                  accumulate_t<T>* losses,  // [B, S] or null
+                                                                  unsigned* counters) {  // [B], set to zero
   for (int64_t b = int64_t(blockIdx.x) * block_threads + threadIdx.x; b < p.models;
        b += int64_t(gridDim.x) * block_threads)
     counters[b] = 0;
@@ -95,8 +100,9 @@ constexpr int slices =
     8;  // of the classes where neighbouring threads take neighbouring samples: blocks of 32 x 8
 
 template <class T>
-__global__ __launch_bounds__(block_threads, 2) void forward_lanes(Problem<T> p, accumulate_t<T>* losses,
-                                                                  unsigned* counters) {
+__global__ __launch_bounds__(block_threads, forward_blocks<T>) void forward_lanes(Problem<T> p,
+                                                                                  accumulate_t<T>* losses,
+                                                                                  unsigned* counters) {
   using A = accumulate_t<T>;
   constexpr int items = 8;
   __shared__ A shares[4][slices][32];
