@@ -20,7 +20,6 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": "medium",
     "font.size": 10,
     "image.cmap": "viridis",
-    "legend.frameon": False,
 }
 DPI = 150
 

@@ -45,6 +45,8 @@ def test_options_are_those_that_the_code_reads() -> None:
     assert {"FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"} <= options
 
 
-@pytest.mark.parametrize("path", re.findall(r"`([\w/]+\.(?:md|py))`", README))
+@pytest.mark.parametrize(
+    "path", re.findall(r"`([\w/]+\.(?:md|py))`", README) + re.findall(r"!\[.+\]\((.+)\)", README)
+)
 def test_named_files_exist(path: str) -> None:
     assert (ROOT / path).exists()

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossmeta import data, models
+from lossmeta._batches import Batch
+from lossmeta._model_state import evaluating
 from lossmeta.data import Dataset
 from lossmeta.experiments import Measure, Task
 
-Batch = tuple[Tensor, Tensor]
 # Train; validation, which the meta-objective sees; selection, by which hyper-parameters are chosen; test.
 SHARES = {"validation": 0.1, "selection": 0.1, "test": 0.2}
 
@@ -104,18 +105,17 @@ class Splits:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, name: str) -> float:
         """Mean squared error, or share of wrong classes; infinite where the model's outputs are not finite."""
-        model.eval()
         inputs, targets = self.parts[name]
         total = 0.0
-        for x, y in zip(inputs.split(500), targets.split(500), strict=True):
-            prediction = model(self.prepared(x))
-            if not prediction.isfinite().all():
-                total = float("inf")
-            elif self.regression:
-                total += F.mse_loss(prediction, y, reduction="sum").item() / y.shape[1]
-            else:
-                total += (prediction.argmax(1) != y).sum().item()
-        model.train()
+        with evaluating(model):
+            for x, y in zip(inputs.split(500), targets.split(500), strict=True):
+                prediction = model(self.prepared(x))
+                if not prediction.isfinite().all():
+                    total = float("inf")
+                elif self.regression:
+                    total += F.mse_loss(prediction, y, reduction="sum").item() / y.shape[1]
+                else:
+                    total += (prediction.argmax(1) != y).sum().item()
         return total / len(targets)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lossmeta import plot
+from lossmeta._batches import Batch
+from lossmeta._model_state import evaluating
 from lossmeta.adalfl import (
     DivergedError,
     OnlineLearner,
@@ -25,7 +27,7 @@ from lossmeta.adalfl import (
 )
 from lossmeta.experiments import Trial
 from lossmeta.losses import LossNetwork, TaylorLoss
-from lossmeta.recipes._adalfl_tasks import Batch, Problem, Splits
+from lossmeta.recipes._adalfl_tasks import Problem, Splits
 
 # Streams of random numbers of a seed. Every random number of a trial is from one of them.
 WEIGHTS, LOSS, RESETS, OFFLINE_TRAIN, OFFLINE_VALIDATION, TRAIN, VALIDATION, NOISE = range(1, 9)
@@ -312,8 +314,7 @@ class Training:
 def slope_ratio(trial: Trial, model: nn.Module, loss: nn.Module) -> float:
     """How many times larger the loss's mean absolute slope is than the task loss's, on training data."""
     inputs, target = next(batches(trial, ("train",), TRAIN))
-    model.eval()  # no dropout: the trial's random numbers are drawn
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():  # no dropout: the trial's random numbers are drawn
         prediction = model(inputs)
     slopes = []
     for function in (loss, new_loss(trial, "task")):

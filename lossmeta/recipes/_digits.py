@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lossmeta import data
+from lossmeta._batches import Batch
 from lossmeta.experiments import Measure
 from lossmeta.metrics import AveragePrecision, ErrorRate
-
-Batch = tuple[Tensor, Tensor]
 
 PIXELS, CLASSES = 64, 10
 ERROR = Measure("error", higher_is_better=False, percent=True, digits=2)

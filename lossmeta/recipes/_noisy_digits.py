@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
+from lossmeta._batches import Batch
 from lossmeta.adalfl import OnlineLearner
 from lossmeta.experiments import Method, Trial
 from lossmeta.experiments.trial import STREAM, seeded
 from lossmeta.losses import LossNetwork
-from lossmeta.recipes._digits import CLASSES, Batch, digits, evaluate, network
+from lossmeta.recipes._digits import CLASSES, digits, evaluate, network
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from lossmeta import experiments
+from lossmeta._batches import Batch
 from lossmeta.adalfl import OnlineLearner
 from lossmeta.experiments import Method, Task, Trial
 from lossmeta.experiments.trial import STREAM
 from lossmeta.losses import LossNetwork, ParametricCrossEntropy
 from lossmeta.ops.class_confusion import class_confusion
-from lossmeta.recipes._digits import CLASSES, ERROR, PRECISION, Batch, digits, evaluate, network
+from lossmeta.recipes._digits import CLASSES, ERROR, PRECISION, digits, evaluate, network
 
 SETTINGS: dict[str, Any] = {
     "sizes": {"train": 897, "validation": 400, "test": 500},

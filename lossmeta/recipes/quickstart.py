@@ -77,7 +77,7 @@ def draw_loss(trial: Trial, model: nn.Module, loss: LossNetwork) -> None:
             axes.plot(p.tolist(), curve[i].tolist(), label=label)
         axes.set_title(title)
         axes.set_xlabel("probability of its label")
-    panels[0].legend()
+    panels[0].legend(frameon=False)
     plot.save(figure, trial.folder / FIGURE)
 
 
