@@ -6,8 +6,10 @@ from lossmeta.adalfl.initialization import initialize, initialize_learning_rate
 from lossmeta.adalfl.learned_loss import DivergedError
 from lossmeta.adalfl.online import OnlineLearner, Snapshot, StepReport
 from lossmeta.adalfl.plot import plot_loss
+from lossmeta.adalfl.verification import BackendError
 
 __all__ = [
+    "BackendError",
     "DivergedError",
     "MetaGradient",
     "OnlineLearner",

@@ -45,13 +45,17 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def update_where_finite(
-    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *others: Tensor
 ) -> Tensor:
-    """A step of the optimizer that the device itself undoes where a gradient is not finite; whether it was taken."""
+    """A step of the optimizer that the device itself undoes where a gradient, or another value, is not finite.
+
+    Returns:
+        Whether it was taken, [].
+    """
     present = [g for g in gradients if g is not None]
     if not present:
         return torch.zeros((), dtype=torch.bool, device=parameters[0].device)
-    finite = all_finite(present)
+    finite = all_finite([*others, *present])
 
     def state() -> dict[tuple[Tensor, str], Tensor]:
         values = ((p, name, v) for p in parameters for name, v in optimizer.state.get(p, {}).items())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossmeta._batches import Batch, Loss
+from lossmeta._batches import Batch, Loss, Output, samples
 from lossmeta._checks import check_scalar
-from lossmeta._model_state import ModelState, is_capturing
-from lossmeta.adalfl.backends import TrainingPass, make_backend, norm
+from lossmeta._model_state import ModelState, Watch, is_capturing
+from lossmeta.adalfl.backends import (
+    BACKENDS,
+    Check,
+    DoubleBackward,
+    FiniteDifference,
+    ForwardMode,
+    TrainingPass,
+    make_backend,
+    norm,
+)
 from lossmeta.adalfl.channels_last import ChannelsLast, in_channels_last
 from lossmeta.adalfl.clipping import Clipping
 from lossmeta.adalfl.learned_loss import LearnedLoss
 from lossmeta.adalfl.learned_rate import LearnedRates
-from lossmeta.adalfl.step_jacobian import StepJacobian, parameters_of
+from lossmeta.adalfl.step_jacobian import StepJacobian, check_has_derivative, parameters_of, unwrapped
 from lossmeta.adalfl.trained_model import TrainedModel
+from lossmeta.adalfl.verification import FIRST_PROBES, INTERVAL, LATER_PROBES, BackendError
 
 
 @dataclass
@@ -37,6 +48,7 @@ class MetaGradient:
         backend: what computed it.
         nearly_nothing: whether the step hardly depends on the size of the gradient, so that nearly nothing can be
             learned from it: the first one of an adaptive optimizer.
+        skipped: why there are no gradients although the loss has parameters, or ``None``.
     """
 
     loss: Tensor
@@ -46,6 +58,7 @@ class MetaGradient:
     slope_ratio: Tensor | None
     backend: str
     nearly_nothing: bool
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class StepOptions:
         learning_rates: also differentiate with respect to the learning rates of the optimizer's groups.
         autocast: dtype under which the model runs, ``torch.bfloat16``.
         log_slope: whether to report the slope ratio.
+        output: what of the model's output is the prediction.
     """
 
     backend: str = "auto"
@@ -69,6 +83,7 @@ class StepOptions:
     learning_rates: bool = False
     autocast: torch.dtype | None = None
     log_slope: bool = False
+    output: Output = None
 
 
 def meta_gradient(
@@ -84,6 +99,7 @@ def meta_gradient(
     clip_value: float | None = None,
     approximate: bool = False,
     learning_rates: bool = False,
+    output: Output = None,
 ) -> MetaGradient:
     r"""Takes one training step with ``loss`` and differentiates what it achieved (AdaLFL, Eq. 5 to 9).
 
@@ -97,9 +113,15 @@ def meta_gradient(
     so that only the loss needs second derivatives. Weights, optimizer state, buffers and random state end as one plain
     training step leaves them; if anything fails, as they were.
 
+    The passes of a step must be one function. Random numbers of torch, Python, NumPy and of generators that modules
+    own are drawn again; buffers and plain attributes are brought back. A ``torch.autocast`` context around the call
+    counts as the option of that dtype of :class:`OnlineLearner`. Then :math:`u` is compared with what a repeated
+    training pass says of it; see ``backend``.
+
     Args:
         model: called as ``model(inputs)``, or ``model(*inputs)`` and ``model(**inputs)`` for a sequence or mapping.
-        optimizer: of all the model's trainable parameters and no others; SGD, Adam, AdamW, RMSprop or Adagrad.
+        optimizer: of all the model's trainable parameters and no others. Any that moves each weight by its own
+            gradient; SGD, Adam, AdamW, RMSprop and Adagrad cost least.
         loss: module ``loss(prediction, target) -> []`` with the parameters :math:`\phi`.
         task_loss: function of the same arguments, what the validation batch is judged by.
         train_batch: inputs and target of the step.
@@ -107,19 +129,22 @@ def meta_gradient(
         backend: how :math:`u` is computed. ``"double_backward"``: exact, through the graph of the training step.
             ``"jvp"``: exact, by forward-mode differentiation; least memory. ``"finite_difference"``: one forward pass
             more, or two where the model has no ReLU or max-pooling; also for models that forward mode does not know,
-            such as compiled ones. Its relative error in float32 is about 1e-3, with two passes 1e-4. Under autocast it
-            computes in float32, with one pass more; a model of bfloat16 weights costs it a tenth and more. ``"auto"``:
-            see :func:`choose_backend`.
+            such as compiled ones. Under autocast it computes in float32, with one pass more; a model of bfloat16
+            weights costs it a tenth and more. ``"auto"``: see :func:`choose_backend`; where that one fails, or does
+            not agree with the backward pass, another, with a warning.
         clip_norm: largest norm of the whole gradient; larger ones are scaled down.
         clip_value: largest absolute value of an element of the gradient.
-        approximate: take the step of an optimizer not named above for ``lr * g``.
+        approximate: take the step of an optimizer that is not elementwise for ``lr * g``.
         learning_rates: also differentiate with respect to the learning rates of the optimizer's groups.
+        output: what of the model's output is the prediction: a key, a position, or a function of it. ``None`` takes a
+            tensor as it is, what is called ``logits``, or the only tensor.
 
     Raises:
         ValueError: for a model and an optimizer whose parameters differ, a loss of the wrong shape, and a prediction in
             float16: a ``GradScaler`` would not see these backward passes. bfloat16 needs none.
         TypeError: for an optimizer of another kind, and a prediction that is no tensor.
         DivergedError: if the learned loss or its slope is not finite, before the step.
+        BackendError: if the meta-gradient cannot be computed in the way that was asked for, or in any.
 
     Example:
         >>> model, loss = torch.nn.Linear(4, 3), lossmeta.losses.LossNetwork()
@@ -129,8 +154,10 @@ def meta_gradient(
         >>> [g.shape for g in result.gradients]
         [torch.Size([40, 2]), torch.Size([40, 40]), torch.Size([1, 40])]
     """
-    options = StepOptions(backend, clip_norm, clip_value, approximate, learning_rates)
-    result = DifferentiableStep(model, optimizer, loss, task_loss, options)(train_batch, valid_batch)
+    options = StepOptions(backend, clip_norm, clip_value, approximate, learning_rates, output=output)
+    step = DifferentiableStep(model, optimizer, loss, task_loss, options)
+    result = step([train_batch], valid_batch)
+    step.forget()
     if result.nearly_nothing:
         warnings.warn(
             f"AdaLFL: the first step of {type(optimizer).__name__} hardly depends on the size of the gradient, so that "
@@ -148,6 +175,7 @@ class DifferentiableStep:
         reason: why it is that one.
         model: what is trained.
         loss: what is learned.
+        steps: with a meta-gradient, taken so far.
     """
 
     def __init__(
@@ -159,80 +187,237 @@ class DifferentiableStep:
         options: StepOptions | None = None,
     ) -> None:
         self.options = options = options or StepOptions()
-        self.optimizer, self.task_loss = optimizer, task_loss
+        self.optimizer, self.task_loss = unwrapped(optimizer), task_loss
+        check_has_derivative(self.optimizer, approximate=options.approximate)
         self.clipping = Clipping(options.clip_norm, options.clip_value)
-        self.rates = LearnedRates(optimizer)
-        self.model = TrainedModel(model, optimizer, options.autocast)
+        self.rates = LearnedRates(self.optimizer)
+        self.model = TrainedModel(model, self.optimizer, options.autocast, options.output)
         self.loss = LearnedLoss(loss, self.model.device)
         self.backend, self.reason = make_backend(options.backend, self.model, self.loss)
         self.channels_last = ChannelsLast(self.model)
+        self.watch = Watch(self.model.plain, self.model.device)
+        self.steps = 0
+        self._undo: Callable[[], None] | None = None
         # Kept from step to step: memory comes page by page.
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.model.names}
 
-    def __call__(self, train_batch: Batch, valid_batch: Batch) -> MetaGradient:
-        model, (inputs, target) = self.model, train_batch
-        may_relay = self.channels_last.accepts(inputs)
-        model.check_parameters(self.optimizer)
-        start = ModelState(model.plain, model.device)
-        capturing = is_capturing(model.device)  # then nothing runs yet, nor has to be undone
-        saved = {} if capturing else _copied_state(self.optimizer)
-        stepped = False
+    # ---- A step, whole or not at all.
+
+    def __call__(self, batches: Sequence[Batch], valid_batch: Batch) -> MetaGradient:
+        """One training step on the batches together, and its meta-gradient. :meth:`undo` takes it back."""
+        while True:
+            try:
+                with self._all_or_nothing(), self.model.step():
+                    result = self._step(batches, valid_batch)
+                    self.steps += 1
+                    return result
+            except BackendError as error:
+                self._take_another_backend(error)
+
+    def plain_step(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor | None]:
+        """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
+        with self._all_or_nothing(), self.model.step():
+            _, passes, ratio = self._train(batches, meta=False)
+            self.clipping([p.grad for p, _ in parameters_of(self.optimizer) if p.grad is not None])
+            self.optimizer.step()
+            return _mean([t.loss for t in passes], passes), ratio
+
+    def undo(self) -> None:
+        """Takes the last step back, if it is not forgotten."""
+        if self._undo is not None:
+            self._undo()
+        self.forget()
+
+    def forget(self) -> None:
+        """Keeps nothing of the state before the last step."""
+        self._undo = None
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Keeps what a step changes, and brings it back if the step fails."""
+        self._undo = None
+        if is_capturing(self.model.device):  # then nothing runs yet, nor has to be undone
+            yield
+            return
+        optimizer = self.optimizer
+        start = ModelState(self.model.plain, self.model.device, self.watch, everything=self._check_is_due())
+        gradients = {p: p.grad for p, _ in parameters_of(optimizer)}
+        state = copied_state(optimizer)
+        groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._keep_weights()
+        backend = self.backend.state()
+
+        @torch.no_grad()
+        def undo() -> None:
+            torch._foreach_copy_(list(self._before), list(self._before.values()))
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, options in zip(optimizer.param_groups, groups, strict=True):
+                _bring_back(group, options)
+            for p, g in gradients.items():
+                p.grad = g
+            start.bring_back()
+            self.backend.load(backend)
+
+        self._start, self._saved, self._undo = start, state, undo
         try:
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                trained = self.backend.train(inputs, target, start)
-            ratio = self._slope_ratio(trained, target)
-            with torch.no_grad():
-                jacobian = StepJacobian(self.optimizer, approximate=self.options.approximate)
-                moved = [p for p, *_ in jacobian.stepped]
-                clipped = self.clipping([p.grad for p in moved if p.grad is not None])
-                torch._foreach_copy_(list(self._before.values()), list(self._before))
-                before = [self._before[p] for p in moved]
-                # Now, while the copies are in the cache.
-                size = norm(before, 1e-3) if self.backend.needs_size else None
-                stepped = True
-                self.optimizer.step()
-                after = ModelState(model.plain, model.device)
-                with after.kept():
-                    # In another layout random numbers would fall elsewhere.
-                    relaid = may_relay and start.random.equals(after.random)
-                    task_value, v = self._validate(*valid_batch, moved, relaid)
-                    rates = self.rates.gradients(v, jacobian, before) if self.options.learning_rates else []
-                    products, rate = jacobian.products(v, before)
-                    w = dict(zip(moved, clipped.transposed(products), strict=True))
-                    phi: Sequence[Tensor | None] = ()
-                    if self.loss.phi:  # else only the learning rate is learned
-                        phi = self.backend.meta_gradient(trained, w, self._before, size, relaid)
-                    # All behind w is linear in it: a factor of all its elements can wait. Not in place: autograd may
-                    # give one tensor to several parameters.
-                    results = model.averaged([None if g is None else g * -rate for g in phi])
+            yield
         except BaseException:
-            if not capturing:
-                if stepped:
-                    self._step_back(saved)
-                start.bring_back()
+            self.undo()
             raise
-        nearly_nothing = jacobian.learns_nearly_nothing
+
+    @torch.no_grad()
+    def _keep_weights(self) -> None:
+        kept = list(self._before.values())
+        torch._foreach_copy_(kept, list(self._before))
+        # Now, while the copies are in the cache.
+        self._size = norm(kept, 1e-3) if self.backend.needs_size else None
+
+    def _check_is_due(self) -> bool:
+        return self.steps % INTERVAL == 0
+
+    def _take_another_backend(self, error: BackendError) -> None:
+        """With ``"auto"``: goes on with what is left after a back-end has failed."""
+        left = {
+            ForwardMode: FiniteDifference if "forward-mode" in str(error) else DoubleBackward,
+            FiniteDifference: DoubleBackward,
+        }
+        failed = type(self.backend)
+        if self.options.backend != "auto":
+            raise BackendError(
+                f"AdaLFL: with backend={failed.name!r} {error}; backend='auto' may know a way"
+            ) from error
+        other = left.get(failed)
+        if other is None or (self.model.distributed and not other.averages):
+            raise BackendError(f"AdaLFL: no back-end is right for this model: {error}") from error
+        if other is DoubleBackward:
+            warnings.warn(
+                f"AdaLFL: {failed.name} gives way to {other.name}: {error}", RuntimeWarning, stacklevel=5
+            )
+        self.backend, self.reason = other(self.model, self.loss), str(error)
+
+    def backend_state(self) -> tuple[str, str, Any, int]:
+        """Its name, why it is that one, what it has found out, and the steps so far."""
+        return self.backend.name, self.reason, self.backend.state(), self.steps
+
+    def load_backend(self, name: str, reason: str, found: Any, steps: int) -> None:
+        """Goes on as :meth:`backend_state` says, but with the back-end that was asked for by name."""
+        self.steps = steps
+        if self.options.backend in ("auto", name):
+            self.backend, self.reason = BACKENDS[name](self.model, self.loss), reason
+            self.backend.load(found)
+
+    # ---- Its parts.
+
+    def _train(
+        self, batches: Sequence[Batch], *, meta: bool
+    ) -> tuple[bool, list[TrainingPass], Tensor | None]:
+        """The training passes; whether inputs may be relaid, the passes, and the slope ratio if asked for."""
+        model = self.model
+        relay = meta and len(batches) == 1 and self.channels_last.accepts(batches[0][0])
+        model.check_parameters(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        versions = [p._version for p in model.names]
+        shares = _shares(batches)
+        passes = []
+        with torch.enable_grad():
+            for i, ((inputs, target), share) in enumerate(zip(batches, shares, strict=True)):
+                before = self._start if i == 0 else self._now()
+                last = i + 1 == len(batches)
+                with nullcontext() if last or not model.distributed else model.wrapped.no_sync():  # type: ignore[operator]
+                    if meta:
+                        passes.append(self.backend.train(inputs, target, before, share))
+                    else:
+                        passes.append(self.backend.plain_pass(inputs, target, before, share))
+        changed = [n for (p, n), v in zip(model.names.items(), versions, strict=True) if p._version != v]
+        if changed:
+            raise ValueError(
+                "AdaLFL: the model's forward pass must leave its trainable parameters as they are, got one that "
+                f"changes {changed[0]}; change it between the steps, or by a parametrization"
+            )
+        ratios = [self._slope_ratio(t, target) for t, (_, target) in zip(passes, batches, strict=True)]
+        return relay, passes, None if ratios[0] is None else _mean(ratios, passes)  # type: ignore[arg-type]
+
+    def _now(self) -> ModelState:
+        return ModelState(self.model.plain, self.model.device, self.watch, everything=self._check_is_due())
+
+    def _step(self, batches: Sequence[Batch], valid_batch: Batch) -> MetaGradient:
+        model, capturing = self.model, is_capturing(self.model.device)
+        if capturing:
+            self._start = self._now()
+            self._keep_weights()
+        start = self._start
+        check = None
+        if self._check_is_due() and not capturing:
+            check = Check(FIRST_PROBES if self.steps == 0 else LATER_PROBES, self.steps)
+        if self.options.learning_rates:
+            self.rates.check_start("AdaLFL")
+        may_relay, passes, ratio = self._train(batches, meta=True)
+        if check:
+            self.watch.learn(start)
+        unseen = not self.watch.numpy and start.numpy_moved() and not isinstance(self.backend, DoubleBackward)
+        with torch.no_grad():
+            jacobian = StepJacobian(
+                self.optimizer,
+                approximate=self.options.approximate,
+                saved={} if capturing else self._saved,
+            )
+            moved = [p for p, *_ in jacobian.stepped]
+            if not moved:
+                raise ValueError(
+                    "AdaLFL: the training loss must depend on the optimizer's parameters, got one that gives none of "
+                    "them a gradient; if the model has got others, as from load_state_dict(assign=True), make a new "
+                    "optimizer and learner"
+                )
+            clipped = self.clipping([p.grad for p in moved if p.grad is not None])
+            before = [self._before[p] for p in moved]
+            self.optimizer.step()
+            after = ModelState(model.plain, model.device, self.watch)
+            with after.kept():
+                # In another layout random numbers would fall elsewhere.
+                relaid = may_relay and start.random.equals(after.random)
+                task_value, v = self._validate(*valid_batch, moved, relaid)
+                rates = self.rates.gradients(v, jacobian, before) if self.options.learning_rates else []
+                products, rate = jacobian.products(v, before)
+                w = dict(zip(moved, clipped.transposed(products), strict=True))
+                phi: list[Tensor | None] = []
+                if self.loss.phi and not unseen:  # else only the learning rate is learned
+                    phi = self._meta_gradient(passes, w, relaid, check)
+                # All behind w is linear in it: a factor of all its elements can wait. Not in place: autograd may
+                # give one tensor to several parameters.
+                results = model.averaged([None if g is None else g * -rate for g in phi])
+        if unseen:
+            self.watch.numpy = True
         return MetaGradient(
-            trained.loss, task_value, results, rates, ratio, self.backend.name, nearly_nothing
+            _mean([t.loss for t in passes], passes),
+            task_value,
+            results or [None] * len(self.loss.phi),
+            rates,
+            ratio,
+            self.backend.name,
+            jacobian.learns_nearly_nothing,
+            "the model has begun to draw NumPy's random numbers, which are drawn again from the next step on"
+            if unseen
+            else None,
         )
 
-    def plain_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
-        model, (inputs, target) = self.model, batch
-        model.check_parameters(self.optimizer)
-        start = ModelState(model.plain, model.device)
-        try:
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                trained = self.backend.plain_pass(inputs, target, start)
-            ratio = self._slope_ratio(trained, target)
-            self.clipping([p.grad for p, _ in parameters_of(self.optimizer) if p.grad is not None])
-        except BaseException:
-            start.bring_back()
-            raise
-        self.optimizer.step()
-        return trained.loss, ratio
+    def _meta_gradient(
+        self, passes: Sequence[TrainingPass], w: dict[Tensor, Tensor], relaid: bool, check: Check | None
+    ) -> list[Tensor | None]:
+        """Of all passes together, up to its sign."""
+        total: list[Tensor | None] = []
+        wrong, kept = None, check is not None or len(passes) > 1
+        for i, trained in enumerate(passes):
+            found, reason = self.backend.meta_gradient(
+                trained, w, self._before, self._size, relaid, kept, check if i == 0 else None
+            )
+            wrong = wrong or reason
+            if wrong:
+                break
+            total = list(found) if i == 0 else [_added(a, b) for a, b in zip(total, found, strict=True)]
+        if check and self.model.anywhere(wrong is not None):
+            raise BackendError(wrong or "on another process the meta-gradient was found wrong")
+        return total
 
     def _validate(
         self, inputs: Any, target: Tensor, moved: list[Tensor], relaid: bool
@@ -240,7 +425,7 @@ class DifferentiableStep:
         """The task loss after the step and its gradients."""
         with torch.enable_grad():
             prediction = self.model.predict(in_channels_last(inputs) if relaid else inputs)
-            value = self.task_loss(prediction, target)
+            value = self.task_loss(self.model.for_losses(prediction), target)
             check_scalar("AdaLFL", "task_loss", value)
             v = torch.autograd.grad(value, moved, allow_unused=True)
         filled = _writable([torch.zeros_like(p) if g is None else g for p, g in zip(moved, v, strict=True)])
@@ -250,22 +435,43 @@ class DifferentiableStep:
         if not self.options.log_slope:
             return None
         with torch.enable_grad():
-            f = trained.prediction.detach().requires_grad_()
+            f = self.model.for_losses(trained.prediction).detach().requires_grad_()
             (plain,) = torch.autograd.grad(self.task_loss(f, target), f)
         return trained.slope.abs().mean() / plain.abs().mean()
 
-    @torch.no_grad()
-    def _step_back(self, saved: dict[Tensor, Any]) -> None:
-        torch._foreach_copy_(list(self._before), list(self._before.values()))
-        self.optimizer.state.clear()
-        self.optimizer.state.update(saved)
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
-def _copied_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    return {
-        p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        for p, state in optimizer.state.items()
-    }
+def copied_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    return {p: {k: _copied(v) for k, v in state.items()} for p, state in optimizer.state.items()}
+
+
+def _bring_back(group: dict[str, Any], options: dict[str, Any]) -> None:
+    for key, value in options.items():
+        if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+            group[key].copy_(value)
+        else:
+            group[key] = value
+
+
+def _shares(batches: Sequence[Batch]) -> list[float]:
+    """Of each batch in the mean over all samples."""
+    if len(batches) == 1:
+        return [1.0]
+    counts = [samples(target) for _, target in batches]
+    return [count / sum(counts) for count in counts]
+
+
+def _mean(values: Sequence[Tensor], passes: Sequence[TrainingPass]) -> Tensor:
+    if len(passes) == 1:
+        return values[0]
+    return sum((v * t.share for v, t in zip(values, passes, strict=True)), torch.zeros_like(values[0]))
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _writable(tensors: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta._batches import Batch, Loss, checked
+from lossmeta._batches import Batch, Loss, Output, checked, checked_batches
 from lossmeta._checks import check_at_least_one, check_positive_and_finite
 from lossmeta.adalfl.capture import CapturedStep, all_finite, check_capturable, update_where_finite
-from lossmeta.adalfl.differentiable_step import DifferentiableStep, MetaGradient, StepOptions
+from lossmeta.adalfl.differentiable_step import DifferentiableStep, MetaGradient, StepOptions, copied_state
 from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
+from lossmeta.adalfl.replicas import Replicas
 from lossmeta.adalfl.slope_floor import SlopeFloor
+from lossmeta.adalfl.verification import INTERVAL
 
 
 @dataclass
@@ -57,14 +62,18 @@ class OnlineLearner:
               \phi_{t+1} = \phi_t - \eta\,\nabla_\phi \mathcal L_T(\theta_{t+1})
 
     It takes the place of ``loss.backward(); optimizer.step()`` in a training loop. Weights, optimizer state, BatchNorm
-    buffers and random state end as a plain step with that loss leaves them. Anything differentiable can be learned:
+    buffers and random state end as a plain step with that loss leaves them, and no gradients are left behind. A step
+    that raises changes nothing. The passes of a step must be one function, see :func:`meta_gradient`; that is checked
+    in the first step and every hundredth after it. In the processes of a ``DistributedDataParallel`` model the loss
+    starts as that of the first, and is compared as often. Anything differentiable can be learned:
     the network of :class:`~lossmeta.losses.LossNetwork`, the coefficients of a Taylor loss, the class correlations of
     :class:`~lossmeta.losses.ParametricCrossEntropy` with ``learnable=True`` (as L2T-DLF does), the mixture of a
     :class:`~lossmeta.losses.DistanceMixtureLoss`, or several of them in one module.
 
     Args:
         model: the model, in training mode; may be wrapped in ``DistributedDataParallel``.
-        optimizer: the model's, over all its trainable parameters; SGD, Adam, AdamW, RMSprop or Adagrad.
+        optimizer: the model's, over all its trainable parameters. Any that moves each weight by its own gradient; SGD,
+            Adam, AdamW, RMSprop and Adagrad cost least. May be wrapped by Lightning or accelerate.
         loss: module ``loss(prediction, target) -> []``; initialise it first, see :func:`initialize`.
         task_loss: function of the same arguments, what is really to be lowered.
         meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-5. It holds all trainable parameters of
@@ -90,6 +99,8 @@ class OnlineLearner:
             of launching kernels. It needs batches on the GPU, SGD, or Adam or AdamW with ``capturable=True``, and a
             model that draws no random numbers. Nothing is read back: ``skipped`` is a tensor, and a report gives no
             reason. Steps without a meta-update run as they would without it.
+        output: what of the model's output is the prediction, see :func:`meta_gradient`.
+        keep_gradients: leave the training gradients in ``.grad``.
 
     A loss may have a method ``with_mixed_derivative(pred, target)`` as :meth:`LossNetwork.with_mixed_derivative
     <lossmeta.losses.LossNetwork.with_mixed_derivative>`. The step calls it and does not differentiate the loss twice.
@@ -173,6 +184,8 @@ class OnlineLearner:
         log_slope: bool = False,
         snapshot_every: int | None = None,
         capture: bool = False,
+        output: Output = None,
+        keep_gradients: bool = False,
     ) -> None:
         if snapshot_every is not None:
             check_at_least_one("OnlineLearner", "snapshot_every", snapshot_every)
@@ -200,6 +213,10 @@ class OnlineLearner:
         self.steps = 0
         self.skipped: int | Tensor = 0
         self._floor = SlopeFloor(phi)
+        self.keep_gradients = keep_gradients
+        self._accumulated: list[Batch] = []
+        self._warned_of_gradients = False
+        self._check_replicas_at = 0
         options = StepOptions(
             backend=backend,
             clip_norm=clip_norm,
@@ -208,8 +225,15 @@ class OnlineLearner:
             learning_rates=learning_rate > 0,
             autocast=autocast,
             log_slope=log_slope or min_slope is not None,
+            output=output,
         )
         self._step = DifferentiableStep(model, optimizer, loss, task_loss, options)
+        self._replicas = None
+        if self._step.model.distributed:
+            self._replicas = Replicas(
+                loss, self.meta_optimizer, self._step.model.group, self._step.model.device
+            )
+            self._replicas.make_equal()
         if learning_rate:
             self._step.rates.check_start("OnlineLearner")
         self._captured = self._make_captured() if capture else None
@@ -228,7 +252,7 @@ class OnlineLearner:
             )
         if model.distributed:
             raise ValueError("OnlineLearner: with capture=True model must not be a DistributedDataParallel")
-        optimizers = [self.optimizer, self.meta_optimizer]
+        optimizers = [self._step.optimizer, self.meta_optimizer]
         for name, optimizer in zip(("optimizer", "meta_optimizer"), optimizers, strict=True):
             check_capturable(name, optimizer)
         return CapturedStep(self._step_on_device, list(model.names), optimizers)
@@ -239,9 +263,11 @@ class OnlineLearner:
         Returns:
             Both losses, whether the update was taken, and the slope ratio if asked for.
         """
-        result = self._step(train_batch, valid_batch)
+        result = self._step([train_batch], valid_batch)
         assert self.meta_optimizer is not None
-        taken = update_where_finite(self.meta_optimizer, self._step.loss.phi, result.gradients)
+        taken = update_where_finite(
+            self.meta_optimizer, self._step.loss.phi, result.gradients, result.task_loss
+        )
         ratio = [] if result.slope_ratio is None else [result.slope_ratio]
         return [result.loss, result.task_loss, taken, *ratio]
 
@@ -250,45 +276,108 @@ class OnlineLearner:
         """How the meta-gradient is computed, and why so."""
         return f"{self._step.backend.name}: {self._step.reason}"
 
-    def step(self, train_batch: Batch, valid_batch: Batch | None = None) -> StepReport:
+    def accumulate(self, batch: Batch) -> None:
+        """Keeps a batch for the next :meth:`step`, whose own batch it is joined with. Nothing is computed yet.
+
+        Args:
+            batch: inputs and target.
+
+        Raises:
+            ValueError: for an empty batch.
+            TypeError: for a batch that is not a pair.
+        """
+        self._accumulated.append(checked("OnlineLearner", "batch", batch))
+
+    def step(self, train_batch: Batch | Sequence[Batch], valid_batch: Batch | None = None) -> StepReport:
         """One training step, and where it is due a meta-update.
 
         Args:
-            train_batch: inputs and target.
-            valid_batch: inputs and target of the task loss; the training batch again where there is none (the paper's
-                appendix D.4 compares the two). Not needed for steps without a meta-update.
+            train_batch: inputs and target; or a list of such pairs, whose losses are averaged over their samples, for
+                one step of them all with the memory of one. Those that were accumulated come before them.
+            valid_batch: inputs and target of the task loss; the last training batch again where there is none (the
+                paper's appendix D.4 compares the two). Not needed for steps without a meta-update.
 
         Raises:
             ValueError: for an empty batch, and whatever the model and the losses raise for one that does not fit them.
             TypeError: for a batch that is not a pair.
             DivergedError: if the learned loss or its slope is not finite.
-            Whatever is raised, weights, optimizer and loss are as before.
+            BackendError: if the meta-gradient cannot be computed, see :func:`meta_gradient`.
+            RuntimeError: if the processes of a DistributedDataParallel model have different losses.
+            Whatever is raised, an interrupt too, everything is as before.
         """
-        train_batch = checked("OnlineLearner", "train_batch", train_batch)
+        batches = [*self._accumulated, *checked_batches("OnlineLearner", "train_batch", train_batch)]
         if valid_batch is not None:
             valid_batch = checked("OnlineLearner", "valid_batch", valid_batch)
-        if self.snapshot_every and not self.history:
-            self._snapshot(None)
-        report = self._advance(train_batch, valid_batch)
-        if self.snapshot_every and self.steps % self.snapshot_every == 0:
-            self._snapshot(report.slope_ratio)
+        if self._captured is not None and len(batches) > 1:
+            raise ValueError(
+                f"OnlineLearner: with capture=True a step must have one batch, got {len(batches)}"
+            )
+        self._warn_of_gradients()
+        with self._all_or_nothing():
+            if self.snapshot_every and not self.history:
+                self._snapshot(None)
+            report = self._advance(batches, valid_batch)
+            if self.snapshot_every and self.steps % self.snapshot_every == 0:
+                self._snapshot(report.slope_ratio)
+            if not self.keep_gradients and self._captured is None:
+                for p in self._step.model.names:
+                    p.grad = None
+            self._accumulated = []
         return report
 
-    def _advance(self, train_batch: Batch, valid_batch: Batch | None) -> StepReport:
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Keeps what a step changes beside the model and its optimizer, and brings it back if the step fails."""
+        loss, meta = [*self.loss.parameters(), *self.loss.buffers()], self.meta_optimizer
+        values = [t.detach().clone() for t in loss]
+        state = None if meta is None else copied_state(meta)
+        counters = self.steps, self.skipped, len(self.history), self._accumulated, self._floor.accepted
+        try:
+            yield
+        except BaseException:
+            self._step.undo()
+            with torch.no_grad():
+                torch._foreach_copy_(loss, values)
+            for p in loss:
+                p.grad = None
+            if meta is not None and state is not None:
+                meta.state.clear()
+                meta.state.update(state)
+            self.steps, self.skipped, length, self._accumulated, self._floor.accepted = counters
+            del self.history[length:]
+            raise
+        finally:
+            self._step.forget()
+
+    def _warn_of_gradients(self) -> None:
+        if self._warned_of_gradients or self.keep_gradients or self._captured is not None:
+            return
+        if any(p.grad is not None for p in self._step.model.names):
+            self._warned_of_gradients = True
+            warnings.warn(
+                "OnlineLearner: a step makes its own gradients, got some in the model already, which are dropped; to "
+                "accumulate, pass a list of batches or call accumulate(batch)",
+                stacklevel=3,
+            )
+
+    def _advance(self, batches: list[Batch], valid_batch: Batch | None) -> StepReport:
         due = self.steps % self.meta_every == 0
+        if self._replicas is not None and self._check_replicas_at <= self.steps:
+            self._replicas.check(self.steps)
+            self._check_replicas_at = self.steps + INTERVAL
         if not due:
-            loss, ratio = self._step.plain_step(train_batch)
+            loss, ratio = self._step.plain_step(batches)
             self.steps += 1
             return StepReport(loss, None, ratio, None)
-        valid_batch = train_batch if valid_batch is None else valid_batch
+        valid_batch = batches[-1] if valid_batch is None else valid_batch
         if self._captured is not None:
-            loss, task_loss, taken, *ratios = self._captured(train_batch, valid_batch)
+            loss, task_loss, taken, *ratios = self._captured(batches[0], valid_batch)
             self.steps += 1
             self.skipped = self.skipped + taken.logical_not().long()
             return StepReport(loss, task_loss, ratios[0] if ratios else None, None)
-        result = self._step(train_batch, valid_batch)
+        result = self._step(batches, valid_batch)
         self.steps += 1
-        skipped = self._update(result)
+        skipped = result.skipped or self._update(result)
         self.skipped += skipped is not None
         return StepReport(result.loss, result.task_loss, result.slope_ratio, skipped)
 
@@ -303,8 +392,9 @@ class OnlineLearner:
         present = [g for g in (*found.gradients, *found.learning_rate_gradients) if g is not None]
         if not present:
             return "no gradient reaches the loss's parameters"
-        if not all_finite(present):
-            return "the meta-gradient is not finite"
+        if not all_finite([found.task_loss, *present]):
+            finite = bool(found.task_loss.isfinite())
+            return "the meta-gradient is not finite" if finite else "the task loss is not finite"
         if meta is not None:
             for p, g in zip(phi, found.gradients, strict=True):
                 p.grad = g
@@ -329,6 +419,7 @@ class OnlineLearner:
             "skipped": int(self.skipped),
             "accepted": self._floor.accepted,
             "history": [(s.step, s.state, s.slope_ratio) for s in self.history],
+            "backend": self._step.backend_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -338,3 +429,7 @@ class OnlineLearner:
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._floor.accepted = state["accepted"]
         self.history = [Snapshot(*saved) for saved in state["history"]]
+        if "backend" in state:
+            self._step.load_backend(*state["backend"])
+        self._accumulated = []
+        self._check_replicas_at = self.steps

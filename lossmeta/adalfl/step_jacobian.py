@@ -9,43 +9,64 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
+from lossmeta.adalfl.elementwise import NumericDerivative, check_elementwise
+
 # One entry per parameter that takes a step: (parameter, its group, whether the step is its first).
 Stepped = tuple[Tensor, dict[str, Any], bool]
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself in the wrappers of Lightning and accelerate."""
+    while type(optimizer).__name__ in ("LightningOptimizer", "AcceleratedOptimizer"):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
+
+
+def check_has_derivative(optimizer: Optimizer, *, approximate: bool = False) -> None:
+    """Refuses, before any step, an optimizer whose step has no derivative that is known or can be found.
+
+    Raises:
+        TypeError: for an optimizer that is none, and one whose step for an element depends on other elements, or not on
+            the size of the gradient, unless ``approximate``.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"AdaLFL: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if type(optimizer) not in _RULES and not approximate:
+        check_elementwise(optimizer)
 
 
 class StepJacobian:
     r"""The diagonal of :math:`\partial\,\mathrm{step}/\partial g` for ``optimizer``'s next step.
 
-    With :math:`\theta' = \theta - \mathrm{step}(g)`, each element of a step of SGD, Adam, AdamW, RMSprop or Adagrad
-    depends on one element of the gradient, in closed form. The state from before the step is a constant. Make a
-    StepJacobian before the step; :meth:`products` is for after it.
+    With :math:`\theta' = \theta - \mathrm{step}(g)`, each element of a step depends on one element of the gradient: of
+    SGD, Adam, AdamW, RMSprop and Adagrad in closed form, of any other elementwise optimizer as its own step in float64
+    shows. The state from before the step is a constant. Make a StepJacobian before the step; :meth:`products` is for
+    after it.
 
     Where a second moment and the gradient are both 0 the derivative is defined as 0: unrolling gives NaN there.
 
     Args:
-        optimizer: one of the above, with any of their options. Not a subclass: what it changes is not known here.
-        approximate: take any other optimizer's step for ``lr * g``, SGD's.
+        optimizer: with any of its options; :func:`check_has_derivative` has let it pass.
+        approximate: take the step of one without a closed form for ``lr * g``, SGD's.
+        saved: a copy of the optimizer's state before the step, for those without a closed form.
 
     Raises:
-        TypeError: for any other optimizer, unless ``approximate``.
         ValueError: for sparse or complex gradients, a parameter in two groups, and hooks on the optimizer's step, which
             may change it.
     """
 
-    def __init__(self, optimizer: Optimizer, *, approximate: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        approximate: bool = False,
+        saved: dict[Tensor, dict[str, Any]] | None = None,
+    ) -> None:
         self.optimizer = optimizer
-        self.rule = _RULES.get(type(optimizer))
-        if self.rule is None:
-            if not approximate:
-                names = ", ".join(kind.__name__ for kind in _RULES)
-                raise TypeError(
-                    f"AdaLFL: optimizer must be one of {names}, got {type(optimizer).__name__}; "
-                    "approximate=True takes its step for lr * g"
-                )
-            self.rule = _identity
+        self.rule = _RULES.get(type(optimizer), _identity if approximate else None)
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             raise ValueError("AdaLFL: optimizer must have no step hooks, whose effect is not known, got some")
-        self.adaptive = type(optimizer) in (Adam, AdamW, RMSprop, Adagrad)
+        self.adaptive = type(optimizer).__name__ in _ADAPTIVE
         self.stepped: list[Stepped] = []
         for parameter, group in parameters_of(optimizer):
             grad = parameter.grad
@@ -56,6 +77,9 @@ class StepJacobian:
                     f"AdaLFL: gradients must be dense and real, got {'sparse' if grad.is_sparse else 'complex'}"
                 )
             self.stepped.append((parameter, group, _is_first(optimizer.state.get(parameter, {}))))
+        self.numeric = None
+        if self.rule is None:
+            self.numeric = NumericDerivative(optimizer, [p for p, *_ in self.stepped], saved or {})
 
     @property
     def learns_nearly_nothing(self) -> bool:
@@ -73,6 +97,10 @@ class StepJacobian:
         Returns:
             Tensors, and a factor of them all.
         """
+        if self.numeric is not None:
+            for v, derivative in zip(vectors, self.numeric(before), strict=True):
+                v *= derivative
+            return vectors, 1.0
         derivatives: Iterator[Any] = (
             self.rule(parameter.grad, old, group, self.optimizer.state.get(parameter, {}), first)  # type: ignore[misc]
             for old, (parameter, group, first) in zip(before, self.stepped, strict=True)
@@ -184,3 +212,6 @@ _RULES: dict[type, Callable[..., Any]] = {
     RMSprop: _rmsprop,
     Adagrad: _adagrad,
 }
+
+# Whose first step hardly depends on the size of the gradient.
+_ADAPTIVE = ("Adam", "AdamW", "RMSprop", "Adagrad", "Adamax", "NAdam", "Adadelta", "Rprop")

@@ -56,4 +56,4 @@ def test_parameters_are_copied_twice(backend: str, copies: int) -> None:
     # Those before the step, and the gradient of the task loss; jvp also makes a temporary of a layer's tangent.
     size = sum(4 * p.numel() for p in mlp().parameters())
     batch = 4 * 128 * 768
-    assert peak(mlp, backend) <= peak(mlp, None) + batch + copies * size + 0.2e6
+    assert peak(mlp, backend) <= peak(mlp, None) + batch + copies * size + 0.21e6

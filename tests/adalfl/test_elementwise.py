@@ -1,0 +1,184 @@
+"""Optimizers without a closed form: their own step in float64 gives the derivative, or they are refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_problems import batches, equal, mlp, relative_error, unrolled, values
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+
+from lossmeta.adalfl import OnlineLearner, meta_gradient
+from lossmeta.adalfl.step_jacobian import check_has_derivative, unwrapped
+from lossmeta.losses import LossNetwork
+
+
+class MySGD(SGD):
+    """A subclass that does what its base does."""
+
+
+class Damped(Optimizer):
+    """By no means one of torch's: momentum that a cube root bends."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                m = state.setdefault("m", torch.zeros_like(p))
+                m.mul_(0.9).add_(p.grad)
+                p.sub_(group["lr"] * m / (1 + m.abs()))
+
+
+OTHERS: dict[str, Callable[..., Optimizer]] = {
+    "nadam": lambda p: torch.optim.NAdam(p, 1e-2),
+    "radam": lambda p: torch.optim.RAdam(p, 1e-2),
+    "adamax": lambda p: torch.optim.Adamax(p, 1e-2, weight_decay=1e-2),
+    "adadelta": lambda p: torch.optim.Adadelta(p, 0.5),
+    "asgd": lambda p: torch.optim.ASGD(p, 1e-2, weight_decay=1e-2),
+    "subclass": lambda p: MySGD(p, 0.1, momentum=0.9, nesterov=True),
+}
+
+
+def trained(make: Callable[..., Optimizer], steps: int) -> tuple[Any, Optimizer, LossNetwork]:
+    network = mlp()
+    optimizer = make(network.parameters())
+    for inputs, target in batches(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(network(inputs), target).backward()
+        optimizer.step()
+    return network, optimizer, LossNetwork(8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("history", [3, 8])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_derivative_is_that_of_unrolling(name: str, history: int) -> None:
+    network, optimizer, loss = trained(OTHERS[name], history)
+    train, valid = batches()
+    expected = unrolled(network, optimizer, loss, train, valid)
+    plain = copy.deepcopy((network, optimizer))
+    actual = meta_gradient(network, optimizer, loss, F.cross_entropy, train, valid).gradients
+    assert relative_error(actual, expected) < 1e-5  # some keep numbers in float32
+    plain[1].zero_grad()
+    loss(plain[0](train[0]), train[1]).backward()
+    plain[1].step()
+    torch.testing.assert_close(network.state_dict(), plain[0].state_dict())
+    torch.testing.assert_close(optimizer.state_dict(), plain[1].state_dict())
+
+
+def test_an_optimizer_that_nobody_knows() -> None:
+    network, optimizer, loss = trained(Damped, 2)
+    train, valid = batches()
+    momenta = [optimizer.state[p]["m"].clone() for p in network.parameters()]
+    weights = dict(network.named_parameters())
+    g = torch.autograd.grad(loss(network(train[0]), train[1]), list(weights.values()), create_graph=True)
+    m = [0.9 * old + x for old, x in zip(momenta, g, strict=True)]
+    after = {n: p - 0.05 * x / (1 + x.abs()) for (n, p), x in zip(weights.items(), m, strict=True)}
+    value = F.cross_entropy(torch.func.functional_call(network, after, (valid[0],)), valid[1])
+    expected = list(torch.autograd.grad(value, list(loss.parameters())))
+    actual = meta_gradient(network, optimizer, loss, F.cross_entropy, train, valid).gradients
+    assert relative_error(actual, expected) < 1e-6
+
+
+def test_float32_and_weights_that_get_no_gradient() -> None:
+    class Partly(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.unused = mlp().float(), torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model, loss = Partly(), LossNetwork(8)
+    one = OnlineLearner(model, torch.optim.NAdam(model.parameters(), 1e-2), loss, F.cross_entropy)
+    for _ in range(3):
+        assert one.step(*batches(dtype=torch.float32)).skipped is None
+    assert torch.equal(model.unused, torch.ones(3))
+
+
+class Normalised(Damped):
+    """As LAMB or LARS: the step of a weight depends on the whole layer's gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / p.grad.norm())
+
+
+class Signed(Damped):
+    """As Lion."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad.sign())
+
+
+class Noisy(Damped):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad + torch.randn_like(p)))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Normalised, "got Normalised, whose step for one weight depends on the gradients of others"),
+        (Signed, "got Signed, whose step does not depend on the size of the gradient"),
+        (Noisy, "got Noisy, whose step is random"),
+        (torch.optim.LBFGS, "got LBFGS, which cannot be stepped on its own"),
+        (torch.optim.Rprop, "got Rprop, whose step does not depend on the size"),
+        (
+            torch.optim.Adafactor,
+            "got Adafactor, whose step for one weight depends on the gradients of others",
+        ),
+    ],
+)
+def test_what_has_no_derivative_is_refused_before_any_step(
+    make: Callable[..., Optimizer], reason: str
+) -> None:
+    model, loss = mlp(), LossNetwork(8).double()
+    before, random = values(model), torch.get_rng_state()
+    with pytest.raises(TypeError, match=reason) as raised:
+        OnlineLearner(model, make(model.parameters()), loss, F.cross_entropy)
+    assert equal(values(model), before) and torch.equal(torch.get_rng_state(), random)
+    assert "approximate=True" in str(raised.value)
+    if make is not torch.optim.LBFGS:  # the remedy works
+        one = OnlineLearner(model, make(model.parameters()), loss, F.cross_entropy, approximate=True)
+        assert one.step(*batches()).skipped is None
+
+
+def test_what_is_no_optimizer() -> None:
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got str"):
+        check_has_derivative("adam")  # type: ignore[arg-type]
+
+
+def test_wrappers_and_schedulers() -> None:
+    class AcceleratedOptimizer(Optimizer):
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = mlp()
+    inner = Adam(model.parameters(), 1e-2)
+    assert unwrapped(AcceleratedOptimizer(AcceleratedOptimizer(inner))) is inner
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)
+    loss = LossNetwork(8).double()
+    one = OnlineLearner(model, AcceleratedOptimizer(inner), loss, F.cross_entropy)
+    for _ in range(2):
+        assert one.step(*batches()).skipped is None
+        scheduler.step()
+    assert inner.param_groups[0]["lr"] == pytest.approx(1e-4)
