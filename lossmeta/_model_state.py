@@ -54,7 +54,7 @@ class Watch:
         self.look()
         appeared = [key for key in self.plain if key not in known]
         self.attributes |= dict.fromkeys([*start.changed(), *appeared])
-        self.numpy = self.numpy or start.numpy_moved()
+        self.numpy = self.numpy or start.random.numpy_differs(RandomState(self.device))
 
 
 class RandomState:
@@ -90,6 +90,10 @@ class RandomState:
             sys.modules["numpy.random"].set_state(self.numpy)
         for generator, state in self.own:
             _set_state(generator, state)
+
+    def numpy_differs(self, other: RandomState) -> bool:
+        """Whether NumPy's global numbers have been drawn between the two."""
+        return not (self.capturing or other.capturing) and self.fingerprint != other.fingerprint
 
     def equals(self, other: RandomState) -> bool:
         """Whether nothing has been drawn between the two."""
@@ -158,10 +162,6 @@ class ModelState:
             for m, name, kept in self.attributes
             if not kept.is_as_before(m.__dict__.get(name, _ABSENT))
         ]
-
-    def numpy_moved(self) -> bool:
-        """Whether NumPy's global numbers have been drawn since."""
-        return not self.random.capturing and self.random.fingerprint != _numpy_fingerprint()
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -355,7 +355,6 @@ class DifferentiableStep:
         may_relay, passes, ratio = self._train(batches, meta=True)
         if check:
             self.watch.learn(start)
-        unseen = not self.watch.numpy and start.numpy_moved() and not isinstance(self.backend, DoubleBackward)
         with torch.no_grad():
             jacobian = StepJacobian(
                 self.optimizer,
@@ -373,6 +372,11 @@ class DifferentiableStep:
             before = [self._before[p] for p in moved]
             self.optimizer.step()
             after = ModelState(model.plain, model.device, self.watch)
+            unseen = (
+                not self.watch.numpy
+                and start.random.numpy_differs(after.random)
+                and not isinstance(self.backend, DoubleBackward)
+            )
             with after.kept():
                 # In another layout random numbers would fall elsewhere.
                 relaid = may_relay and start.random.equals(after.random)
