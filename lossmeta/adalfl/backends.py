@@ -20,7 +20,7 @@ from lossmeta._checks import choice
 from lossmeta._model_state import ModelState
 from lossmeta.adalfl.channels_last import in_channels_last
 from lossmeta.adalfl.learned_loss import LearnedLoss
-from lossmeta.adalfl.trained_model import TrainedModel, is_distributed
+from lossmeta.adalfl.trained_model import TrainedModel
 from lossmeta.adalfl.verification import (
     BackendError,
     probe,
@@ -351,8 +351,6 @@ def choose_backend(model: nn.Module) -> tuple[str, str]:
     to 1.15 times as much where those need two passes, and 1.14 to 1.4 times as much where they need one. The clock of
     the first step does not decide: runs would differ.
     """
-    if is_distributed(model):
-        return FiniteDifference.name, "the model is wrapped in DistributedDataParallel"
     for module in model.modules():
         if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
             return FiniteDifference.name, "the model is compiled"

@@ -13,7 +13,6 @@ import torch
 from small_problems import equal, learner, mlp, values
 from torch import Tensor, nn
 
-from lossmeta.adalfl import choose_backend
 from lossmeta.losses import LossNetwork
 
 PROCESS = """
@@ -48,6 +47,63 @@ os._exit(0)
 """
 
 
+LOSSES = """
+import os, sys, time, warnings, torch, torch.distributed as dist, torch.nn.functional as F
+from torch import nn
+from lossmeta.adalfl import BackendError, OnlineLearner
+from lossmeta.losses import LossNetwork
+
+folder, rank, story = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(rank)  # the losses differ, and so do the batches
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3)
+    def forward(self, x):
+        h = self.act(self.first(x.flatten(1)))
+        if story == "wrong on one" and rank == 1:
+            h = h + (h.round() - h).detach() * 3
+        return self.last(h)
+model = Model()
+parallel = nn.parallel.DistributedDataParallel(model)
+loss = LossNetwork(8)
+loss.register_buffer("mark", torch.tensor(float(rank)))
+meta = torch.optim.Adam(loss.parameters(), 1e-2)
+if story == "state" and rank == 0:
+    for p in loss.parameters():
+        p.grad = torch.ones_like(p)
+    meta.step()
+learner = OnlineLearner(parallel, torch.optim.SGD(model.parameters(), 0.1), loss, F.cross_entropy, meta_optimizer=meta)
+raised = ""
+try:
+    for step in range(3):
+        if story == "alone" and step == 2 and rank == 1:
+            with torch.no_grad():
+                next(loss.parameters())[0, 0] += 1e-6
+            learner._check_replicas_at = 2
+        if story == "alone" and step == 2:
+            learner._check_replicas_at = 2
+        if story == "lost" and step == 1 and rank == 1:
+            open(f"{folder}/1.done", "w").close()
+            os._exit(0)
+        before = [t.clone() for t in (*model.state_dict().values(), *loss.state_dict().values())]
+        batches = [(torch.randn(8, 1, 8, 8), torch.randint(3, (8,))) for _ in range(3)]
+        learner.step(batches[:2] if story == "several" else batches[0], batches[2])
+except Exception as error:
+    raised = f"{type(error).__name__}: {error}"
+    after = (*model.state_dict().values(), *loss.state_dict().values())
+    assert all(map(torch.equal, before, after)), "the step was not undone"
+    assert learner.steps == step
+state = [v for s in meta.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+torch.save([raised, *model.state_dict().values(), *loss.state_dict().values(), *state], f"{folder}/{rank}.pt")
+open(f"{folder}/{rank}.done", "w").close()
+while not os.path.exists(f"{folder}/{1 - rank}.done"):
+    time.sleep(0.01)
+os._exit(0)
+"""
+
+
 def in_two_processes(
     folder: Path,
     model: nn.Module,
@@ -60,19 +116,25 @@ def in_two_processes(
     data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
     folder.mkdir(exist_ok=True)
     torch.save({**data, "min_slope": min_slope, "next_min_slope": next_min_slope}, folder / "data.pt")
-    command = [sys.executable, "-c", PROCESS, str(folder)]
+    run(folder, PROCESS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def run(folder: Path, program: str, *arguments: str) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(folder), str(rank), *arguments],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     try:
         errors = [p.communicate(timeout=200)[1] for p in processes]
     finally:
         for p in processes:
             p.kill()
     assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +147,6 @@ def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.M
     monkeypatch.setattr(sys.modules["lossmeta.adalfl.trained_model"], "DistributedDataParallel", Parallel)
     with pytest.raises(ValueError, match="backend must be 'jvp' or 'finite_difference' for a Distributed"):
         learner(model=Parallel(), backend="double_backward")
-    assert choose_backend(Parallel()) == (
-        "finite_difference",
-        "the model is wrapped in DistributedDataParallel",
-    )
 
 
 def pairs_of_eight(count: int) -> list[list[tuple[Tensor, Tensor]]]:
@@ -124,3 +182,74 @@ def test_distributed_processes_undo_together(tmp_path: Path) -> None:
     assert skipped[0] is None
     assert "the last update is undone" in skipped[1]
     assert equal(first, second)
+
+
+@pytest.mark.parametrize("story", ["seeds", "state", "several"])
+def test_losses_of_different_seeds_start_as_the_first_ones(tmp_path: Path, story: str) -> None:
+    run(tmp_path, LOSSES, story)
+    (one, *first), (other, *second) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    assert one == other == ""
+    assert len(first) == len(second) > 10
+    assert equal(first, second)
+
+
+def test_a_loss_that_one_process_changed_alone_is_an_error_in_all(tmp_path: Path) -> None:
+    run(tmp_path, LOSSES, "alone")
+    for rank in range(2):
+        raised, *_ = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert "must be the same in all processes, got different ones" in raised
+
+
+def test_a_meta_gradient_that_is_wrong_in_one_process_is_an_error_in_all(tmp_path: Path) -> None:
+    run(tmp_path, LOSSES, "wrong on one")
+    raised = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)[0] for rank in range(2)]
+    assert raised[0].startswith(
+        "BackendError: AdaLFL: no back-end is right for this model: on another process"
+    )
+    assert raised[1].startswith(
+        "BackendError: AdaLFL: no back-end is right for this model: the derivative of"
+    )
+
+
+def test_a_process_that_is_lost_leaves_the_other_as_before(tmp_path: Path) -> None:
+    run(tmp_path, LOSSES, "lost")
+    raised, *_ = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert raised.startswith(("RuntimeError", "DistBackendError"))
+
+
+def test_sharded_models_are_refused() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+    with pytest.raises(ValueError, match=r"must have whole parameters, .* DistributedDataParallel instead"):
+        learner(model=FullyShardedDataParallel())
+
+
+SHARDED = """
+import os, sys, torch, torch.distributed as dist, torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from lossmeta.adalfl import OnlineLearner
+from lossmeta.losses import LossNetwork
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+model = nn.Linear(4, 3)
+fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+try:
+    OnlineLearner(model, torch.optim.SGD(model.parameters(), 0.1), LossNetwork(), F.cross_entropy)
+except ValueError as error:
+    assert "must have whole parameters, got one whose parameters are sharded" in str(error), error
+    os._exit(0)
+os._exit(1)
+"""
+
+
+def test_fully_shard_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARDED, str(tmp_path)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
