@@ -129,7 +129,7 @@ class Backend:
             check: what is to be checked in this step; then w is kept.
         """
         inputs = in_channels_last(trained.inputs) if relaid else trained.inputs
-        u = self.push_forward(trained, inputs, w, before, size, kept)
+        u = self.push_forward(trained, inputs, w, before, size, kept, check is not None)
         if check and (reason := self._wrong(trained, w, before, u, check)):
             return (), reason
         return trained.mixed(_shared(u, trained.share).to(trained.slope.dtype)), None
@@ -148,11 +148,18 @@ class Backend:
         return why_not_agreeing(u, probes)
 
     def push_forward(
-        self, trained: TrainingPass, inputs: Any, w: Vectors, before: Vectors, size: Any, kept: bool
+        self,
+        trained: TrainingPass,
+        inputs: Any,
+        w: Vectors,
+        before: Vectors,
+        size: Any,
+        kept: bool,
+        look: bool,
     ) -> Tensor:
         """u = J w before the step, with the random numbers and buffers of the training pass.
 
-        Where w is ``kept``, in a step that is checked or has several batches, it may take longer.
+        With ``look``, in the steps that are checked, it may take longer, to find out what is best for the others.
         """
         raise NotImplementedError
 
@@ -232,7 +239,14 @@ class ForwardMode(Backend):
     name = "jvp"
 
     def push_forward(
-        self, trained: TrainingPass, inputs: Any, w: Vectors, before: Vectors, size: Any, kept: bool
+        self,
+        trained: TrainingPass,
+        inputs: Any,
+        w: Vectors,
+        before: Vectors,
+        size: Any,
+        kept: bool,
+        look: bool,
     ) -> Tensor:
         model = self.model
         trained.start.bring_back()
@@ -253,7 +267,12 @@ class FiniteDifference(Backend):
     """The difference of two predictions, a short way along w apart.
 
     It needs nothing of the model, compiled ones included. It costs one forward pass without a graph. A model without
-    kinks gets two, for an error of second order, and under autocast there is one more, in full precision.
+    kinks gets two, for an error of second order, and under autocast there is one more, in full precision. How far apart
+    they are is decided in the steps that are checked, by what a longer way changes.
+
+    Attributes:
+        central: whether it takes two passes.
+        factor: of the distance, against that of a model that bends over a distance as long as its weights.
     """
 
     name = "finite_difference"
@@ -262,60 +281,66 @@ class FiniteDifference(Backend):
     def __init__(self, model: TrainedModel, loss: LearnedLoss) -> None:
         super().__init__(model, loss)
         self.central = not has_kinks(model.plain)
-        self.factor = 1.0  # of the step of two passes, found from the curvature
+        self.factor = 1.0
 
     def push_forward(
-        self, trained: TrainingPass, inputs: Any, w: Vectors, before: Vectors, size: Any, kept: bool
+        self,
+        trained: TrainingPass,
+        inputs: Any,
+        w: Vectors,
+        before: Vectors,
+        size: Any,
+        kept: bool,
+        look: bool,
     ) -> Tensor:
-        model, prediction = self.model, trained.prediction
         # Of the output itself: after the loss float32 would have cancelled. Rounding, eps / e of the output, then
         # costs as much as curvature, e or for two passes e^2.
-        start, along = [before[p] for p in w], list(w.values())
-        half = model.dtype is not None
-        eps = torch.finfo(start[0].dtype if half else prediction.dtype).eps
+        model, start, along = self.model, [before[p] for p in w], list(w.values())
+        half = model.dtype is not None  # then the prediction is rounded too coarsely for a difference
+        eps = torch.finfo(start[0].dtype if half else trained.prediction.dtype).eps
         # Weights may all be 0, and so may w: u is then 0.
-        unit = size / norm(along, 1e-30)
+        unit = size / norm(along, 1e-30) * eps ** (1 / 3 if self.central else 1 / 2)
 
-        def at(points: Iterable[Tensor]) -> Tensor:
+        def at(step: Any, *, last: bool = False) -> Tensor:
+            points = _scaled(along, step, in_place=last and not kept)
+            torch._foreach_add_(points, start)
             trained.start.bring_back()
             with holding(w, points):
                 return model.predict_in_full_precision(inputs)
 
-        def middle() -> Tensor:  # under autocast the prediction is rounded too coarsely for a difference
-            return at(start) if half else prediction
+        middle = trained.prediction
+        if half and (look or not self.central):
+            middle = at(0.0)
 
-        if not self.central:
-            step = unit * eps**0.5
-            behind = middle()
-            moved = _scaled(along, step, in_place=not kept)
-            torch._foreach_add_(moved, start)
-            return (at(moved) - behind) / step
-        step = unit * (self.factor * eps ** (1 / 3))
-        if kept:
-            ahead, behind = _both_sides(at, start, _scaled(along, step))
-            better = self._better_factor(ahead, behind, middle(), eps)
-            if 0.5 < better / self.factor < 2:
-                return (ahead - behind) / (2 * step)
-            self.factor = better
-            step = unit * (better * eps ** (1 / 3))
-        ahead, behind = _both_sides(at, start, _scaled(along, step, in_place=not kept))
-        return (ahead - behind) / (2 * step)
+        def difference(step: Any, *, last: bool = False) -> Tensor:
+            if not self.central:
+                return (at(step, last=last) - middle) / step
+            behind = at(-step)
+            return (at(step, last=last) - behind) / (2 * step)
 
-    def _better_factor(self, ahead: Tensor, behind: Tensor, middle: Tensor, eps: float) -> float:
+        if not look:
+            return difference(unit * self.factor, last=True)
+        step = unit * self.factor
+        u = difference(step)
+        better = self._better_factor(u, difference(4 * step), float(step), eps * _norm(middle))
+        if 0.5 < better / self.factor < 2:
+            return u
+        self.factor = better
+        return difference(unit * better, last=True)
+
+    def _better_factor(self, u: Tensor, longer: Tensor, step: float, rounding: float) -> float:
         """The factor with which rounding and curvature cost least together.
 
-        With the first and second difference d = 2 e |f'| and c = e^2 |f''|, and the third derivative taken for f''^2 /
-        f', the relative errors are (2 c / d)^2 / 6, which grows with e^2, and 2 r / d, which falls with e; r is the
-        rounding of the output.
+        Relative to u, rounding costs r / e, and curvature a e^k, k = 2 for two passes and 1 for one; at four times the
+        distance u is then off by (4^k - 1) a e^k more.
         """
-        first = float((ahead - behind).double().norm())
-        second = float((ahead.double() + behind.double() - 2 * middle.double()).norm())
-        rounding = 2 * eps * float(middle.double().norm())
-        if not (first > 0 and math.isfinite(first) and math.isfinite(second)):
+        k = 2 if self.central else 1
+        size, change = _norm(u), _norm(longer.double() - u.double())
+        if not (0 < size < math.inf and change < math.inf and rounding > 0):
             return self.factor
-        curvature = (2 * max(second, rounding) / first) ** 2 / 6
-        ratio = (rounding / first / curvature) ** (1 / 3) if curvature else 1.0
-        return min(max(self.factor * ratio, 1e-3), 1e2)
+        rounded = 2 * rounding / (step * size)
+        curved = max(change / size - 1.25 * rounded, 0.1 * rounded) / (4**k - 1)
+        return min(max(self.factor * (rounded / (k * curved)) ** (1 / (k + 1)), 1 / 256), 16.0)
 
     def state(self) -> Any:
         return self.factor
@@ -384,13 +409,8 @@ def _scaled(tensors: list[Tensor], factor: Any, *, in_place: bool = False) -> li
     return tensors
 
 
-def _both_sides(
-    at: Callable[[Iterable[Tensor]], Tensor], start: list[Tensor], moved: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The predictions ahead of the start and behind it; ``moved``, the way between, is overwritten."""
-    behind = at(torch._foreach_sub(start, moved))
-    torch._foreach_add_(moved, start)
-    return at(moved), behind
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
 
 
 def _shared(tensor: Tensor, share: float) -> Tensor:

@@ -323,7 +323,7 @@ class OnlineLearner:
                 for p in self._step.model.names:
                     p.grad = None
             self._accumulated = []
-        return report
+            return report
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
