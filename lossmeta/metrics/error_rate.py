@@ -7,45 +7,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_int64, check_same_device, check_tensors, outside
+from lossmeta._checks import may_look, outside
+from lossmeta.metrics._metric import Metric, check_batch, class_labels, yes_or_no
 
 
-class ErrorRate:
+class ErrorRate(Metric):
     """The share of samples whose highest score is not at their label; lower is better.
 
-    Counts stay on the device of the scores: only reading the result waits for it. On a GPU a label out of range, which
-    is not looked at there, makes the result NaN.
+    With a ``threshold`` also the share of wrong yes-or-no labels, each of which is predicted where its score lies above
+    it. Counts stay on the device of the scores: only reading the result waits for it. On a GPU a label out of range or
+    a score that is NaN, which are not looked for there, makes the result NaN.
 
     Args:
-        ignore_index: label of samples that do not count.
+        ignore_index: label that does not count.
+        threshold: of yes-or-no labels: 0 for logits, 0.5 for probabilities. Without it they are refused.
 
     Example:
         >>> metric = ErrorRate()
         >>> metric.update(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
         >>> metric.compute().item()
         0.5
+        >>> ErrorRate(threshold=0.0)(torch.tensor([[2.0, -1.0], [0.5, 3.0]]), torch.tensor([[1, 0], [0, 1]])).item()
+        0.25
     """
 
     higher_is_better = False
 
-    def __init__(self, *, ignore_index: int = -100) -> None:
+    def __init__(self, *, ignore_index: int = -100, threshold: float | None = None) -> None:
         self.ignore_index = ignore_index
+        self.threshold = threshold
         self.reset()
 
     def reset(self) -> None:
         """Forgets every sample."""
         self.errors = torch.zeros((), dtype=torch.float64)
-        self.count = torch.zeros((), dtype=torch.int64)
+        self.count = torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Adds a batch: scores ``[N, C]`` or ``[N, C, d...]`` (logits do), labels (int64) without ``C``.
+    def update(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+            scores: ``[N, C]`` or ``[N, C, d...]`` (logits do); with a threshold also ``[N, ...]``.
+            labels: integers of that shape without ``C``; with a threshold also 0 and 1 of the shape of the scores.
+            weight: of each sample, ``[N]``.
 
         Raises:
             TypeError: for something that is not a tensor.
-            ValueError: for shapes, dtypes, devices or labels that do not fit. Nothing is counted then.
+            ValueError: for shapes, dtypes, devices or labels that do not fit, and a NaN among the scores. Nothing is
+                counted then.
         """
-        check_tensors("ErrorRate", scores=scores, labels=labels)
+        check_batch("ErrorRate", scores, labels, weight)
+        if labels.shape == scores.shape:
+            wrong, valid, bad = self._yes_or_no(scores, labels)
+        else:
+            wrong, valid, bad = self._classes(scores, labels)
+        unknown = scores.isnan()
+        unknown = (unknown if wrong.shape == scores.shape else unknown.any(1)) & valid
+        if may_look(scores) and unknown.any():
+            raise ValueError(
+                "ErrorRate: scores must not be NaN; such a prediction is neither right nor wrong"
+            )
+        share = valid.double()
+        if weight is not None:
+            share = share * weight.double().view(-1, *[1] * (valid.dim() - 1))
+        errors = (share * wrong).sum().masked_fill((bad | unknown).any(), torch.nan)
+        self.errors = self.errors.to(scores.device) + errors
+        self.count = self.count.to(scores.device) + share.sum()
+
+    def _classes(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which are wrong, which count, and which have no such class."""
         if scores.dim() < 2 or labels.shape != (*scores.shape[:1], *scores.shape[2:]):
             raise ValueError(
                 "ErrorRate: labels must have the shape of scores [N, C, d...] without C, "
@@ -54,21 +85,28 @@ class ErrorRate:
         classes = scores.shape[1]
         if classes == 0:
             raise ValueError(f"ErrorRate: scores must have at least one class, got {list(scores.shape)}")
-        check_int64("ErrorRate", labels=labels)
-        check_same_device("ErrorRate", labels=labels, scores=scores)
+        labels = class_labels("ErrorRate", labels)
         bad = outside("ErrorRate", "labels", labels, classes, self.ignore_index)
         valid = labels != self.ignore_index
-        wrong = (scores.argmax(1) != labels) & valid
-        errors = wrong.sum(dtype=torch.float64).masked_fill(bad.any(), torch.nan)
-        self.errors = self.errors.to(scores.device) + errors
-        self.count = self.count.to(scores.device) + valid.sum()
+        return (scores.argmax(1) != labels) & valid, valid, bad
+
+    def _yes_or_no(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.threshold is None:
+            raise ValueError(
+                "ErrorRate: labels of the shape of scores need a threshold, 0 for logits or 0.5 for probabilities, got "
+                f"none for {list(labels.shape)}; or give the index of a class per sample"
+            )
+        labels = yes_or_no("ErrorRate", labels, self.ignore_index)
+        valid = labels != self.ignore_index
+        wrong = ((scores > self.threshold) != (labels == 1)) & valid
+        return wrong, valid, ((labels != 0) & (labels != 1)) & valid
 
     def compute(self) -> Tensor:
         """The error rate in [0, 1], a float64 scalar; NaN before the first sample."""
-        return self.errors.double() / self.count
+        return self.errors / self.count
 
     def state_dict(self) -> dict[str, Any]:
         return {"errors": self.errors, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.errors, self.count = state["errors"], state["count"]
+        self.errors, self.count = state["errors"], state["count"].double()

@@ -111,7 +111,7 @@ def labels(*values: int) -> Tensor:
             "labels must have the shape of scores [N, C, d...] without C, got [2] for scores [3, 2]",
         ),
         (ErrorRate, (torch.zeros(1, 0), labels(0)), "scores must have at least one class, got [1, 0]"),
-        (ErrorRate, (torch.zeros(2, 2), torch.zeros(2)), "labels must be int64, got float32"),
+        (ErrorRate, (torch.zeros(2, 2), torch.zeros(2)), "labels must be integers, got float32"),
         (ErrorRate, (torch.zeros(2, 2), labels(0, 5)), "labels must lie in [0, 2), got 5 at index 1"),
         (ErrorRate, (torch.zeros(3, 2), labels(0, -100, -1)), "labels must lie in [0, 2), got -1 at index 2"),
         (
@@ -121,11 +121,42 @@ def labels(*values: int) -> Tensor:
         ),
         (
             AveragePrecision,
-            (torch.zeros(3, 2), torch.zeros(3, 2)),
-            "scores must be [N] or [N, C] and labels [N], got [3, 2] and [3, 2]",
+            (torch.zeros(3, 2), torch.zeros(3, 3)),
+            "scores must be [N] or [N, C] and labels [N] or [N, C], got [3, 2] and [3, 3]",
         ),
-        (AveragePrecision, (torch.zeros(1), labels(0)), "scores must stay [N, 3], got [N]"),
-        (AveragePrecision, (torch.zeros(2, 3), torch.zeros(2)), "labels must be int64, got float32"),
+        (
+            AveragePrecision,
+            (torch.zeros(1), labels(0)),
+            "scores must stay [N, 3] and labels [N], got [N] and [N]",
+        ),
+        (AveragePrecision, (torch.zeros(2, 3), torch.zeros(2)), "labels must be integers, got float32"),
+        (
+            ErrorRate,
+            (torch.full((2, 2), torch.nan), labels(0, 1)),
+            "scores must not be NaN; such a prediction is neither right nor wrong",
+        ),
+        (
+            ErrorRate,
+            (torch.zeros(2, 3), torch.zeros(2, 3)),
+            "labels of the shape of scores need a threshold, 0 for logits or 0.5 for probabilities, got none for [2, 3]"
+            "; or give the index of a class per sample",
+        ),
+        (ErrorRate, (torch.zeros(2, 3), labels(0, 1), torch.ones(3)), "weight must be [2], got [3]"),
+        (
+            ErrorRate,
+            (torch.zeros(2, 3), labels(0, 1), torch.tensor([1.0, -1.0])),
+            "weight must not be negative, got -1.0 at index 1",
+        ),
+        (
+            AveragePrecision,
+            (torch.zeros(2, 3), labels(0, 1), torch.ones(2)),
+            "all batches must have a weight, or none, got both",
+        ),
+        (
+            ErrorRate,
+            (torch.zeros(2, 3, dtype=torch.int64), labels(0, 1)),
+            "scores must be floating, got int64",
+        ),
         (AveragePrecision, (torch.full((1, 3), torch.nan), labels(0)), "scores must not be NaN"),
         (AveragePrecision, (torch.zeros(2, 3), labels(0, 3)), "labels must lie in [0, 3), got 3 at index 1"),
         (
@@ -148,7 +179,8 @@ def test_bad_input_is_refused_before_it_counts(kind: type, batch: tuple, message
 
 def test_binary_labels_are_0_and_1() -> None:
     with pytest.raises(
-        ValueError, match=exactly("AveragePrecision: labels must lie in [0, 2), got 2 at index 0")
+        ValueError,
+        match=exactly("AveragePrecision: labels of the shape of scores must be 0 or 1, got 2 at index 0"),
     ):
         AveragePrecision().update(torch.zeros(1), labels(2))
 
