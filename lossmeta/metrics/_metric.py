@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lossmeta._checks import check_same_device, check_tensors, dtype_name, may_look, refuse
 
-M = TypeVar("M", bound="Metric")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
@@ -19,9 +19,12 @@ class Metric:
 
     Attributes:
         higher_is_better: its direction.
+        joined: how each entry of :meth:`state_dict` joins over processes: ``"sum"`` for a tensor, ``"cat"`` for a list
+            of tensors along samples. Empty where nothing is known.
     """
 
-    higher_is_better: ClassVar[bool]
+    higher_is_better: bool
+    joined: ClassVar[Mapping[str, str]] = {}
 
     def reset(self) -> None:
         """Forgets every sample."""
@@ -36,7 +39,7 @@ class Metric:
         raise NotImplementedError
 
     def __call__(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Adds a batch, and returns the metric of that batch alone."""
+        """Adds a batch, and returns the metric of that batch alone, as a metric of torchmetrics does."""
         alone = copy.copy(self)
         alone.reset()
         alone.update(scores, labels, weight)
@@ -62,8 +65,23 @@ def check_batch(name: str, scores: Tensor, labels: Tensor, weight: Tensor | None
     check_same_device(name, weight=weight, scores=scores)
     if weight.shape != scores.shape[:1]:
         raise ValueError(f"{name}: weight must be {list(scores.shape[:1])}, got {list(weight.shape)}")
+    if weight.is_complex():
+        raise ValueError(f"{name}: weight must be real, got {dtype_name(weight)}")
     if may_look(weight):
-        refuse(name, "weight must not be negative", weight, ~(weight >= 0))
+        refuse_weights(name, weight)
+
+
+def is_no_weight(weight: Tensor) -> Tensor:
+    return ~((weight >= 0) & weight.isfinite())
+
+
+def refuse_weights(name: str, weight: Tensor) -> None:
+    refuse(name, "weight must be finite and not negative", weight, is_no_weight(weight))
+
+
+def check_ignore_index(name: str, ignore_index: int) -> None:
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"{name}: ignore_index must be an integer, got {type(ignore_index).__name__}")
 
 
 def class_labels(name: str, labels: Tensor) -> Tensor:
@@ -73,13 +91,15 @@ def class_labels(name: str, labels: Tensor) -> Tensor:
     return labels.long()
 
 
-def yes_or_no(name: str, labels: Tensor, ignore_index: int | None) -> Tensor:
-    """Labels of 0 and 1, with those to be ignored, as int64; of floats only these values."""
+def yes_or_no(name: str, labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels of 0 and 1, with those to be ignored, as int64; others are refused or, unlooked at, none of these."""
     if labels.dtype not in INTEGERS and not labels.is_floating_point():
         raise ValueError(f"{name}: labels must be 0 or 1, got {dtype_name(labels)}")
+    labels = (
+        labels if labels.is_floating_point() else labels.long()
+    )  # an ignore_index of -100 is 156 as uint8
+    other = (labels != 0) & (labels != 1) & (labels != ignore_index)
     if may_look(labels):
-        other = (labels != 0) & (labels != 1)
-        if ignore_index is not None:
-            other &= labels != ignore_index
         refuse(name, "labels of the shape of scores must be 0 or 1", labels, other)
-    return labels.long()
+    # long() alone would make 0 of 0.7.
+    return labels.where(~other, 2 if ignore_index != 2 else 3).long()

@@ -9,22 +9,33 @@ import torch
 from torch import Tensor
 
 from lossmeta._checks import may_look, refuse
-from lossmeta.metrics._metric import Metric, check_batch, class_labels, yes_or_no
+from lossmeta.metrics._metric import (
+    Metric,
+    check_batch,
+    check_ignore_index,
+    class_labels,
+    refuse_weights,
+    yes_or_no,
+)
 
 NAME = "AveragePrecision"
+MIXED = f"{NAME}: all batches must have a weight, or none, got both"
 
 
 class AveragePrecision(Metric):
     """Average precision, exact also where scores are tied; higher is better.
 
     With positives P, ``AP = (1/|P|) sum_{p in P} |{q in P: s_q >= s_p}| / |{n: s_n >= s_p}|``: the precision
-    at the threshold of each positive, averaged. With C classes, or C labels of a sample, it is the mean over those that
-    occur (one against the rest). Scores of different samples are ranked against each other, so give probabilities (or
-    their logarithms), not logits, where classes exclude each other. All scores are kept until :meth:`reset`, on their
-    device.
+    at the threshold of each positive, averaged. With C classes (one against the rest), or C labels of a sample, it is
+    the mean over those that occur; scikit-learn's ``average="macro"`` counts 0 for the others. Scores of different
+    samples are ranked against each other, so give probabilities (or their logarithms), not logits, where classes
+    exclude each other. All scores are kept until :meth:`reset`, on their device.
 
     Args:
         ignore_index: label that does not count.
+
+    Raises:
+        TypeError: for an ``ignore_index`` that is no integer.
 
     Example:
         >>> metric = AveragePrecision()
@@ -34,8 +45,10 @@ class AveragePrecision(Metric):
     """
 
     higher_is_better = True
+    joined = {"scores": "cat", "labels": "cat", "weights": "cat"}  # noqa: RUF012
 
     def __init__(self, *, ignore_index: int = -100) -> None:
+        check_ignore_index(NAME, ignore_index)
         self.ignore_index = ignore_index
         self.reset()
 
@@ -49,14 +62,15 @@ class AveragePrecision(Metric):
         """Adds a batch.
 
         Args:
-            scores: ``[N, C]``, or ``[N]`` for one label.
-            labels: integers in [0, C), ``[N]``; or 0 and 1 of the shape of the scores.
+            scores: ``[N, C]``; or ``[N]`` or ``[N, 1]`` for one label.
+            labels: integers in [0, C), ``[N]``; or 0 and 1 of the shape of the scores, as integers, bools or floats.
+                Those of one label are 0 and 1 in either shape.
             weight: of each sample, ``[N]``; in all batches or in none.
 
         Raises:
             TypeError: for something that is not a tensor.
-            ValueError: for shapes, dtypes or devices that do not fit, a NaN among the scores, or labels out of range.
-                Nothing is added then. On a GPU, where looking would wait for the device, :meth:`compute` looks.
+            ValueError: for shapes, dtypes, devices or weights that do not fit, a NaN among the scores, or labels out of
+                range. Nothing is added then. On a GPU, where looking would wait for the device, :meth:`compute` looks.
         """
         check_batch(NAME, scores, labels, weight)
         if scores.dim() not in (1, 2) or labels.shape not in (scores.shape, scores.shape[:1]):
@@ -64,6 +78,8 @@ class AveragePrecision(Metric):
                 f"{NAME}: scores must be [N] or [N, C] and labels [N] or [N, C], "
                 f"got {list(scores.shape)} and {list(labels.shape)}"
             )
+        if scores.shape[1:] == (1,):
+            scores, labels = scores.squeeze(1), labels.flatten()
         if self.scores and (scores.shape[1:], labels.dim()) != (
             self.scores[0].shape[1:],
             self.labels[0].dim(),
@@ -73,7 +89,7 @@ class AveragePrecision(Metric):
                 f"got [N{_classes(scores)}] and [N{_classes(labels)}]"
             )
         if self.scores and bool(self.weights) != (weight is not None):
-            raise ValueError(f"{NAME}: all batches must have a weight, or none, got both")
+            raise ValueError(MIXED)
         per_class = labels.dim() < scores.dim()
         labels = class_labels(NAME, labels) if per_class else yes_or_no(NAME, labels, self.ignore_index)
         if may_look(scores):
@@ -88,20 +104,25 @@ class AveragePrecision(Metric):
         """The average precision in [0, 1], a float64 scalar; NaN where nothing has a positive.
 
         Raises:
-            ValueError: for a NaN among the scores, or labels out of range, where :meth:`update` could not look.
+            ValueError: for a NaN among the scores, and labels or weights out of range, where :meth:`update` could not
+                look.
         """
         if not self.scores:
             return torch.full((), torch.nan, dtype=torch.float64)
         scores, labels = torch.cat(self.scores), torch.cat(self.labels)
         weight = torch.cat(self.weights) if self.weights else None
         self._check_values(scores, labels)
+        if weight is not None:
+            if len(weight) != len(scores):
+                raise ValueError(MIXED)
+            refuse_weights(NAME, weight)
         columns = scores.T if scores.dim() == 2 else [scores]
         if labels.dim() == scores.dim():
             given = labels.T if labels.dim() == 2 else [labels]
             found = [self._of(s, y == 1, y, weight) for s, y in zip(columns, given, strict=True)]
         else:
             found = [self._of(s, labels == c, labels, weight) for c, s in enumerate(columns)]
-        return torch.stack(found).nanmean() if len(found) != 1 else found[0]
+        return torch.stack(found).nanmean() if found else scores.new_full((), torch.nan, dtype=torch.float64)
 
     def _of(self, scores: Tensor, positive: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
         counts = labels != self.ignore_index

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossmeta._checks import may_look, outside
-from lossmeta.metrics._metric import Metric, check_batch, class_labels, yes_or_no
+from lossmeta.metrics._metric import (
+    Metric,
+    check_batch,
+    check_ignore_index,
+    class_labels,
+    is_no_weight,
+    yes_or_no,
+)
 
 
 class ErrorRate(Metric):
     """The share of samples whose highest score is not at their label; lower is better.
 
-    With a ``threshold`` also the share of wrong yes-or-no labels, each of which is predicted where its score lies above
-    it. Counts stay on the device of the scores: only reading the result waits for it. On a GPU a label out of range or
-    a score that is NaN, which are not looked for there, makes the result NaN.
+    With a ``threshold`` also the share of wrong yes-or-no labels: yes is predicted where a score lies above it. All
+    labels of all samples count alike, as in scikit-learn's ``hamming_loss`` and torchmetrics' micro average.
+
+    Counts stay on the device of the scores: only reading the result waits for it. On a GPU nothing is looked at. There
+    a label or weight out of range or a NaN among the scores makes the result NaN.
 
     Args:
         ignore_index: label that does not count.
         threshold: of yes-or-no labels: 0 for logits, 0.5 for probabilities. Without it they are refused.
+
+    Raises:
+        TypeError: for an ``ignore_index`` that is no integer and a threshold that is no number.
+        ValueError: for a threshold that is not finite.
 
     Example:
         >>> metric = ErrorRate()
@@ -32,8 +46,14 @@ class ErrorRate(Metric):
     """
 
     higher_is_better = False
+    joined = {"errors": "sum", "count": "sum"}  # noqa: RUF012
 
     def __init__(self, *, ignore_index: int = -100, threshold: float | None = None) -> None:
+        check_ignore_index("ErrorRate", ignore_index)
+        if threshold is not None and not isinstance(threshold, (int, float)):
+            raise TypeError(f"ErrorRate: threshold must be a number, got {type(threshold).__name__}")
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"ErrorRate: threshold must be finite, got {threshold}")
         self.ignore_index = ignore_index
         self.threshold = threshold
         self.reset()
@@ -49,15 +69,18 @@ class ErrorRate(Metric):
 
         Args:
             scores: ``[N, C]`` or ``[N, C, d...]`` (logits do); with a threshold also ``[N, ...]``.
-            labels: integers of that shape without ``C``; with a threshold also 0 and 1 of the shape of the scores.
+            labels: integers in [0, C) of that shape without ``C``; with a threshold also 0 and 1 of the shape of the
+                scores, as integers, bools or floats. Those of scores with one column may lack it.
             weight: of each sample, ``[N]``.
 
         Raises:
             TypeError: for something that is not a tensor.
-            ValueError: for shapes, dtypes, devices or labels that do not fit, and a NaN among the scores. Nothing is
-                counted then.
+            ValueError: for shapes, dtypes, devices, labels or weights that do not fit, and a NaN among the scores: such
+                a prediction is neither right nor wrong. Nothing is counted then.
         """
         check_batch("ErrorRate", scores, labels, weight)
+        if scores.shape[1:2] == (1,) and labels.shape == (*scores.shape[:1], *scores.shape[2:]):
+            scores = scores.squeeze(1)
         if labels.shape == scores.shape:
             wrong, valid, bad = self._yes_or_no(scores, labels)
         else:
@@ -68,10 +91,11 @@ class ErrorRate(Metric):
             raise ValueError(
                 "ErrorRate: scores must not be NaN; such a prediction is neither right nor wrong"
             )
-        share = valid.double()
+        share, unusable = valid.double(), (bad | unknown).any()
         if weight is not None:
             share = share * weight.double().view(-1, *[1] * (valid.dim() - 1))
-        errors = (share * wrong).sum().masked_fill((bad | unknown).any(), torch.nan)
+            unusable = unusable | is_no_weight(weight).any()
+        errors = (share * wrong).sum().masked_fill(unusable, torch.nan)
         self.errors = self.errors.to(scores.device) + errors
         self.count = self.count.to(scores.device) + share.sum()
 
@@ -93,8 +117,9 @@ class ErrorRate(Metric):
     def _yes_or_no(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.threshold is None:
             raise ValueError(
-                "ErrorRate: labels of the shape of scores need a threshold, 0 for logits or 0.5 for probabilities, got "
-                f"none for {list(labels.shape)}; or give the index of a class per sample"
+                "ErrorRate: yes-or-no labels need a threshold, 0 for logits or 0.5 for probabilities, got none for "
+                f"labels {list(labels.shape)} and scores {list(scores.shape)}; or give scores [N, C] with the index of "
+                "a class per sample"
             )
         labels = yes_or_no("ErrorRate", labels, self.ignore_index)
         valid = labels != self.ignore_index

@@ -138,14 +138,14 @@ def labels(*values: int) -> Tensor:
         (
             ErrorRate,
             (torch.zeros(2, 3), torch.zeros(2, 3)),
-            "labels of the shape of scores need a threshold, 0 for logits or 0.5 for probabilities, got none for [2, 3]"
-            "; or give the index of a class per sample",
+            "yes-or-no labels need a threshold, 0 for logits or 0.5 for probabilities, got none for labels [2, 3] and "
+            "scores [2, 3]; or give scores [N, C] with the index of a class per sample",
         ),
         (ErrorRate, (torch.zeros(2, 3), labels(0, 1), torch.ones(3)), "weight must be [2], got [3]"),
         (
             ErrorRate,
             (torch.zeros(2, 3), labels(0, 1), torch.tensor([1.0, -1.0])),
-            "weight must not be negative, got -1.0 at index 1",
+            "weight must be finite and not negative, got -1.0 at index 1",
         ),
         (
             AveragePrecision,
