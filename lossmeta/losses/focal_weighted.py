@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import REDUCTIONS, check_same_device, choice, may_look, refuse
-from lossmeta.losses._mining import Pairs, mined_pairs
+from lossmeta.losses._mining import Pairs, read_batch, refuse_options
 from lossmeta.losses._parameters import register
 from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.distance_mixture import distances
@@ -35,18 +35,24 @@ class FocalWeightedLoss(nn.Module):
         dtype: dtype of ``phi``.
 
     Shape:
-        Called as a loss of pytorch-metric-learning: embeddings ``[M, D]``, labels ``[M]`` and, if wanted, the
-        ``indices_tuple`` of a miner (or triplets ``[T, 3]``). Without it, the sums of an anchor run over all other
-        embeddings; with it, over the different positives and negatives mined for that anchor (in plain PyTorch, and
-        labels are not read).
+        Called as a loss of pytorch-metric-learning: embeddings ``[M, D]``, labels (integers) ``[M]`` and, if wanted,
+        the ``indices_tuple`` of a miner (or triplets ``[T, 3]``), references ``ref_emb`` ``[R, D]`` and ``ref_labels``
+        ``[R]``. Without indices, the sums of an anchor run over all other embeddings, or over all references; with
+        them, over the different positives and negatives mined for that anchor, and labels are not read. Indices and
+        references run in plain PyTorch, which keeps D numbers of each pair.
+
+        Anchors are embeddings; positives and negatives are references, by default the embeddings. No embedding is its
+        own positive unless the references are another tensor, or indices say so. The distance is the Euclidean one of
+        the embeddings as they come.
 
     Raises:
         ValueError: for an unknown reduction or an offset that is not finite; when called, without labels and
-            ``indices_tuple``, for shapes, dtypes or devices that do not fit, for indices outside [0, M), and for a
+            ``indices_tuple``, for shapes, dtypes or devices that do not fit, for indices out of range, and for a
             ``phi`` that is not positive and finite. On CUDA, where looking would wait for the device, such an index
             makes the loss of its anchor NaN (of every anchor where it is the anchor's own), and such a ``phi`` every
             loss; their gradients are 0.
-        TypeError: when called with something that is not a tensor.
+        TypeError: for ``reducer``, ``distance`` and other options of pytorch-metric-learning's losses, and when called
+            with something that is not a tensor.
 
     Example:
         >>> criterion = FocalWeightedLoss()  # was: pytorch_metric_learning.losses.TripletMarginLoss()
@@ -64,8 +70,10 @@ class FocalWeightedLoss(nn.Module):
         reduction: str = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: object,
     ) -> None:
         super().__init__()
+        refuse_options("FocalWeightedLoss", options)
         choice("FocalWeightedLoss", "reduction", reduction, REDUCTIONS)
         if not math.isfinite(offset):
             raise ValueError(f"FocalWeightedLoss: offset must be finite, got {offset}")
@@ -78,23 +86,30 @@ class FocalWeightedLoss(nn.Module):
         embeddings: Tensor,
         labels: Tensor | None = None,
         indices_tuple: Tensor | Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
     ) -> Tensor:
-        if indices_tuple is not None:
-            return self._mined(embeddings, *mined_pairs("FocalWeightedLoss", indices_tuple, embeddings))
-        if labels is None:
-            raise ValueError("FocalWeightedLoss: labels or indices_tuple must be given, got neither")
-        return focal_weighting(embeddings, labels, self.phi, offset=self.offset, reduction=self.reduction)
+        batch = read_batch("FocalWeightedLoss", embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if batch.labels is not None:
+            return focal_weighting(
+                embeddings, batch.labels, self.phi, offset=self.offset, reduction=self.reduction
+            )
+        if batch.triplets is None:
+            assert batch.pairs is not None
+            return self._of_pairs(embeddings, batch.references, *batch.pairs)
+        anchor, positive, negative = batch.triplets
+        return self._of_pairs(embeddings, batch.references, (anchor, positive), (anchor, negative))
 
-    def _mined(self, embeddings: Tensor, positives: Pairs, negatives: Pairs) -> Tensor:
+    def _of_pairs(self, embeddings: Tensor, references: Tensor, positives: Pairs, negatives: Pairs) -> Tensor:
         check_same_device("FocalWeightedLoss", phi=self.phi, embeddings=embeddings)
-        dtype = accumulation_dtype(embeddings.dtype)
-        x, phi = embeddings.to(dtype), self.phi.to(dtype)
+        dtype = accumulation_dtype(torch.promote_types(embeddings.dtype, references.dtype))
+        x, others, phi = embeddings.to(dtype), references.to(dtype), self.phi.to(dtype)
         bad = ~((phi > 0) & phi.isfinite())
         if may_look(phi):
             refuse("FocalWeightedLoss", "phi must be positive and finite", phi, bad)
         phi = phi.masked_fill(bad, 1)
-        near, bad_near = _log_sum_exp(x, positives, phi[0], self.offset)
-        far, bad_far = _log_sum_exp(x, negatives, -phi[1], self.offset)
+        near, bad_near = _log_sum_exp(x, others, positives, phi[0], self.offset)
+        far, bad_far = _log_sum_exp(x, others, negatives, -phi[1], self.offset)
         loss = (near / phi[0] + far / phi[1]).masked_fill(bad_near | bad_far | bad.any(), torch.nan)
         if self.reduction == "none":
             return loss
@@ -104,15 +119,21 @@ class FocalWeightedLoss(nn.Module):
         return f"offset={self.offset}, learnable={isinstance(self.phi, nn.Parameter)}, reduction={self.reduction!r}"
 
 
-def _log_sum_exp(x: Tensor, pairs: Pairs, temperature: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+def _log_sum_exp(
+    x: Tensor,  # [M, D]
+    others: Tensor,  # [R, D]
+    pairs: Pairs,
+    temperature: Tensor,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
     """log(1 + sum over its different pairs of exp(temperature (d - offset))) for each of M anchors; which are bad."""
-    count = len(x)
+    sizes = len(x), len(others)
     # An index out of range, which nobody has looked at on a GPU, goes to a row or column of its own.
-    slots = tuple(i.where((i >= 0) & (i < count), count) for i in pairs)
-    chosen = torch.zeros(count + 1, count + 1, dtype=torch.bool, device=x.device)
+    slots = tuple(i.where((i >= 0) & (i < size), size) for i, size in zip(pairs, sizes, strict=True))
+    chosen = torch.zeros(sizes[0] + 1, sizes[1] + 1, dtype=torch.bool, device=x.device)
     chosen[slots] = True
     bad = chosen[:-1, -1] | chosen[-1].any()
     anchor, other = chosen[:-1, :-1].nonzero(as_tuple=True)
-    exponents = temperature * (distances(x[anchor] - x[other]) - offset)
-    dense = x.new_full((count, count), -torch.inf).index_put((anchor, other), exponents)
-    return torch.logsumexp(torch.cat([x.new_zeros(count, 1), dense], 1), 1), bad
+    exponents = temperature * (distances(x[anchor] - others[other]) - offset)
+    dense = x.new_full(sizes, -torch.inf).index_put((anchor, other), exponents)
+    return torch.logsumexp(torch.cat([x.new_zeros(len(x), 1), dense], 1), 1), bad
