@@ -7,10 +7,21 @@ import lossmeta._source_folder  # noqa: F401 - first: from the bare source folde
 from lossmeta import ops
 
 if TYPE_CHECKING:  # loaded when first used
-    from lossmeta import adalfl, data, experiments, losses, metrics, models, recipes
+    from lossmeta import adalfl, data, experiments, integrations, losses, metrics, models, recipes
     from lossmeta._info import info
 
-__all__ = ["adalfl", "data", "experiments", "info", "losses", "metrics", "models", "ops", "recipes"]
+__all__ = [
+    "adalfl",
+    "data",
+    "experiments",
+    "info",
+    "integrations",
+    "losses",
+    "metrics",
+    "models",
+    "ops",
+    "recipes",
+]
 __version__ = "0.1.0"
 
 

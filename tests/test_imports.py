@@ -22,14 +22,20 @@ FLOORS = (
     ("plot",),
     ("data", "losses", "metrics", "models"),
     ("adalfl",),
+    ("integrations",),
     ("experiments",),
     ("recipes",),
     ("cli", "__main__"),
 )
 # The import name and the distribution differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytorch_metric_learning": "pytorch-metric-learning"}
 # What is imported only where it is there, and the extra that brings it.
-OPTIONAL = {"matplotlib": "plot", "pooch": "data"}
+OPTIONAL = {
+    "matplotlib": "plot",
+    "pooch": "data",
+    "pytorch-metric-learning": "integrations",
+    "torchmetrics": "integrations",
+}
 # Declared though nothing imports it yet: TuneLoss will.
 SOON = {"cvxpy", "osqp"}
 
@@ -167,7 +173,7 @@ def output(code: str) -> str:
 
 
 def test_import_is_quick() -> None:
-    slow = ["cvxpy", "osqp", "matplotlib", "pooch", "rich", "scipy", "sklearn", "typer"]
+    slow = ["cvxpy", "osqp", "matplotlib", "pooch", "rich", "scipy", "sklearn", "torchmetrics", "typer"]
     lazy = ["lossmeta.adalfl", "lossmeta.recipes", "lossmeta.experiments", "lossmeta.data"]
     assert output(f"import sys, lossmeta; print([m for m in {slow + lazy} if m in sys.modules])") == "[]"
 
@@ -176,7 +182,7 @@ def test_parts_are_attributes() -> None:
     code = "import lossmeta\nfor name in lossmeta.__all__: print(name, getattr(lossmeta, name).__name__)"
     shown = dict(line.split() for line in output(code).splitlines())
     assert shown.pop("info") == "info"
-    parts = ("adalfl", "data", "experiments", "losses", "metrics", "models", "ops", "recipes")
+    parts = ("adalfl", "data", "experiments", "integrations", "losses", "metrics", "models", "ops", "recipes")
     assert shown == {name: f"lossmeta.{name}" for name in parts}
 
 

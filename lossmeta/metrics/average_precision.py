@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class AveragePrecision(Metric):
     """
 
     higher_is_better = True
-    joined = {"scores": "cat", "labels": "cat", "weights": "cat"}  # noqa: RUF012
+    joined: ClassVar[dict[str, str]] = {"scores": "cat", "labels": "cat", "weights": "cat"}
 
     def __init__(self, *, ignore_index: int = -100) -> None:
         check_ignore_index(NAME, ignore_index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class ErrorRate(Metric):
     """
 
     higher_is_better = False
-    joined = {"errors": "sum", "count": "sum"}  # noqa: RUF012
+    joined: ClassVar[dict[str, str]] = {"errors": "sum", "count": "sum"}
 
     def __init__(self, *, ignore_index: int = -100, threshold: float | None = None) -> None:
         check_ignore_index("ErrorRate", ignore_index)
