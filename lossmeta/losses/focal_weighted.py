@@ -43,7 +43,8 @@ class FocalWeightedLoss(nn.Module):
 
         Anchors are embeddings; positives and negatives are references, by default the embeddings. No embedding is its
         own positive unless the references are another tensor, or indices say so. The distance is the Euclidean one of
-        the embeddings as they come.
+        the embeddings as they come. That library's ``CrossBatchMemory`` and ``SelfSupervisedLoss`` know losses by
+        name; those of ``lossmeta.integrations.pytorch_metric_learning`` know this one.
 
     Raises:
         ValueError: for an unknown reduction or an offset that is not finite; when called, without labels and
