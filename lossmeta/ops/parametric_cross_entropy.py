@@ -81,7 +81,8 @@ def parametric_cross_entropy(
 
     Nothing of the size of a dense :math:`\Phi` is made unless ``phi`` requires a gradient. Smoothed class indices need
     the sum of its rows. While there are fewer samples than classes that sum is kept until ``phi`` or ``weight`` changes
-    in a way that torch counts: ``phi.copy_(...)`` is, ``phi.data.copy_(...)`` is not.
+    in a way that torch counts: ``phi.copy_(...)`` is, ``phi.data.copy_(...)`` is not. A compiled graph and a CUDA graph
+    sum anew in every call.
 
     Args:
         logits: ``[C]``, ``[N, C]`` or ``[N, C, d...]``; float32, float64, bfloat16 or float16 (accumulated and returned
@@ -186,8 +187,7 @@ class _Mixture:
                 torch.addcmul(rest, rows, on) if isinstance(on, Tensor) else torch.add(rest, rows, alpha=on)
             )
         if self.phi is None:
-            diagonal = torch.as_tensor(base, dtype=self.dtype, device=labels.device)
-            return self._added(diagonal, labels, on)
+            return self._added(self._tensor(base, labels), labels, on)
         diagonal, left, right = self.phi
         values = self._take(diagonal, labels)[..., None] * on
         taken = self._take(left, labels) * on
@@ -206,9 +206,14 @@ class _Mixture:
     def _added(self, rows: Tensor, labels: Tensor, values: Tensor | float) -> Tensor:
         """``rows``, of which one may stand for all, with ``values`` added at the labels."""
         at = labels[..., None]
-        if not isinstance(values, Tensor):
-            values = torch.full((), values, dtype=self.dtype, device=labels.device)
-        return rows.expand(*labels.shape, self.classes).scatter_add(-1, at, values.expand(at.shape))
+        values = self._tensor(values, labels).expand(at.shape)
+        return rows.expand(*labels.shape, self.classes).scatter_add(-1, at, values)
+
+    def _tensor(self, value: Tensor | float, labels: Tensor) -> Tensor:
+        """Filled on the device: nothing waits, and a CUDA graph can hold it."""
+        if isinstance(value, Tensor):
+            return value
+        return torch.full((), value, dtype=self.dtype, device=labels.device)
 
     def of_probabilities(self, target: Tensor) -> Tensor:
         """The mixture of rows, ``[..., C]``, for (smoothed and weighted) targets with the classes last."""
