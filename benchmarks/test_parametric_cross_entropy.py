@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from device import DTYPES
 from torch import Tensor
 
-from lossmeta.ops import parametric_cross_entropy
+from lossmeta.ops import LowRankPhi, parametric_cross_entropy
 from lossmeta.ops._operator import OPERATORS
 
 # With "rows" each sample has its row of Phi, as soft targets come to the operator: at a vocabulary of 128256 the whole
@@ -24,6 +25,22 @@ PASSES = [BOTH, "forward", "backward"]
 WHAT = {"cpu": [BOTH], "cuda": PASSES, "dry": PASSES}
 COMPILED_FIRST = [{"size": size, "what": BOTH} for size in ((8192, 1000), (8192, 32000, "rows"))]
 SMALLEST = (128, 10)
+
+# Samples, classes, form of Phi, label smoothing.
+VOCABULARY = [
+    *(
+        (64, classes, form, e)
+        for classes in (50257, 131072)
+        for form in ("none", "rank 8")
+        for e in (0.0, 0.1)
+    ),
+    (64, 10000, "matrix", 0.1),
+]
+VOCABULARIES = {
+    "cpu": VOCABULARY,
+    "cuda": [(16 * samples, *rest) for samples, *rest in VOCABULARY],
+    "dry": [(4, 12, form, 0.1) for form in ("none", "rank 8", "matrix")],
+}
 
 
 def eager(logits: Tensor, target: Tensor | None, phi: Tensor) -> Tensor:
@@ -91,6 +108,39 @@ def test_passes(
             what
         ],
         dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("candidate", ["cross_entropy", "lossmeta"])
+@pytest.mark.by_device("size", VOCABULARIES)
+def test_vocabulary(size: tuple[Any, ...], candidate: str, measure: Any) -> None:
+    """Many classes and few samples, where a matrix would take all the time, beside F.cross_entropy without Phi."""
+    samples, classes, form, smoothing = size
+    rank = 8 if form == "rank 8" else 0
+
+    def make() -> tuple[Any, ...]:
+        logits, target = torch.randn(samples, classes, requires_grad=True), torch.randint(classes, (samples,))
+        left, right = torch.zeros(classes, rank), torch.randn(classes, rank)
+        phis = {"none": None, "rank 8": LowRankPhi(torch.ones(classes), left, right)}
+        return logits, target, phis[form] if form in phis else torch.eye(classes)
+
+    def step(logits: Tensor, target: Tensor, phi: Any) -> None:
+        logits.grad = None
+        if candidate == "lossmeta":
+            loss = parametric_cross_entropy(
+                logits, target, phi, activation="identity", label_smoothing=smoothing
+            )
+        else:
+            loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        loss.backward()
+
+    measure(
+        step,
+        make,
+        operator="parametric_cross_entropy",
+        size=f"{samples}×{classes}, Φ: {form}{', smoothed' if smoothing else ''}",
+        candidate=candidate,
+        bytes_moved=4 * (3 * samples * classes + 2 * rank * classes + samples * classes * (form == "matrix")),
     )
 
 

@@ -67,6 +67,12 @@ def check_float(name: str, **arguments: Tensor) -> None:
             raise ValueError(f"{name}: {argument} must be {FLOAT_NAMES}, got {dtype_name(tensor)}")
 
 
+def check_int64(name: str, **arguments: Tensor) -> None:
+    for argument, tensor in arguments.items():
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: {argument} must be int64, got {dtype_name(tensor)}")
+
+
 def check_same_device(name: str, **arguments: Tensor) -> None:
     """All of them on the device of the last."""
     reference, expected = list(arguments.items())[-1]

@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 
 from gpu.case import ALL, FLOAT32, USUAL, Case, Draw, misaligned
 from lossmeta.ops import (
+    LowRankPhi,
     class_confusion,
     distance_mixture,
     focal_weighting,
@@ -137,6 +138,19 @@ def _probabilities(samples: int, classes: int) -> Make:
     return make
 
 
+def _without_matrix(samples: int, classes: int, rank: int | None = None) -> Make:
+    def make(draw: Draw) -> dict[str, Tensor]:
+        inputs = _logits(samples, classes, ignored=True)(draw)
+        count = inputs.pop("phi").shape[0]
+        if rank is not None:
+            inputs["diagonal"] = (draw.uniform(count, dtype=draw.wide) + 0.5).requires_grad_()
+            for side in ("left", "right"):
+                inputs[side] = draw.normal(count, rank, dtype=draw.wide, scale=0.1).requires_grad_()
+        return inputs
+
+    return make
+
+
 def _rows(samples: int, classes: int) -> Make:
     """Logits, and for each sample its row of Phi, as soft targets come to the operator."""
 
@@ -192,6 +206,18 @@ def _parametric_cross_entropy() -> list[Case]:
         functions = with_options(parametric_cross_entropy), with_options(formula)
         return Case(operator, name, make, *functions, ("loss",), dtypes=ALL, own_bits=own_bits)
 
+    def without_matrix(name: str, make: Make, **options: Any) -> Case:
+        """Phi as the identity or of low rank; the inputs beyond logits and target are its parts."""
+
+        def ours(x: Tensor, y: Tensor, *parts: Tensor) -> Tensor:
+            return parametric_cross_entropy(x, y, LowRankPhi(*parts) if parts else None, **options)
+
+        def theirs(x: Tensor, y: Tensor, *parts: Tensor) -> Tensor:
+            identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+            return formula(x, y, LowRankPhi(*parts).dense() if parts else identity, **options)
+
+        return Case(operator, name, make, ours, theirs, ("loss",), dtypes=ALL, own_bits=False)
+
     def by_rows(name: str, samples: int, classes: int, reduction: str, **more: Any) -> Case:
         options = (None, -100, True, kinds[reduction])
         return Case(
@@ -231,6 +257,10 @@ def _parametric_cross_entropy() -> list[Case]:
             label_smoothing=0.1,
             reduction="none",
         ),
+        general("60×1001, smoothing", _logits(60, 1001, ignored=True), own_bits=False, label_smoothing=0.1),
+        without_matrix("60×1001, Φ: none, smoothing", _without_matrix(60, 1001), label_smoothing=0.1),
+        without_matrix("60×1001, Φ: rank 8", _without_matrix(60, 1001, 8)),
+        without_matrix("60×1001, Φ: rank 8, smoothing", _without_matrix(60, 1001, 8), label_smoothing=0.1),
         general("1000×100, probabilities", _probabilities(1000, 100), own_bits=False),
         general(
             "1000×100, probabilities, weights, smoothing",

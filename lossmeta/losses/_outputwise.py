@@ -73,6 +73,7 @@ class OutputwiseLoss(nn.Module):
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         self._check(pred, target)
+        target = with_labels_as_int64(target)
         if self.link == "identity":
             return self._regression(pred, target)
         if pred.dim() == 1:
@@ -96,9 +97,9 @@ class OutputwiseLoss(nn.Module):
                     f"{self.name}: pred must hold at least one output for each sample, got {list(pred.shape)}"
                 )
             return
-        if target.dtype not in (*FLOATS, torch.int64):
+        if target.dtype not in (*FLOATS, torch.int64, torch.uint8):
             raise ValueError(
-                f"{self.name}: target must be class indices (int64) or probabilities ({FLOAT_NAMES}), "
+                f"{self.name}: target must be class indices (int64 or uint8) or probabilities ({FLOAT_NAMES}), "
                 f"got {dtype_name(target)}"
             )
         samples, classes = _sizes(pred)
@@ -118,6 +119,11 @@ class OutputwiseLoss(nn.Module):
             raise ValueError(
                 f"{self.name}: {kind} must be {expected} for logits {list(pred.shape)}, "
                 f"got {list(target.shape)}{hint}"
+            )
+        if probabilities and self.ignore_index >= 0:
+            raise ValueError(
+                f"{self.name}: ignore_index must be negative with probabilities, which it cannot ignore, "
+                f"got {self.ignore_index}"
             )
         if self.weight is not None:
             check_same_device(self.name, weight=self.weight, pred=pred)
@@ -209,6 +215,11 @@ class OutputwiseLoss(nn.Module):
                 f"label_smoothing={self.label_smoothing}"
             )
         return text
+
+
+def with_labels_as_int64(target: Tensor) -> Tensor:
+    """Cross-entropy also takes class indices of one byte."""
+    return target.long() if target.dtype == torch.uint8 else target
 
 
 def _sizes(pred: Tensor) -> tuple[list[int], int]:

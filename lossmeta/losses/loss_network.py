@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossmeta import _checks
-from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
+from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, with_labels_as_int64
 from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
@@ -58,8 +58,7 @@ class LossNetwork(OutputwiseLoss):
             ``ignore_index``, ``label_smoothing`` and reduction below. ``"squared_error"``, for the identity link: its
             mean is that of :func:`torch.nn.functional.mse_loss`. ``None``: the network alone.
         normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
-            slope is nothing but rounding, as that of a constant loss, s is 1. Not for ``torch.func``, which raises, and
-            not for ``torch.compile``.
+            slope is nothing but rounding, as that of a constant loss, s is 1.
         exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
         weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
         ignore_index: label that contributes neither loss nor gradient.
@@ -143,45 +142,88 @@ class LossNetwork(OutputwiseLoss):
             nn.init.zeros_(self.output_weight)
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        loss = self._unscaled(pred, target)
-        return loss * self._scale(pred, target) if self.normalize_slope else loss
-
-    def _unscaled(self, pred: Tensor, target: Tensor) -> Tensor:
         loss = super().forward(pred, target)
-        return loss if self.residual is None else loss + self._task_loss(pred, target)
+        if self.residual is None and not self.normalize_slope:
+            return loss
+        target = with_labels_as_int64(target)
+        if self.residual is not None:
+            loss = loss + self._task_loss(pred, target)
+        return loss * self._scale(pred, target) if self.normalize_slope else loss
 
     def _scale(self, pred: Tensor, target: Tensor) -> Tensor:
         """The task loss's mean absolute slope over this loss's; differentiable in the weights only."""
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return self._scale(pred.clone(), target.clone()).detach()
-        create_graph = torch.is_grad_enabled()
-        _, wanted = self._task_slope(pred, target)
-        f = self._filled(pred, target)
-        with torch.enable_grad():
-            f.requires_grad_()
-            (slope,) = torch.autograd.grad(self._unscaled(f, target).sum(), f, create_graph=create_graph)
-        return _ratio(wanted, slope.abs().sum())[0]
+        f, y = self._as_rows(pred.detach(), target)
+        task = self._task_slope(f, y)
+        own = self._network_slope(f, y)
+        if self.residual is not None:
+            own = own + task
+        return _ratio(task, own.abs().sum())[0]
 
-    def _filled(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The prediction, detached; cross-entropy's gradient in an ignored row is NaN where the row holds NaN."""
-        f = pred.detach().to(accumulation_dtype(pred.dtype))
-        if self.link == "softmax" and not target.is_floating_point():
-            ignored = target == self.ignore_index
-            f = f.masked_fill(ignored.unsqueeze(1) if pred.dim() > 1 else ignored, 0)
-        return f
+    def _as_rows(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions ``[N, C]`` in the accumulation dtype, with as many targets or ``[N]`` labels."""
+        dtype = accumulation_dtype(pred.dtype)
+        if target.is_floating_point():
+            target = target.to(dtype)
+        if self.link == "identity":
+            rows = (len(pred), math.prod(pred.shape[1:]))
+            return pred.to(dtype).reshape(rows), target.reshape(rows)
+        classes = pred.shape[0 if pred.dim() == 1 else 1]
+        if pred.dim() > 1:
+            pred = pred.movedim(1, -1)
+            target = target.movedim(1, -1) if target.is_floating_point() else target
+        rows = (-1, classes)
+        return pred.to(dtype).reshape(rows), target.reshape(rows if target.is_floating_point() else -1)
 
-    def _task_slope(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The task loss, summed where it is not reduced, and its gradient."""
-        with torch.enable_grad():
-            f = self._filled(pred, target).requires_grad_()
-            task = self._task_loss(f, target).sum()
-            (slope,) = torch.autograd.grad(task, f)
-        return task.detach(), slope
+    def _task_slope(self, f: Tensor, y: Tensor) -> Tensor:
+        """The gradient of the task loss, summed where it is not reduced, in rows of predictions."""
+        samples, classes = f.shape
+        if self.link == "identity":
+            return 2 / classes * (f - y) / (samples if self.reduction == "mean" else 1)
+        ignored, scale = self._scale_of_rows(f, y)
+        weight = None if self.weight is None else self.weight.to(f.dtype)
+        smoothing = self.label_smoothing
+        if ignored is None:
+            y = (1 - smoothing) * y + smoothing / classes if smoothing else y
+            y = y if weight is None else y * weight
+            slope = f.softmax(1) * y.sum(1, keepdim=True) - y
+            return slope / samples if self.reduction == "mean" else slope
+        denominator = scale.sum() if self.reduction == "mean" else 1
+        at = y.where(~ignored, 0).clamp(0, classes - 1)[:, None]
+        on = ((1 - smoothing) / denominator * scale)[:, None]
+        if smoothing:
+            off = smoothing / classes / denominator * (f.new_ones(classes) if weight is None else weight)
+            slope = f.softmax(1) * (on + off.sum()) - off
+        else:
+            slope = f.softmax(1) * on
+        return slope.scatter_add(1, at, -on).masked_fill(ignored[:, None], 0)
+
+    def _network_slope(self, f: Tensor, y: Tensor) -> Tensor:
+        """The gradient of the network's part, summed where it is not reduced, in rows of predictions."""
+        ignored, scale = self._scale_of_rows(f, y)
+        if self.label_smoothing:
+            classes = f.shape[1]
+            if ignored is not None:
+                f = f.masked_fill(ignored[:, None], 0)
+                y = (y[:, None] == torch.arange(classes, device=y.device)).to(f.dtype)
+            y = (1 - self.label_smoothing) * y + self.label_smoothing / classes
+        slope = self._network(f, y)[1] * scale[:, None]
+        return slope / scale.sum() if self.reduction == "mean" else slope
+
+    def _scale_of_rows(self, f: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which rows are ignored, where labels say so, and the weight of each."""
+        weight = None if self.weight is None else self.weight.to(f.dtype)
+        if y.is_floating_point():
+            return None, f.new_ones(len(f)) if weight is None else (y * weight).sum(1)
+        ignored = y == self.ignore_index
+        scale = (~ignored).to(f.dtype)
+        return ignored, scale if weight is None else scale * weight[y.clamp(0, f.shape[1] - 1)]
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self._network(pred, target)[0]
+
+    def _network(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         weights = (self.input_weight, self.hidden_weight, self.output_weight)
-        return loss_network(pred, target, *weights, **self._options())[0]
+        return loss_network(pred, target, *weights, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -232,9 +274,9 @@ class LossNetwork(OutputwiseLoss):
         value, slope = loss.sum() / count, slope.reshape(pred.shape) / count
         task_slope: Tensor | None = None
         if self.residual is not None or self.normalize_slope:
-            task, task_slope = self._task_slope(pred, target)
+            task_slope = self._task_slope(*self._as_rows(pred.detach(), target)).reshape(pred.shape)
             if self.residual is not None:
-                value, slope = value + task, slope + task_slope
+                value, slope = value + self._task_loss(pred.detach(), target), slope + task_slope
         along = slope
         scale: Tensor | None = None
         if self.normalize_slope and task_slope is not None:

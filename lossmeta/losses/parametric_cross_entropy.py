@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import REDUCTIONS, check_fraction, check_tensors, choice
 from lossmeta.losses._parameters import register
-from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, parametric_cross_entropy
+from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, LowRankPhi, parametric_cross_entropy
 
 
 class ParametricCrossEntropy(nn.Module):
@@ -26,19 +28,27 @@ class ParametricCrossEntropy(nn.Module):
     ``phi`` is a buffer, which no optimizer finds among the parameters and a controller sets
     (``loss.phi.copy_(...)``); with ``learnable=True`` it is a parameter. Either way it is in ``state_dict()``.
 
+    A matrix of C² numbers is too much for a vocabulary. With ``rank`` r it is
+    :math:`\Phi = \mathrm{diag}(d) + L R^\top`, of which ``phi_diagonal`` [C], ``phi_left`` [C, r] and ``phi_right``
+    [C, r] are kept instead of ``phi``. Memory is then O(N C + C r) and time O(N C r). It starts as the identity too:
+    ``phi_diagonal`` is 1 and ``phi_left`` 0, while ``phi_right`` is drawn, with columns of norm about 1, so that
+    ``phi_left`` has a gradient. With ``rank=0`` :math:`\Phi` is diagonal, and until it is moved the loss is that of
+    the plain identity.
+
     Args:
         num_classes: C.
+        rank: r, at least 0, or ``None`` for a matrix.
         activation: ``"sigmoid"`` (the paper's) or ``"identity"``, with which :math:`\Phi = I` is plain
             cross-entropy.
-        learnable: whether ``phi`` is a parameter instead of a buffer, for a controller that learns it from a
-            validation loss; set it inside ``torch.no_grad()``. Minimising the training loss over it would only make the
-            loss meaningless.
+        learnable: whether ``phi``, or its parts, are parameters instead of buffers, for a controller that learns it
+            from a validation loss; set it inside ``torch.no_grad()``. Minimising the training loss over it would only
+            make the loss meaningless.
         weight: weight per class, ``[C]``.
         ignore_index: label that contributes neither loss nor gradient.
         label_smoothing: in [0, 1].
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        device: where ``phi`` is made.
-        dtype: dtype of ``phi``.
+        device: where ``phi``, or its parts, are made.
+        dtype: their dtype.
 
     Shape:
         Those of :class:`torch.nn.CrossEntropyLoss`: logits ``[C]``, ``[N, C]`` or ``[N, C, d...]`` with class
@@ -53,14 +63,19 @@ class ParametricCrossEntropy(nn.Module):
         >>> criterion = ParametricCrossEntropy(num_classes=3)  # was: torch.nn.CrossEntropyLoss()
         >>> logits = torch.randn(8, 3, requires_grad=True)
         >>> criterion(logits, torch.randint(3, (8,))).backward()
+        >>> criterion = ParametricCrossEntropy(131072, rank=8)  # a matrix would take 69 GB
     """
 
     phi: Tensor
+    phi_diagonal: Tensor
+    phi_left: Tensor
+    phi_right: Tensor
     weight: Tensor | None
 
     def __init__(
         self,
         num_classes: int,
+        rank: int | None = None,
         *,
         activation: str = "sigmoid",
         learnable: bool = False,
@@ -74,11 +89,14 @@ class ParametricCrossEntropy(nn.Module):
         super().__init__()
         choice("ParametricCrossEntropy", "activation", activation, ACTIVATIONS)
         choice("ParametricCrossEntropy", "reduction", reduction, REDUCTIONS)
-        if not isinstance(num_classes, int) or num_classes < 1:
-            kind = ValueError if isinstance(num_classes, int) else TypeError
-            raise kind(
-                f"ParametricCrossEntropy: num_classes must be an integer, at least 1, got {num_classes!r}"
-            )
+        for name, number, least in (("num_classes", num_classes, 1), ("rank", rank, 0)):
+            if number is None and name == "rank":
+                continue
+            if not isinstance(number, int) or number < least:
+                kind = ValueError if isinstance(number, int) else TypeError
+                raise kind(
+                    f"ParametricCrossEntropy: {name} must be an integer, at least {least}, got {number!r}"
+                )
         check_fraction("ParametricCrossEntropy", "label_smoothing", label_smoothing)
         if weight is not None:
             check_tensors("ParametricCrossEntropy", weight=weight)
@@ -87,16 +105,29 @@ class ParametricCrossEntropy(nn.Module):
                     f"ParametricCrossEntropy: weight must be [{num_classes}], got {list(weight.shape)}"
                 )
         self.num_classes = num_classes
+        self.rank = rank
         self.activation = activation
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction
-        register(self, "phi", torch.eye(num_classes, device=device, dtype=dtype), learnable)
+        if rank is None:
+            register(self, "phi", torch.eye(num_classes, device=device, dtype=dtype), learnable)
+        else:
+            drawn = torch.randn(num_classes, rank, device=device, dtype=dtype) / math.sqrt(num_classes)
+            register(self, "phi_diagonal", drawn.new_ones(num_classes), learnable)
+            register(self, "phi_left", torch.zeros_like(drawn), learnable)
+            register(self, "phi_right", drawn, learnable)
         self.register_buffer("weight", weight)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         check_tensors("ParametricCrossEntropy", logits=logits, target=target)
-        dim = 0 if logits.dim() == 1 else 2 if self.phi.dim() == 3 else 1
+        phi: Tensor | LowRankPhi
+        if self.rank is None:
+            phi, models = self.phi, self.phi.dim() == 3
+        else:
+            phi = LowRankPhi(self.phi_diagonal, self.phi_left, self.phi_right)
+            models = phi.diagonal.dim() == 2
+        dim = 0 if logits.dim() == 1 else 2 if models else 1
         if logits.dim() and logits.shape[dim] != self.num_classes:
             raise ValueError(
                 f"ParametricCrossEntropy: logits must have num_classes = {self.num_classes} classes in dimension "
@@ -105,7 +136,7 @@ class ParametricCrossEntropy(nn.Module):
         return parametric_cross_entropy(
             logits,
             target,
-            self.phi,
+            phi,
             activation=self.activation,
             weight=self.weight,
             ignore_index=self.ignore_index,
@@ -114,9 +145,11 @@ class ParametricCrossEntropy(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        rank = "" if self.rank is None else f"rank={self.rank}, "
+        learnable = isinstance(self.phi if self.rank is None else self.phi_diagonal, nn.Parameter)
         return (
-            f"num_classes={self.num_classes}, activation={self.activation!r}, "
-            f"learnable={isinstance(self.phi, nn.Parameter)}, weighted={self.weight is not None}, "
+            f"num_classes={self.num_classes}, {rank}activation={self.activation!r}, "
+            f"learnable={learnable}, weighted={self.weight is not None}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"reduction={self.reduction!r}"
         )

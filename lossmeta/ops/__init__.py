@@ -7,12 +7,13 @@ from lossmeta.ops.distance_mixture import distance_mixture
 from lossmeta.ops.focal_weighting import focal_weighting
 from lossmeta.ops.gaussian_curvature import gaussian_curvature
 from lossmeta.ops.loss_network import loss_network
-from lossmeta.ops.parametric_cross_entropy import parametric_cross_entropy
+from lossmeta.ops.parametric_cross_entropy import LowRankPhi, parametric_cross_entropy
 from lossmeta.ops.perturb import perturb
 from lossmeta.ops.pwl_statistics import pwl_statistics
 
 __all__ = [
     "FallbackWarning",
+    "LowRankPhi",
     "class_confusion",
     "debug",
     "distance_mixture",

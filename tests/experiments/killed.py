@@ -122,14 +122,25 @@ def kill(work: Path, whole: Path, seconds: float) -> None:
     print(f"{kills} kills, {runs} runs, {torn} torn")
 
 
-def interrupt(work: Path, whole: Path, seconds: float) -> None:
-    """Ctrl-C at random moments names what is on the disk."""
+def _finished(folder: Path) -> int:
+    path = folder / "trials.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _is_over(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def interrupt(work: Path, whole: Path) -> None:
+    """Ctrl-C at random moments, after more and more trials, names what is on the disk."""
     rng, folder = random.Random(1), work / "interrupted"
     stopped = 0
-    for _ in range(8):
+    for wanted in (0, 1, 2, 5, 9, 14, 20):
         child = fork(lambda: run(folder), work / "output")
-        time.sleep(rng.uniform(0, seconds / 3))
-        os.kill(child, signal.SIGINT)
+        while _finished(folder) < wanted and not _is_over(child):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGINT)  # also one that is over has its number until it is waited for
         status, said = ended(child), (work / "output").read_text()
         if status == 0:
             break
@@ -174,5 +185,5 @@ if __name__ == "__main__":
     check(ended(fork(lambda: run(work / "whole"), work / "output")) == 0, (work / "output").read_text())
     seconds = time.monotonic() - start
     kill(work, work / "whole", seconds)
-    interrupt(work, work / "whole", seconds)
+    interrupt(work, work / "whole")
     fill(work, work / "whole")

@@ -307,11 +307,25 @@ def test_a_flat_loss_keeps_a_finite_gradient() -> None:
     assert slope_of(loss(logits, labels), logits).abs().max() < 1e-19
 
 
-def test_transforms_are_refused_not_wrong() -> None:
-    logits, labels = torch.randn(6, 4), torch.randint(4, (6,))  # with vmap 6 times [C]
-    for transform in (torch.func.grad, torch.vmap):
-        with pytest.raises(RuntimeError, match="inside of a function being transformed"):
-            transform(made(normalize_slope=True))(logits, labels)
+@pytest.mark.parametrize("residual", [None, "cross_entropy"])
+def test_transforms_of_a_normalized_loss(residual: str | None) -> None:
+    loss = random_weights(made(residual=residual, normalize_slope=True, dtype=torch.float64))
+    logits, labels = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(4, (3, 6))
+    names = dict(loss.named_parameters())
+
+    def called(x: torch.Tensor, y: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(loss, weights, (x, y))
+
+    expected = []
+    for x, y in zip(logits, labels, strict=True):
+        x = x.clone().requires_grad_()
+        value = loss(x, y)
+        expected.append((value, torch.autograd.grad(value, (x, *names.values()))))
+    torch.testing.assert_close(torch.vmap(loss)(logits, labels), torch.stack([v for v, _ in expected]))
+    ours = torch.vmap(torch.func.grad(called, (0, 2)), (0, 0, None))(logits, labels, names)
+    for i, (_, (in_pred, *in_weights)) in enumerate(expected):
+        torch.testing.assert_close(ours[0][i], in_pred)
+        torch.testing.assert_close([g[i] for g in ours[1].values()], in_weights)
 
 
 def test_normalized_in_half_precision_and_without_gradients() -> None:

@@ -35,14 +35,37 @@ def test_only_the_given_label_is_ignored(kind: type, smoothing: float) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int32, torch.complex64])
 def test_class_indices_are_int64(kind: type, dtype: torch.dtype) -> None:
     message = (
-        f"{kind.__name__}: target must be class indices (int64) or probabilities "
+        f"{kind.__name__}: target must be class indices (int64 or uint8) or probabilities "
         f"(float32, float64, bfloat16 or float16), got {str(dtype)[6:]}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         made(kind)(torch.zeros(2, 3), torch.tensor([0, 1]).to(dtype))
+
+
+@KINDS
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": torch.rand(4)}], ids=str)
+def test_class_indices_may_be_bytes(kind: type, options: dict[str, Any]) -> None:
+    labels = torch.tensor([0, 255, 3, 1], dtype=torch.uint8)
+    losses = [made(kind, ignore_index=255, **options)]
+    if kind is LossNetwork:
+        losses.append(made(kind, ignore_index=255, residual="cross_entropy", normalize_slope=True, **options))
+    logits = torch.randn(4, 4)
+    for loss in losses:
+        torch.testing.assert_close(loss(logits, labels), loss(logits, labels.long()))
+
+
+@KINDS
+def test_probabilities_cannot_be_ignored(kind: type) -> None:
+    logits = torch.randn(4, 3)
+    message = (
+        f"{kind.__name__}: ignore_index must be negative with probabilities, which it cannot ignore, got 0"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        made(kind, ignore_index=0)(logits, logits.softmax(1))
+    made(kind, ignore_index=-1)(logits, logits.softmax(1))
 
 
 @KINDS

@@ -21,7 +21,7 @@ from contract import (
 from hypothesis import given
 from torch import Tensor
 
-from lossmeta.ops import parametric_cross_entropy
+from lossmeta.ops import LowRankPhi, parametric_cross_entropy
 from lossmeta.ops.parametric_cross_entropy import _operator
 
 # One class; few classes (lanes across samples); one vector and its neighbours; unaligned; several vectors.
@@ -587,9 +587,11 @@ def test_arguments_that_are_no_tensors() -> None:
         "logits": (logits.numpy(), target, phi),
         "target": (logits, target.tolist(), phi),
         "phi": (logits, target, phi.numpy()),
+        "phi.left": (logits, target, LowRankPhi(phi[0], 0.0, phi)),
     }.items():
-        with pytest.raises(TypeError, match=f"parametric_cross_entropy: {name} must be a tensor, got "):
-            parametric_cross_entropy(*arguments)
+        expected = "a tensor, a LowRankPhi or None" if name == "phi" else "a tensor"
+        with pytest.raises(TypeError, match=f"parametric_cross_entropy: {name} must be {expected}, got "):
+            parametric_cross_entropy(*arguments)  # type: ignore[arg-type]
 
 
 def test_bad_options() -> None:
