@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lossmeta._checks import (
     FLOAT_NAMES,
@@ -22,6 +22,7 @@ from lossmeta._checks import (
     outside,
 )
 from lossmeta.losses import _plot
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops._precision import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ LINKS = {"softmax": "softmax", "identity": "identity"}
 IGNORED = -100
 
 
-class OutputwiseLoss(nn.Module):
+class OutputwiseLoss(SavedLoss):
     """Base of losses ``(1/C) sum_i l(y_i, f_i)``: targets, weights and reduction as in ``torch.nn``.
 
     A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``. With ``takes_labels`` it is given class indices

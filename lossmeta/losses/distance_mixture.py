@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lossmeta._checks import REDUCTIONS, choice
 from lossmeta.losses._mining import mined_triplets
 from lossmeta.losses._parameters import register
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops.distance_mixture import distance_mixture
 
 
-class DistanceMixtureLoss(nn.Module):
+class DistanceMixtureLoss(SavedLoss):
     r"""Triplet loss as an adaptive mixture of ten functions of the distance (ALA, Eq. 9).
 
     .. math:: \ell = \sum_{i=1}^5 \Phi_i F^+_i(d^+) + \sum_{i=1}^5 \Phi_{i+5} F^-_i(d^-)
@@ -51,6 +52,9 @@ class DistanceMixtureLoss(nn.Module):
         >>> criterion(embeddings, torch.arange(8) // 2).backward()
     """
 
+    DEFINING = ("min_distance",)
+    APPLIED = ("learnable", "reduction")
+
     phi: Tensor
 
     def __init__(
@@ -76,6 +80,11 @@ class DistanceMixtureLoss(nn.Module):
         phi[0] = phi[5] = 1
         register(self, "phi", phi, learnable)
 
+    @property
+    def learnable(self) -> bool:
+        """Whether ``phi`` is a parameter."""
+        return isinstance(self.phi, nn.Parameter)
+
     def forward(
         self,
         embeddings: Tensor,
@@ -100,7 +109,4 @@ class DistanceMixtureLoss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
-        return (
-            f"learnable={isinstance(self.phi, nn.Parameter)}, min_distance={self.min_distance}, "
-            f"reduction={self.reduction!r}"
-        )
+        return f"learnable={self.learnable}, min_distance={self.min_distance}, reduction={self.reduction!r}"

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from lossmeta._checks import REDUCTIONS, check_same_device, choice, may_look, refuse
 from lossmeta.losses._mining import Pairs, mined_pairs
 from lossmeta.losses._parameters import register
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.distance_mixture import distances
 from lossmeta.ops.focal_weighting import focal_weighting
 
 
-class FocalWeightedLoss(nn.Module):
+class FocalWeightedLoss(SavedLoss):
     r"""Soft hardest-pair loss with adaptive temperatures (ALA, Eq. 10).
 
     .. math::
@@ -54,6 +55,9 @@ class FocalWeightedLoss(nn.Module):
         >>> criterion(embeddings, torch.arange(8) // 2).backward()
     """
 
+    DEFINING = ("offset",)
+    APPLIED = ("learnable", "reduction")
+
     phi: Tensor
 
     def __init__(
@@ -72,6 +76,11 @@ class FocalWeightedLoss(nn.Module):
         self.offset = offset
         self.reduction = reduction
         register(self, "phi", torch.ones(2, device=device, dtype=dtype), learnable)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether ``phi`` is a parameter."""
+        return isinstance(self.phi, nn.Parameter)
 
     def forward(
         self,
@@ -101,7 +110,7 @@ class FocalWeightedLoss(nn.Module):
         return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
 
     def extra_repr(self) -> str:
-        return f"offset={self.offset}, learnable={isinstance(self.phi, nn.Parameter)}, reduction={self.reduction!r}"
+        return f"offset={self.offset}, learnable={self.learnable}, reduction={self.reduction!r}"
 
 
 def _log_sum_exp(x: Tensor, pairs: Pairs, temperature: Tensor, offset: float) -> tuple[Tensor, Tensor]:

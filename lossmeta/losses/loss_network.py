@@ -84,6 +84,17 @@ class LossNetwork(OutputwiseLoss):
     """
 
     takes_labels = True
+    DEFINING = (
+        "hidden",
+        "leak",
+        "smoothness",
+        "activation",
+        "output",
+        "link",
+        "residual",
+        "normalize_slope",
+    )
+    APPLIED = ("exact", "ignore_index", "label_smoothing", "reduction")
 
     def __init__(
         self,

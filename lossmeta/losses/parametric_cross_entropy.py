@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from lossmeta._checks import REDUCTIONS, check_fraction, check_tensors, choice
 from lossmeta.losses._parameters import register
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, parametric_cross_entropy
 
 
-class ParametricCrossEntropy(nn.Module):
+class ParametricCrossEntropy(SavedLoss):
     r"""Cross-entropy whose class correlations :math:`\Phi` adapt (ALA, Eq. 6), for ``CrossEntropyLoss``.
 
     .. math:: \ell = -\sigma\bigl(y^\top \Phi \log \mathrm{softmax}(x)\bigr)
@@ -55,6 +56,9 @@ class ParametricCrossEntropy(nn.Module):
         >>> criterion(logits, torch.randint(3, (8,))).backward()
     """
 
+    DEFINING = ("num_classes", "activation")
+    APPLIED = ("learnable", "ignore_index", "label_smoothing", "reduction")
+
     phi: Tensor
     weight: Tensor | None
 
@@ -94,6 +98,11 @@ class ParametricCrossEntropy(nn.Module):
         register(self, "phi", torch.eye(num_classes, device=device, dtype=dtype), learnable)
         self.register_buffer("weight", weight)
 
+    @property
+    def learnable(self) -> bool:
+        """Whether ``phi`` is a parameter."""
+        return isinstance(self.phi, nn.Parameter)
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         check_tensors("ParametricCrossEntropy", logits=logits, target=target)
         dim = 0 if logits.dim() == 1 else 2 if self.phi.dim() == 3 else 1
@@ -116,7 +125,7 @@ class ParametricCrossEntropy(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_classes={self.num_classes}, activation={self.activation!r}, "
-            f"learnable={isinstance(self.phi, nn.Parameter)}, weighted={self.weight is not None}, "
+            f"learnable={self.learnable}, weighted={self.weight is not None}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"reduction={self.reduction!r}"
         )

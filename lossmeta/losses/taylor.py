@@ -46,6 +46,9 @@ class TaylorLoss(OutputwiseLoss):
         >>> criterion(logits, torch.randint(3, (8,))).backward()
     """
 
+    DEFINING = ("order", "link")
+    APPLIED = ("ignore_index", "label_smoothing", "reduction")
+
     def __init__(
         self,
         order: int = 3,

@@ -139,7 +139,7 @@ def test_loss_and_learning_rate_together() -> None:
     one = learner(loss, learning_rate=1e-3, meta_optimizer=SGD(loss.parameters(), 0.5))
     train, valid = batches()
     model, optimizer = copy.deepcopy((one._step.model.plain, one.optimizer))
-    before = values(loss)
+    before = [p.detach().clone() for p in loss.parameters()]
     expected = meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid, learning_rates=True)
     one.step(train, valid)
     assert one.optimizer.param_groups[0]["lr"] == pytest.approx(

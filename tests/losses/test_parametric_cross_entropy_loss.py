@@ -54,7 +54,7 @@ def test_phi_is_a_buffer_unless_learnable() -> None:
     fixed, learnable = ParametricCrossEntropy(3), ParametricCrossEntropy(3, learnable=True)
     assert list(fixed.parameters()) == []
     assert [name for name, _ in learnable.named_parameters()] == ["phi"]
-    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi"]
+    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi", "_extra_state"]
     learnable(torch.randn(5, 3), torch.randint(3, (5,))).backward()
     assert learnable.phi.grad.abs().sum() > 0
 
