@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import REDUCTIONS, choice
+from lossmeta.losses import _plot
 from lossmeta.losses._mining import mined_triplets
 from lossmeta.losses._parameters import register
 from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops.distance_mixture import distance_mixture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class DistanceMixtureLoss(SavedLoss):
@@ -107,6 +112,38 @@ class DistanceMixtureLoss(SavedLoss):
             reduction=self.reduction,
         )
         return loss
+
+    @torch.no_grad()
+    def plot(self, distances: tuple[float, float] = (0.1, 2.0)) -> Figure:
+        r"""Draws what a positive and what a negative adds to the loss, over its distance to the anchor.
+
+        Args:
+            distances: lowest and highest; normalised embeddings are 2 apart at most.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
+            ValueError: for distances that are none.
+        """
+        d = _plot.distances("DistanceMixtureLoss", distances, self.phi)
+        embeddings = torch.cat([d.new_zeros(1), d])[:, None]
+        other = torch.arange(1, len(d) + 1, device=d.device)
+        triplets = torch.stack([torch.zeros_like(other), other, other], 1)
+
+        def side(chosen: Tensor) -> Tensor:
+            return distance_mixture(
+                embeddings, triplets, chosen, min_distance=self.min_distance, reduction="none"
+            )[0]
+
+        phi = self.phi.to(d.dtype)
+        none = torch.zeros_like(phi[:5])
+        values = {
+            "positive": side(torch.cat([phi[:5], none])),
+            "negative": side(torch.cat([none, phi[5:]])),
+        }
+        return _plot.panels("DistanceMixtureLoss", d, "distance", values)
 
     def extra_repr(self) -> str:
         return f"learnable={self.learnable}, min_distance={self.min_distance}, reduction={self.reduction!r}"

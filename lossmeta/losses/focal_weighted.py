@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import REDUCTIONS, check_same_device, choice, may_look, refuse
+from lossmeta.losses import _plot
 from lossmeta.losses._mining import Pairs, mined_pairs
 from lossmeta.losses._parameters import register
 from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.distance_mixture import distances
 from lossmeta.ops.focal_weighting import focal_weighting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class FocalWeightedLoss(SavedLoss):
@@ -108,6 +114,32 @@ class FocalWeightedLoss(SavedLoss):
         if self.reduction == "none":
             return loss
         return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
+
+    @torch.no_grad()
+    def plot(self, distances: tuple[float, float] = (0.0, 2.0)) -> Figure:
+        r"""Draws the loss of an anchor with a single positive, and with a single negative, over its distance.
+
+        Args:
+            distances: lowest and highest; normalised embeddings are 2 apart at most.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
+            ValueError: for distances that are none.
+        """
+        d = _plot.distances("FocalWeightedLoss", distances, self.phi)
+        embeddings = torch.cat([torch.zeros_like(d), d])[:, None]
+        anchor = torch.arange(len(d), device=d.device)
+        pair, none = (anchor, anchor + len(d)), (anchor[:0], anchor[:0])
+        each = copy.copy(self)
+        each.reduction = "none"
+        values = {
+            "positive": each._mined(embeddings, pair, none)[: len(d)],
+            "negative": each._mined(embeddings, none, pair)[: len(d)],
+        }
+        return _plot.panels("FocalWeightedLoss", d, "distance", values)
 
     def extra_repr(self) -> str:
         return f"offset={self.offset}, learnable={self.learnable}, reduction={self.reduction!r}"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from lossmeta import plot
 from lossmeta._checks import REDUCTIONS, check_fraction, check_tensors, choice
+from lossmeta.losses import _plot
 from lossmeta.losses._parameters import register
 from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, parametric_cross_entropy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ParametricCrossEntropy(SavedLoss):
@@ -121,6 +128,45 @@ class ParametricCrossEntropy(SavedLoss):
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
         )
+
+    def plot(self) -> Figure:
+        r"""Draws :math:`\Phi` as colours; where it is the identity, the loss and its slope.
+
+        A row of the picture is a true class, a column the class that it rewards (above 0) or penalises. The identity
+        says nothing as a picture. The loss depends on the probability of the true class alone then, and is drawn over
+        it, and beside it its slope in that class's logit. ``weight`` and ``label_smoothing`` are left out.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
+            ValueError: where ``phi`` is that of several models.
+        """
+        phi = self.phi.detach().cpu()
+        if phi.dim() != 2:
+            raise ValueError(
+                f"ParametricCrossEntropy: phi must be [C, C] to be drawn, got {list(phi.shape)}; draw one at a time"
+            )
+        if not torch.equal(phi, torch.eye(len(phi), dtype=phi.dtype)):
+            figure, (panel,) = plot.figure("ParametricCrossEntropy", size=(4.8, 4.0))
+            plot.matrix(panel, phi.tolist(), "Φ")
+            panel.set_xlabel("class")
+            panel.set_ylabel("true class")
+            return figure
+        p = torch.linspace(0, 1, _plot.POINTS, dtype=torch.float64)[1:-1]
+        with torch.enable_grad():
+            logits = torch.stack([p.log(), (1 - p).log()], 1).requires_grad_()
+            loss = parametric_cross_entropy(
+                logits,
+                torch.zeros(len(p), dtype=torch.int64),
+                torch.eye(2, dtype=p.dtype),
+                activation=self.activation,
+                reduction="none",
+            )
+            (slope,) = torch.autograd.grad(loss.sum(), logits)
+        values = {"loss": loss.detach(), "slope in the logit of the true class": slope[:, 0]}
+        return _plot.panels("ParametricCrossEntropy", p, "probability of the true class", values)
 
     def extra_repr(self) -> str:
         return (
