@@ -15,6 +15,7 @@ from lossmeta.adalfl.capture import CapturedStep, all_finite, check_capturable, 
 from lossmeta.adalfl.differentiable_step import DifferentiableStep, MetaGradient, StepOptions
 from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
 from lossmeta.adalfl.slope_floor import SlopeFloor
+from lossmeta.losses._parameters import project
 
 
 @dataclass
@@ -93,6 +94,8 @@ class OnlineLearner:
 
     A loss may have a method ``with_mixed_derivative(pred, target)`` as :meth:`LossNetwork.with_mixed_derivative
     <lossmeta.losses.LossNetwork.with_mixed_derivative>`. The step calls it and does not differentiate the loss twice.
+    It, or a module in it, may have a method ``project_()``, which brings its parameters back into their range. It is
+    called after every meta-update.
 
     Attributes:
         loss: the learned loss.
@@ -242,6 +245,7 @@ class OnlineLearner:
         result = self._step(train_batch, valid_batch)
         assert self.meta_optimizer is not None
         taken = update_where_finite(self.meta_optimizer, self._step.loss.phi, result.gradients)
+        project(self.loss)
         ratio = [] if result.slope_ratio is None else [result.slope_ratio]
         return [result.loss, result.task_loss, taken, *ratio]
 
@@ -309,6 +313,7 @@ class OnlineLearner:
             for p, g in zip(phi, found.gradients, strict=True):
                 p.grad = g
             meta.step()
+            project(self.loss)
             for p in phi:
                 p.grad = None
         if found.learning_rate_gradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,6 +74,24 @@ class OutputwiseLoss(SavedLoss):
         raise NotImplementedError
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        loss = self._plain(pred, target)
+        if self._unlearned:
+            self._say_unlearned(pred)
+        return loss
+
+    def _say_unlearned(self, pred: Tensor, remedy: str = "") -> None:
+        """Warns once of training with parameters as they were drawn; called by ``forward``."""
+        backward = pred.requires_grad and torch.is_grad_enabled()
+        if not (self.training and backward) or torch.compiler.is_compiling():
+            return
+        self._unlearned = False
+        warnings.warn(
+            f"{self.name}: a loss must be learned before it is minimised, got parameters as they were drawn; use "
+            f"{remedy}lossmeta.adalfl.initialize(loss, ...) or OnlineLearner, or load one",
+            stacklevel=5,  # this, forward and two of torch's own
+        )
+
+    def _plain(self, pred: Tensor, target: Tensor) -> Tensor:
         self._check(pred, target)
         if self.link == "identity":
             return self._regression(pred, target)

@@ -35,6 +35,7 @@ class SavedLoss(nn.Module):
 
     DEFINING: ClassVar[tuple[str, ...]]
     APPLIED: ClassVar[tuple[str, ...]]
+    _unlearned = False  # parameters as they were drawn, which serve nothing yet
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the loss with all its options to a safetensors file, for :meth:`load`.
@@ -134,6 +135,8 @@ class SavedLoss(nn.Module):
         )
         if key in missing_keys:
             missing_keys.remove(key)
+        if any(prefix + name in state_dict for name in self._parameters):
+            self._unlearned = False
 
     def _refusal(self, state: Any) -> str | None:
         """Why the values that come with this extra state are not for this loss."""

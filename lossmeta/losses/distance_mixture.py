@@ -27,7 +27,8 @@ class DistanceMixtureLoss(SavedLoss):
 
     The functions are listed at :func:`lossmeta.ops.distance_mixture`. :math:`\Phi \in [0, 1]^{10}` starts by
     selecting :math:`d^2` and :math:`0.5 / d`. ``phi`` is a buffer, which no optimizer finds among the
-    parameters and a controller sets; with ``learnable=True`` it is a parameter.
+    parameters and a controller sets; with ``learnable=True`` it is a parameter, which whoever steps it brings back into
+    that range by :meth:`project_`.
 
     Args:
         learnable: whether ``phi`` is a parameter instead of a buffer, for a controller that learns it from a
@@ -112,6 +113,11 @@ class DistanceMixtureLoss(SavedLoss):
             reduction=self.reduction,
         )
         return loss
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Brings ``phi`` back into [0, 1], in place; learners do so after every update."""
+        self.phi.clamp_(0, 1)
 
     @torch.no_grad()
     def plot(self, distances: tuple[float, float] = (0.1, 2.0)) -> Figure:

@@ -31,7 +31,8 @@ class FocalWeightedLoss(SavedLoss):
              + \frac{1}{\Phi_2} \log\Bigl[1 + \sum_{i^-} e^{-\Phi_2 (d^-_{i^-} - \alpha)}\Bigr]
 
     :math:`\Phi \in [0.1, 10]^2` starts at (1, 1). ``phi`` is a buffer, which no optimizer finds among the parameters
-    and a controller sets; with ``learnable=True`` it is a parameter, and whoever steps it keeps it in that range.
+    and a controller sets; with ``learnable=True`` it is a parameter, which whoever steps it brings back into that range
+    by :meth:`project_`.
 
     Args:
         offset: the distance :math:`\alpha` beyond which a positive, or within which a negative, weighs in.
@@ -114,6 +115,11 @@ class FocalWeightedLoss(SavedLoss):
         if self.reduction == "none":
             return loss
         return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Brings ``phi`` back into [0.1, 10], in place; learners do so after every update."""
+        self.phi.clamp_(0.1, 10)
 
     @torch.no_grad()
     def plot(self, distances: tuple[float, float] = (0.0, 2.0)) -> Figure:

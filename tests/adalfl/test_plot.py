@@ -50,6 +50,11 @@ def test_snapshots(tmp_path: Path) -> None:
     two.step(*pairs[4])
     assert [s.step for s in two.history] == [0, 2, 4]
     torch.testing.assert_close(two.history[1].state, expected[1], rtol=0, atol=0)
+    three = learner()
+    before = [
+        Snapshot(0, {n: v for n, v in s.state.items() if n != "_extra_state"}, None) for s in one.history
+    ]
+    assert len(plot_loss(before, three.loss).axes) == 3, "snapshots of before name no options"  # type: ignore[arg-type]
     assert learner().history == []
     with pytest.raises(ValueError, match=r"^OnlineLearner: snapshot_every must be at least 1, got 0$"):
         learner(snapshot_every=0)
