@@ -72,6 +72,16 @@ def shades(values: Sequence[float]) -> tuple[list[Any], ScalarMappable]:
     return [colours(scale(value)) for value in values], ScalarMappable(scale, colours)
 
 
+def matrix(axes: Axes, values: Sequence[Sequence[float]], label: str) -> None:
+    """Rows of numbers as colours, 0 in the middle of them, and a bar that says which is which."""
+    limit = max((abs(value) for row in values for value in row), default=0) or 1
+    figure = axes.get_figure()
+    assert figure is not None
+    picture = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
+    figure.colorbar(picture, ax=axes, label=label)
+    axes.locator_params(integer=True)  # rows and columns
+
+
 def intervals(axes: Axes, labels: Sequence[str], means: Sequence[float], deviations: Sequence[float]) -> None:
     """One line per label, from top to bottom: a dot at its mean and a bar of one deviation to either side."""
     axes.errorbar(means, range(len(labels)), xerr=deviations, fmt="o", capsize=4)

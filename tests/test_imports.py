@@ -173,7 +173,18 @@ def output(code: str) -> str:
 
 
 def test_import_is_quick() -> None:
-    slow = ["cvxpy", "osqp", "matplotlib", "pooch", "rich", "scipy", "sklearn", "torchmetrics", "typer"]
+    slow = [
+        "cvxpy",
+        "osqp",
+        "matplotlib",
+        "pooch",
+        "rich",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "torchmetrics",
+        "typer",
+    ]
     lazy = ["lossmeta.adalfl", "lossmeta.recipes", "lossmeta.experiments", "lossmeta.data"]
     assert output(f"import sys, lossmeta; print([m for m in {slow + lazy} if m in sys.modules])") == "[]"
 

@@ -19,6 +19,7 @@ from lossmeta.adalfl.implicit import SOLVERS, implicit
 from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
 from lossmeta.adalfl.learned_rate import descended
 from lossmeta.adalfl.unrolled import unrolled
+from lossmeta.losses._parameters import mark_learned, project
 
 
 def initialize(
@@ -111,6 +112,7 @@ def initialize(
         raise ValueError("initialize: loss must have parameters to learn, got none")
     meta_optimizer = meta_optimizer or Adam(phi, lr=1e-3)
     check_meta_optimizer("initialize", loss, meta_optimizer)
+    mark_learned(loss)
     train = endless("initialize", "train_batches", train_batches)
     valid = endless("initialize", "valid_batches", valid_batches)
     history = []
@@ -124,6 +126,7 @@ def initialize(
             for p, g in zip(phi, gradients, strict=True):
                 p.grad = g
             meta_optimizer.step()
+            project(loss)
             meta_optimizer.zero_grad(set_to_none=True)
         history.append(value.item() if finite else float("nan"))
         if progress:

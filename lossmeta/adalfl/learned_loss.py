@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lossmeta._checks import check_scalar
 from lossmeta._model_state import is_capturing
+from lossmeta.losses._parameters import mark_learned
 
 Mixed = Callable[[Tensor], Sequence[Tensor | None]]
 
@@ -35,6 +36,7 @@ class LearnedLoss:
         self.module = module
         self.device = device
         self.phi: list[Tensor] = to_learn(module)
+        mark_learned(module)
 
     def differentiated(self, f: Tensor, target: Tensor, meta: bool) -> tuple[Tensor, Tensor, Mixed]:
         """The loss at the prediction ``f``, its slope there, and what takes u to the gradients of <slope, u> in phi.

@@ -20,6 +20,7 @@ from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
 from lossmeta.adalfl.replicas import Replicas
 from lossmeta.adalfl.slope_floor import SlopeFloor
 from lossmeta.adalfl.verification import INTERVAL
+from lossmeta.losses._parameters import project
 
 
 @dataclass
@@ -104,6 +105,8 @@ class OnlineLearner:
 
     A loss may have a method ``with_mixed_derivative(pred, target)`` as :meth:`LossNetwork.with_mixed_derivative
     <lossmeta.losses.LossNetwork.with_mixed_derivative>`. The step calls it and does not differentiate the loss twice.
+    It, or a module in it, may have a method ``project_()``, which brings its parameters back into their range. It is
+    called after every meta-update.
 
     Attributes:
         loss: the learned loss.
@@ -268,6 +271,7 @@ class OnlineLearner:
         taken = update_where_finite(
             self.meta_optimizer, self._step.loss.phi, result.gradients, result.task_loss
         )
+        project(self.loss)
         ratio = [] if result.slope_ratio is None else [result.slope_ratio]
         return [result.loss, result.task_loss, taken, *ratio]
 
@@ -399,6 +403,7 @@ class OnlineLearner:
             for p, g in zip(phi, found.gradients, strict=True):
                 p.grad = g
             meta.step()
+            project(self.loss)
             for p in phi:
                 p.grad = None
         if found.learning_rate_gradients:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lossmeta._checks import (
     FLOAT_NAMES,
@@ -22,6 +23,7 @@ from lossmeta._checks import (
     outside,
 )
 from lossmeta.losses import _plot
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops._precision import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ LINKS = {"softmax": "softmax", "identity": "identity"}
 IGNORED = -100
 
 
-class OutputwiseLoss(nn.Module):
+class OutputwiseLoss(SavedLoss):
     """Base of losses ``(1/C) sum_i l(y_i, f_i)``: targets, weights and reduction as in ``torch.nn``.
 
     A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``. With ``takes_labels`` it is given class indices
@@ -72,6 +74,24 @@ class OutputwiseLoss(nn.Module):
         raise NotImplementedError
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        loss = self._plain(pred, target)
+        if self._unlearned:
+            self._say_unlearned(pred)
+        return loss
+
+    def _say_unlearned(self, pred: Tensor, remedy: str = "") -> None:
+        """Warns once of training with parameters as they were drawn; called by ``forward``."""
+        backward = pred.requires_grad and torch.is_grad_enabled()
+        if not (self.training and backward) or torch.compiler.is_compiling():
+            return
+        self._unlearned = False
+        warnings.warn(
+            f"{self.name}: a loss must be learned before it is minimised, got parameters as they were drawn; use "
+            f"{remedy}lossmeta.adalfl.initialize(loss, ...) or OnlineLearner, or load one",
+            stacklevel=5,  # this, forward and two of torch's own
+        )
+
+    def _plain(self, pred: Tensor, target: Tensor) -> Tensor:
         self._check(pred, target)
         target = with_labels_as_int64(target)
         if self.link == "identity":

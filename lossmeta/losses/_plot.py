@@ -1,14 +1,16 @@
-"""Draws learned losses as functions of one prediction."""
+"""Draws losses as functions of one prediction, probability or distance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lossmeta import plot
+from lossmeta.ops._precision import accumulation_dtype
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,4 +63,21 @@ def draw(
     axes[0].set_ylabel("learned loss")
     if len(steps) > 1:
         figure.colorbar(scale, ax=axes, label="training step")
+    return figure
+
+
+def distances(name: str, span: tuple[float, float], like: Tensor) -> Tensor:
+    """Equally spaced distances ``[P]``."""
+    if not 0 <= span[0] < span[1] < math.inf:
+        raise ValueError(f"{name}: distances must be (lowest, highest), finite and from 0 on, got {span}")
+    return torch.linspace(*span, POINTS, device=like.device, dtype=accumulation_dtype(like.dtype))
+
+
+def panels(name: str, x: Tensor, label: str, values: Mapping[str, Tensor]) -> Figure:
+    """One panel with one line over ``x`` for each of the values ``[P]``."""
+    figure, axes = plot.figure(name, columns=len(values))
+    for axis, (title, y) in zip(axes, values.items(), strict=True):
+        axis.plot(x.tolist(), y.tolist(), linewidth=1)
+        axis.set_title(title)
+        axis.set_xlabel(label)
     return figure

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import REDUCTIONS, choice
+from lossmeta.losses import _plot
 from lossmeta.losses._mining import Batch, Pairs, Triplets, read_batch, refuse_options
 from lossmeta.losses._parameters import register
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.distance_mixture import distance_mixture
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class DistanceMixtureLoss(nn.Module):
+
+class DistanceMixtureLoss(SavedLoss):
     r"""Triplet loss as an adaptive mixture of ten functions of the distance (ALA, Eq. 9).
 
     .. math:: \ell = \sum_{i=1}^5 \Phi_i F^+_i(d^+) + \sum_{i=1}^5 \Phi_{i+5} F^-_i(d^-)
 
     The functions are listed at :func:`lossmeta.ops.distance_mixture`. :math:`\Phi \in [0, 1]^{10}` starts by
     selecting :math:`d^2` and :math:`0.5 / d`. ``phi`` is a buffer, which no optimizer finds among the
-    parameters and a controller sets; with ``learnable=True`` it is a parameter.
+    parameters and a controller sets; with ``learnable=True`` it is a parameter, which whoever steps it brings back into
+    that range by :meth:`project_`.
 
     Args:
         learnable: whether ``phi`` is a parameter instead of a buffer, for a controller that learns it from a
@@ -58,6 +65,9 @@ class DistanceMixtureLoss(nn.Module):
         >>> criterion(embeddings, torch.arange(8) // 2).backward()
     """
 
+    DEFINING = ("min_distance",)
+    APPLIED = ("learnable", "reduction")
+
     phi: Tensor
 
     def __init__(
@@ -84,6 +94,11 @@ class DistanceMixtureLoss(nn.Module):
         phi = torch.zeros(10, device=device, dtype=dtype)
         phi[0] = phi[5] = 1
         register(self, "phi", phi, learnable)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether ``phi`` is a parameter."""
+        return isinstance(self.phi, nn.Parameter)
 
     def forward(
         self,
@@ -137,11 +152,45 @@ class DistanceMixtureLoss(nn.Module):
         )
         return loss
 
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Brings ``phi`` back into [0, 1], in place; learners do so after every update."""
+        self.phi.clamp_(0, 1)
+
+    @torch.no_grad()
+    def plot(self, distances: tuple[float, float] = (0.1, 2.0)) -> Figure:
+        r"""Draws what a positive and what a negative adds to the loss, over its distance to the anchor.
+
+        Args:
+            distances: lowest and highest; normalised embeddings are 2 apart at most.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
+            ValueError: for distances that are none.
+        """
+        d = _plot.distances("DistanceMixtureLoss", distances, self.phi)
+        embeddings = torch.cat([d.new_zeros(1), d])[:, None]
+        other = torch.arange(1, len(d) + 1, device=d.device)
+        triplets = torch.stack([torch.zeros_like(other), other, other], 1)
+
+        def side(chosen: Tensor) -> Tensor:
+            return distance_mixture(
+                embeddings, triplets, chosen, min_distance=self.min_distance, reduction="none"
+            )[0]
+
+        phi = self.phi.to(d.dtype)
+        none = torch.zeros_like(phi[:5])
+        values = {
+            "positive": side(torch.cat([phi[:5], none])),
+            "negative": side(torch.cat([none, phi[5:]])),
+        }
+        return _plot.panels("DistanceMixtureLoss", d, "distance", values)
+
     def extra_repr(self) -> str:
-        return (
-            f"learnable={isinstance(self.phi, nn.Parameter)}, min_distance={self.min_distance}, "
-            f"reduction={self.reduction!r}"
-        )
+        return f"learnable={self.learnable}, min_distance={self.min_distance}, reduction={self.reduction!r}"
 
 
 def _formed(positives: Pairs, negatives: Pairs) -> Triplets:

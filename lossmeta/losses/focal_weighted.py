@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import REDUCTIONS, check_same_device, choice, may_look, refuse
+from lossmeta.losses import _plot
 from lossmeta.losses._mining import Pairs, read_batch, refuse_options
 from lossmeta.losses._parameters import register
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.distance_mixture import distances
 from lossmeta.ops.focal_weighting import focal_weighting
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class FocalWeightedLoss(nn.Module):
+
+class FocalWeightedLoss(SavedLoss):
     r"""Soft hardest-pair loss with adaptive temperatures (ALA, Eq. 10).
 
     .. math::
@@ -24,7 +31,8 @@ class FocalWeightedLoss(nn.Module):
              + \frac{1}{\Phi_2} \log\Bigl[1 + \sum_{i^-} e^{-\Phi_2 (d^-_{i^-} - \alpha)}\Bigr]
 
     :math:`\Phi \in [0.1, 10]^2` starts at (1, 1). ``phi`` is a buffer, which no optimizer finds among the parameters
-    and a controller sets; with ``learnable=True`` it is a parameter, and whoever steps it keeps it in that range.
+    and a controller sets; with ``learnable=True`` it is a parameter, which whoever steps it brings back into that range
+    by :meth:`project_`.
 
     Args:
         offset: the distance :math:`\alpha` beyond which a positive, or within which a negative, weighs in.
@@ -61,6 +69,9 @@ class FocalWeightedLoss(nn.Module):
         >>> criterion(embeddings, torch.arange(8) // 2).backward()
     """
 
+    DEFINING = ("offset",)
+    APPLIED = ("learnable", "reduction")
+
     phi: Tensor
 
     def __init__(
@@ -81,6 +92,11 @@ class FocalWeightedLoss(nn.Module):
         self.offset = offset
         self.reduction = reduction
         register(self, "phi", torch.ones(2, device=device, dtype=dtype), learnable)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether ``phi`` is a parameter."""
+        return isinstance(self.phi, nn.Parameter)
 
     def forward(
         self,
@@ -116,8 +132,39 @@ class FocalWeightedLoss(nn.Module):
             return loss
         return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
 
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Brings ``phi`` back into [0.1, 10], in place; learners do so after every update."""
+        self.phi.clamp_(0.1, 10)
+
+    @torch.no_grad()
+    def plot(self, distances: tuple[float, float] = (0.0, 2.0)) -> Figure:
+        r"""Draws the loss of an anchor with a single positive, and with a single negative, over its distance.
+
+        Args:
+            distances: lowest and highest; normalised embeddings are 2 apart at most.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
+            ValueError: for distances that are none.
+        """
+        d = _plot.distances("FocalWeightedLoss", distances, self.phi)
+        embeddings = torch.cat([torch.zeros_like(d), d])[:, None]
+        anchor = torch.arange(len(d), device=d.device)
+        pair, none = (anchor, anchor + len(d)), (anchor[:0], anchor[:0])
+        each = copy.copy(self)
+        each.reduction = "none"
+        values = {
+            "positive": each._of_pairs(embeddings, embeddings, pair, none)[: len(d)],
+            "negative": each._of_pairs(embeddings, embeddings, none, pair)[: len(d)],
+        }
+        return _plot.panels("FocalWeightedLoss", d, "distance", values)
+
     def extra_repr(self) -> str:
-        return f"offset={self.offset}, learnable={isinstance(self.phi, nn.Parameter)}, reduction={self.reduction!r}"
+        return f"offset={self.offset}, learnable={self.learnable}, reduction={self.reduction!r}"
 
 
 def _log_sum_exp(

@@ -25,8 +25,8 @@ class LossNetwork(OutputwiseLoss):
 
     :math:`\ell_\phi` has the inputs target and prediction, two hidden layers and no biases. Its weights
     ``input_weight`` [H, 2], ``hidden_weight`` [H, H] and ``output_weight`` [1, H] are parameters that start
-    Kaiming-normal; until they have been learned, minimising this loss serves nothing. Give them an optimizer of their
-    own, not the model's.
+    Kaiming-normal; until they have been learned, minimising this loss serves nothing, and the first call in training
+    warns. Give them an optimizer of their own, not the model's (:func:`check_not_minimized` looks).
 
     With ``residual`` the network is added to a task loss and its output layer starts at zero, so that the loss starts
     as the task loss exactly and nothing need be learned before the training:
@@ -76,13 +76,23 @@ class LossNetwork(OutputwiseLoss):
         TypeError: for an option of another type, and when called with something that is not a tensor.
 
     Example:
-        >>> criterion = LossNetwork()
+        >>> criterion = LossNetwork(residual="cross_entropy")  # starts as torch.nn.CrossEntropyLoss()
         >>> logits = torch.randn(8, 3, requires_grad=True)
         >>> criterion(logits, torch.randint(3, (8,))).backward()
-        >>> criterion = LossNetwork(residual="cross_entropy")  # starts as torch.nn.CrossEntropyLoss()
     """
 
     takes_labels = True
+    DEFINING = (
+        "hidden",
+        "leak",
+        "smoothness",
+        "activation",
+        "output",
+        "link",
+        "residual",
+        "normalize_slope",
+    )
+    APPLIED = ("exact", "ignore_index", "label_smoothing", "reduction")
 
     def __init__(
         self,
@@ -136,13 +146,16 @@ class LossNetwork(OutputwiseLoss):
 
     def reset_parameters(self) -> None:
         """Draws the weights anew; with a residual the output layer's are 0."""
+        self._unlearned = self.residual is None
         for weight in (self.input_weight, self.hidden_weight, self.output_weight):
             nn.init.kaiming_normal_(weight)
         if self.residual is not None:
             nn.init.zeros_(self.output_weight)
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        loss = super().forward(pred, target)
+        loss = super()._plain(pred, target)
+        if self._unlearned:
+            self._say_unlearned(pred, "residual=..., ")
         if self.residual is None and not self.normalize_slope:
             return loss
         target = with_labels_as_int64(target)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lossmeta import plot
 from lossmeta._checks import REDUCTIONS, check_fraction, check_tensors, choice
+from lossmeta.losses import _plot
 from lossmeta.losses._parameters import register
+from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, LowRankPhi, parametric_cross_entropy
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class ParametricCrossEntropy(nn.Module):
+
+class ParametricCrossEntropy(SavedLoss):
     r"""Cross-entropy whose class correlations :math:`\Phi` adapt (ALA, Eq. 6), for ``CrossEntropyLoss``.
 
     .. math:: \ell = -\sigma\bigl(y^\top \Phi \log \mathrm{softmax}(x)\bigr)
@@ -65,6 +72,9 @@ class ParametricCrossEntropy(nn.Module):
         >>> criterion(logits, torch.randint(3, (8,))).backward()
         >>> criterion = ParametricCrossEntropy(131072, rank=8)  # a matrix would take 69 GB
     """
+
+    DEFINING = ("num_classes", "activation", "rank")
+    APPLIED = ("learnable", "ignore_index", "label_smoothing", "reduction")
 
     phi: Tensor
     phi_diagonal: Tensor
@@ -119,6 +129,11 @@ class ParametricCrossEntropy(nn.Module):
             register(self, "phi_right", drawn, learnable)
         self.register_buffer("weight", weight)
 
+    @property
+    def learnable(self) -> bool:
+        """Whether ``phi`` is a parameter."""
+        return isinstance(self.phi if self.rank is None else self.phi_diagonal, nn.Parameter)
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         check_tensors("ParametricCrossEntropy", logits=logits, target=target)
         phi: Tensor | LowRankPhi
@@ -144,12 +159,55 @@ class ParametricCrossEntropy(nn.Module):
             reduction=self.reduction,
         )
 
+    def plot(self) -> Figure:
+        r"""Draws :math:`\Phi` as colours; where it is the identity, the loss and its slope.
+
+        A row of the picture is a true class, a column the class that it rewards (above 0) or penalises. The identity
+        says nothing as a picture. The loss depends on the probability of the true class alone then, and is drawn over
+        it, and beside it its slope in that class's logit. ``weight`` and ``label_smoothing`` are left out.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
+            ValueError: where ``phi`` is that of several models.
+        """
+        phi = (
+            self.phi
+            if self.rank is None
+            else LowRankPhi(self.phi_diagonal, self.phi_left, self.phi_right).dense()
+        )
+        phi = phi.detach().cpu()
+        if phi.dim() != 2:
+            raise ValueError(
+                f"ParametricCrossEntropy: phi must be [C, C] to be drawn, got {list(phi.shape)}; draw one at a time"
+            )
+        if not torch.equal(phi, torch.eye(len(phi), dtype=phi.dtype)):
+            figure, (panel,) = plot.figure("ParametricCrossEntropy", size=(4.8, 4.0))
+            plot.matrix(panel, phi.tolist(), "Φ")
+            panel.set_xlabel("class")
+            panel.set_ylabel("true class")
+            return figure
+        p = torch.linspace(0, 1, _plot.POINTS, dtype=torch.float64)[1:-1]
+        with torch.enable_grad():
+            logits = torch.stack([p.log(), (1 - p).log()], 1).requires_grad_()
+            loss = parametric_cross_entropy(
+                logits,
+                torch.zeros(len(p), dtype=torch.int64),
+                torch.eye(2, dtype=p.dtype),
+                activation=self.activation,
+                reduction="none",
+            )
+            (slope,) = torch.autograd.grad(loss.sum(), logits)
+        values = {"loss": loss.detach(), "slope in the logit of the true class": slope[:, 0]}
+        return _plot.panels("ParametricCrossEntropy", p, "probability of the true class", values)
+
     def extra_repr(self) -> str:
         rank = "" if self.rank is None else f"rank={self.rank}, "
-        learnable = isinstance(self.phi if self.rank is None else self.phi_diagonal, nn.Parameter)
         return (
             f"num_classes={self.num_classes}, {rank}activation={self.activation!r}, "
-            f"learnable={learnable}, weighted={self.weight is not None}, "
+            f"learnable={self.learnable}, weighted={self.weight is not None}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"reduction={self.reduction!r}"
         )

@@ -19,7 +19,8 @@ class TaylorLoss(OutputwiseLoss):
               + \tfrac12 a_5 \hat y y'^2 + \tfrac12 a_6 \hat y^2 y'
 
     ``coefficients`` :math:`(a_1, \dots, a_6)`, for order 2 :math:`(a_1, a_2, a_4)`, and ``center``
-    :math:`(c_0, c_1)` are parameters that start at :math:`0.001 \cdot N(0, 1)`.
+    :math:`(c_0, c_1)` are parameters that start at :math:`0.001 \cdot N(0, 1)`. Until they have been learned,
+    minimising this loss serves nothing, and the first call in training warns.
 
     Args:
         order: 2 (quadratic) or 3 (cubic).
@@ -42,9 +43,14 @@ class TaylorLoss(OutputwiseLoss):
 
     Example:
         >>> criterion = TaylorLoss(order=2)
+        >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+        >>> history = lossmeta.adalfl.initialize(criterion, lambda: torch.nn.Linear(4, 3), batches, batches, steps=2)
         >>> logits = torch.randn(8, 3, requires_grad=True)
         >>> criterion(logits, torch.randint(3, (8,))).backward()
     """
+
+    DEFINING = ("order", "link")
+    APPLIED = ("ignore_index", "label_smoothing", "reduction")
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class TaylorLoss(OutputwiseLoss):
 
     def reset_parameters(self) -> None:
         """Draws coefficients and centre anew."""
+        self._unlearned = True
         nn.init.normal_(self.coefficients, std=0.001)
         nn.init.normal_(self.center, std=0.001)
 

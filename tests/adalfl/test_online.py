@@ -139,7 +139,7 @@ def test_loss_and_learning_rate_together() -> None:
     one = learner(loss, learning_rate=1e-3, meta_optimizer=SGD(loss.parameters(), 0.5))
     train, valid = batches()
     model, optimizer = copy.deepcopy((one._step.model.plain, one.optimizer))
-    before = values(loss)
+    before = [p.detach().clone() for p in loss.parameters()]
     expected = meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid, learning_rates=True)
     one.step([train], valid)
     assert one.optimizer.param_groups[0]["lr"] == pytest.approx(
@@ -455,6 +455,16 @@ def test_resumes_before_an_update_that_is_undone(tmp_path: Path) -> None:
     torch.testing.assert_close(
         one.meta_optimizer.state_dict(), two.meta_optimizer.state_dict(), rtol=0, atol=0
     )
+
+
+def test_refuses_the_state_of_another_loss() -> None:
+    one, two = (learner(LossNetwork(8, leak, dtype=torch.float64)) for leak in (0.1, 0.2))
+    before = copy.deepcopy(one.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"that of LossNetwork\(leak=0.1\), got that of LossNetwork\(leak=0.2\)"
+    ):
+        one.load_state_dict(two.state_dict())
+    torch.testing.assert_close(one.state_dict(), before, rtol=0, atol=0)
 
 
 def test_resumes_in_the_same_bits(tmp_path: Path) -> None:

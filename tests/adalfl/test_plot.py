@@ -50,6 +50,11 @@ def test_snapshots(tmp_path: Path) -> None:
     two.step(*pairs[4])
     assert [s.step for s in two.history] == [0, 2, 4]
     torch.testing.assert_close(two.history[1].state, expected[1], rtol=0, atol=0)
+    three = learner()
+    before = [
+        Snapshot(0, {n: v for n, v in s.state.items() if n != "_extra_state"}, None) for s in one.history
+    ]
+    assert len(plot_loss(before, three.loss).axes) == 3, "snapshots of before name no options"  # type: ignore[arg-type]
     assert learner().history == []
     with pytest.raises(ValueError, match=r"^OnlineLearner: snapshot_every must be at least 1, got 0$"):
         learner(snapshot_every=0)
@@ -107,9 +112,10 @@ def test_draws_one_line_per_snapshot_from_dark_to_bright(tmp_path: Path) -> None
 
 def test_draws_a_loss_as_it_is() -> None:
     pytest.importorskip("matplotlib")
+    before = "matplotlib.pyplot" in sys.modules
     for loss in (TaylorLoss(), LossNetwork()):
         assert [len(axis.get_lines()) for axis in loss.plot().axes] == [1, 1]
-    assert "matplotlib.pyplot" not in sys.modules
+    assert ("matplotlib.pyplot" in sys.modules) == before
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

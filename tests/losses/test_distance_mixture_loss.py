@@ -88,7 +88,7 @@ def test_no_triplets_give_a_gradient_of_zero(batch: tuple[Tensor, Tensor]) -> No
 def test_phi_is_a_buffer_unless_learnable(batch: tuple[Tensor, Tensor]) -> None:
     fixed, learnable = DistanceMixtureLoss(), DistanceMixtureLoss(learnable=True)
     assert list(fixed.parameters()) == []
-    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi"]
+    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi", "_extra_state"]
     learnable(*batch).backward()
     assert learnable.phi.grad is not None
     assert learnable.phi.grad.abs().min() > 0

@@ -104,7 +104,7 @@ def test_phi_is_a_buffer_unless_learnable(batch: tuple[Tensor, Tensor]) -> None:
     fixed, learnable = FocalWeightedLoss(), FocalWeightedLoss(learnable=True)
     assert fixed.phi.tolist() == [1, 1]
     assert list(fixed.parameters()) == []
-    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi"]
+    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi", "_extra_state"]
     learnable(*batch).backward()
     assert learnable.phi.grad is not None
     assert learnable.phi.grad.abs().min() > 0

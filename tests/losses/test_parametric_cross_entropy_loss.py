@@ -54,7 +54,7 @@ def test_phi_is_a_buffer_unless_learnable() -> None:
     fixed, learnable = ParametricCrossEntropy(3), ParametricCrossEntropy(3, learnable=True)
     assert list(fixed.parameters()) == []
     assert [name for name, _ in learnable.named_parameters()] == ["phi"]
-    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi"]
+    assert list(fixed.state_dict()) == list(learnable.state_dict()) == ["phi", "_extra_state"]
     learnable(torch.randn(5, 3), torch.randint(3, (5,))).backward()
     assert learnable.phi.grad.abs().sum() > 0
 
@@ -115,7 +115,7 @@ def test_low_rank_state() -> None:
     fixed, learnable = ParametricCrossEntropy(5, rank=2), ParametricCrossEntropy(5, rank=2, learnable=True)
     assert list(fixed.parameters()) == []
     assert [name for name, _ in learnable.named_parameters()] == names
-    assert list(fixed.state_dict()) == list(learnable.state_dict()) == names
+    assert list(fixed.state_dict()) == list(learnable.state_dict()) == [*names, "_extra_state"]
     fixed.load_state_dict(learnable.state_dict())
     assert torch.equal(fixed.phi_right, learnable.phi_right)
     learnable(torch.randn(7, 5), torch.randint(5, (7,))).backward()
