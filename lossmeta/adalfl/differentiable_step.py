@@ -130,9 +130,9 @@ def meta_gradient(
             ``"jvp"``: exact, by forward-mode differentiation; least memory. ``"finite_difference"``: one forward pass
             more, or two where the model has no ReLU or max-pooling; also for models that forward mode does not know,
             such as compiled ones. Its relative error in float32 is about 1e-3, with two passes 1e-5; see
-            docs/results/finite-differences.md for the worst. Under autocast it computes in float32, with one pass more; a model of bfloat16
-            weights costs it a tenth and more. ``"auto"``: see :func:`choose_backend`; where that one fails, or does
-            not agree with the backward pass, another, with a warning.
+            docs/results/finite-differences.md for the worst. Under autocast it computes in float32, with one pass more;
+            a model of bfloat16 weights costs it a tenth and more. ``"auto"``: see :func:`choose_backend`; where that
+            one fails, or does not agree with the backward pass, another, with a warning.
         clip_norm: largest norm of the whole gradient; larger ones are scaled down.
         clip_value: largest absolute value of an element of the gradient.
         approximate: take the step of an optimizer that is not elementwise for ``lr * g``.
