@@ -178,6 +178,7 @@ def fill(work: Path, whole: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     torch.set_num_threads(1)
     plot.installed = lambda: False
     work = Path(sys.argv[1])
