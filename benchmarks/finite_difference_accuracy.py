@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD
 
-from lossmeta.adalfl.differentiable_step import DifferentiableStep, StepOptions
+from lossmeta.adalfl.differentiable_step import DifferentiableStep
+from lossmeta.adalfl.records import StepOptions
 from lossmeta.losses import LossNetwork
 
 SEEDS, RATES = range(10), (0.1, 0.01, 0.001)

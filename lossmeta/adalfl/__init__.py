@@ -1,11 +1,12 @@
 """AdaLFL: losses learned while the model trains, by the gradient of what each step achieved."""
 
-from lossmeta.adalfl.backends import choose_backend
-from lossmeta.adalfl.differentiable_step import MetaGradient, meta_gradient
+from lossmeta.adalfl.choice_of_backend import choose_backend
 from lossmeta.adalfl.initialization import initialize, initialize_learning_rate
 from lossmeta.adalfl.learned_loss import DivergedError
-from lossmeta.adalfl.online import OnlineLearner, Snapshot, StepReport
+from lossmeta.adalfl.meta_gradient import meta_gradient
+from lossmeta.adalfl.online import OnlineLearner
 from lossmeta.adalfl.plot import plot_loss
+from lossmeta.adalfl.records import MetaGradient, Snapshot, StepReport
 from lossmeta.adalfl.verification import BackendError
 
 __all__ = [

@@ -17,6 +17,38 @@ from lossmeta._model_state import RandomState
 Step = Callable[[Any, Any], Sequence[Tensor]]
 
 
+def check_learner_capturable(
+    device: torch.device,
+    distributed: bool,
+    decides: bool,
+    optimizer: Optimizer,
+    meta_optimizer: Optimizer | None,
+) -> list[Optimizer]:
+    """The optimizers, where nothing of the step must be read by the host.
+
+    Args:
+        device: of the model.
+        distributed: whether the model is in several processes.
+        decides: whether something is decided by the values of a step.
+        optimizer: of the model.
+        meta_optimizer: of the loss; ``None`` where it has no parameters.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"OnlineLearner: capture=True needs the model on a CUDA device, got {device}; move it, or leave capture"
+        )
+    if distributed:
+        raise ValueError("OnlineLearner: with capture=True model must not be a DistributedDataParallel")
+    if meta_optimizer is None or decides:
+        raise ValueError(
+            "OnlineLearner: with capture=True the loss must have parameters, and learning_rate and min_slope, which "
+            "decide on the host, must be left as they are"
+        )
+    check_capturable("optimizer", optimizer)
+    check_capturable("meta_optimizer", meta_optimizer)
+    return [optimizer, meta_optimizer]
+
+
 def check_capturable(argument: str, optimizer: Optimizer) -> None:
     """Refuses an optimizer that reads from the device, or counts its steps on the host."""
     captures = type(optimizer) is SGD or (

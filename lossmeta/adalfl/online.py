@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,46 +13,19 @@ from torch.optim import Adam, Optimizer
 
 from lossmeta._batches import Batch, Loss, Output, checked, checked_batches
 from lossmeta._checks import check_at_least_one, check_positive_and_finite
-from lossmeta.adalfl.capture import CapturedStep, all_finite, check_capturable, update_where_finite
-from lossmeta.adalfl.differentiable_step import DifferentiableStep, MetaGradient, StepOptions, copied_state
+from lossmeta.adalfl.capture import (
+    CapturedStep,
+    all_finite,
+    check_learner_capturable,
+    update_where_finite,
+)
+from lossmeta.adalfl.differentiable_step import DifferentiableStep, copied_state
 from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
+from lossmeta.adalfl.records import MetaGradient, Snapshot, StepOptions, StepReport
 from lossmeta.adalfl.replicas import Replicas
 from lossmeta.adalfl.slope_floor import SlopeFloor
 from lossmeta.adalfl.verification import INTERVAL
 from lossmeta.losses._parameters import project
-
-
-@dataclass
-class StepReport:
-    """What one call of :meth:`OnlineLearner.step` did.
-
-    Attributes:
-        loss: the learned loss on the training batch, before the step.
-        task_loss: the task loss on the validation batch after it, or ``None`` without a meta-update.
-        slope_ratio: mean absolute slope of the learned loss over that of the task loss; how much of a gain is only a
-            larger learning rate. ``None`` unless ``log_slope``.
-        skipped: why a meta-update was due but not taken, or ``None``.
-    """
-
-    loss: Tensor
-    task_loss: Tensor | None
-    slope_ratio: Tensor | None
-    skipped: str | None
-
-
-@dataclass
-class Snapshot:
-    """The learned loss at one time of the training.
-
-    Attributes:
-        step: training steps done.
-        state: the loss's ``state_dict()``, copied to the CPU.
-        slope_ratio: that of the last step, if it was logged.
-    """
-
-    step: int
-    state: dict[str, Tensor]
-    slope_ratio: float | None
 
 
 class OnlineLearner:
@@ -242,22 +214,10 @@ class OnlineLearner:
         self._captured = self._make_captured() if capture else None
 
     def _make_captured(self) -> CapturedStep:
-        model = self._step.model
-        if model.device.type != "cuda":
-            raise ValueError(
-                f"OnlineLearner: capture=True needs the model on a CUDA device, got {model.device}; move it, or leave "
-                "capture"
-            )
-        if self.meta_optimizer is None or self.learning_rate or self.min_slope is not None:
-            raise ValueError(
-                "OnlineLearner: with capture=True the loss must have parameters, and learning_rate and min_slope, "
-                "which decide on the host, must be left as they are"
-            )
-        if model.distributed:
-            raise ValueError("OnlineLearner: with capture=True model must not be a DistributedDataParallel")
-        optimizers = [self._step.optimizer, self.meta_optimizer]
-        for name, optimizer in zip(("optimizer", "meta_optimizer"), optimizers, strict=True):
-            check_capturable(name, optimizer)
+        model, meta = self._step.model, self.meta_optimizer
+        decides = bool(self.learning_rate) or self.min_slope is not None
+        own = self._step.optimizer
+        optimizers = check_learner_capturable(model.device, model.distributed, decides, own, meta)
         return CapturedStep(self._step_on_device, list(model.names), optimizers)
 
     def _step_on_device(self, train_batch: Batch, valid_batch: Batch) -> list[Tensor]:
@@ -334,7 +294,7 @@ class OnlineLearner:
         """Keeps what a step changes beside the model and its optimizer, and brings it back if the step fails."""
         loss, meta = [*self.loss.parameters(), *self.loss.buffers()], self.meta_optimizer
         values = [t.detach().clone() for t in loss]
-        state = None if meta is None else copied_state(meta)
+        state = copied_state(meta) if meta else {}
         counters = self.steps, self.skipped, len(self.history), self._accumulated, self._floor.accepted
         try:
             yield
@@ -344,7 +304,7 @@ class OnlineLearner:
                 torch._foreach_copy_(loss, values)
             for p in loss:
                 p.grad = None
-            if meta is not None and state is not None:
+            if meta is not None:
                 meta.state.clear()
                 meta.state.update(state)
             self.steps, self.skipped, length, self._accumulated, self._floor.accepted = counters

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lossmeta.adalfl.online import Snapshot
+from lossmeta.adalfl.records import Snapshot
 from lossmeta.losses import _plot
 from lossmeta.losses._outputwise import OutputwiseLoss
 

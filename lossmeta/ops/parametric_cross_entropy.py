@@ -1,4 +1,8 @@
-"""Parametric cross-entropy (ALA, Eq. 6)."""
+"""Parametric cross-entropy (ALA, Eq. 6).
+
+A long file, for an operator is one file on each floor: this one has two kinds of targets, two forms of its parameters,
+and rules for vmap.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam
 
 from lossmeta.adalfl import DivergedError, OnlineLearner, meta_gradient
-from lossmeta.adalfl.differentiable_step import DifferentiableStep, StepOptions
+from lossmeta.adalfl.differentiable_step import DifferentiableStep
+from lossmeta.adalfl.records import StepOptions
 from lossmeta.losses import LossNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:AdaLFL. the first step")

@@ -15,7 +15,8 @@ from torch.optim import SGD, Adam
 
 from lossmeta.adalfl import DivergedError, OnlineLearner, meta_gradient
 from lossmeta.adalfl.capture import all_finite
-from lossmeta.adalfl.differentiable_step import DifferentiableStep, StepOptions
+from lossmeta.adalfl.differentiable_step import DifferentiableStep
+from lossmeta.adalfl.records import StepOptions
 from lossmeta.losses import DistanceMixtureLoss, LossNetwork, ParametricCrossEntropy, TaylorLoss
 
 
