@@ -110,6 +110,23 @@ class RandomState:
         )
 
 
+class ThreadModes:
+    """Grad mode and autocast of the calling thread, as they are when this is made.
+
+    Context managers end with them as before, unless an interrupt strikes while they end.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.grad = kind, torch.is_grad_enabled()
+        self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def bring_back(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        enabled, dtype = self.autocast
+        torch.set_autocast_enabled(self.kind, enabled)
+        torch.set_autocast_dtype(self.kind, dtype)
+
+
 class ModelState:
     """Random numbers, buffers and plain attributes of a model, as they are when this is made.
 

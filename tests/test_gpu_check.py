@@ -281,6 +281,16 @@ def test_a_slight_excess_must_come_again() -> None:
     assert not last(1.5, seed=3)
 
 
+def test_judge_allows_the_rounding_to_subnormal_numbers() -> None:
+    spacing = 2.0**-24  # of float16 at zero
+    expected = torch.tensor([0.49 * spacing], dtype=torch.float64)
+    rounded, one_more = expected.half(), torch.tensor([spacing]).half()
+    (right,) = judge(["y"], [rounded], [[expected]], [expected], torch.float32, {})
+    (wrong,) = judge(["y"], [one_more], [[expected]], [expected], torch.float32, {})
+    assert right.ok
+    assert not wrong.ok
+
+
 def test_judge_is_strict_with_counts_and_bits() -> None:
     counts = torch.tensor([3, 4])
     (right,) = judge(["n"], [counts], [[counts]], [counts], torch.float32, {})

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lossmeta._batches import Batch, Loss, samples
 from lossmeta._checks import check_scalar
-from lossmeta._model_state import ModelState, Watch, is_capturing
+from lossmeta._model_state import ModelState, ThreadModes, Watch, is_capturing
 from lossmeta.adalfl.backends import Check, DoubleBackward, ForwardMode, TrainingPass
 from lossmeta.adalfl.channels_last import ChannelsLast, in_channels_last
 from lossmeta.adalfl.choice_of_backend import BACKENDS, make_backend
@@ -99,7 +99,7 @@ class DifferentiableStep:
         if is_capturing(self.model.device):  # then nothing runs yet, nor has to be undone
             yield
             return
-        optimizer = self.optimizer
+        optimizer, modes = self.optimizer, ThreadModes(self.model.device.type)
         start = ModelState(self.model.plain, self.model.device, self.watch, everything=self._check_is_due())
         gradients = {p: p.grad for p, _ in parameters_of(optimizer)}
         state = copied_state(optimizer)
@@ -124,6 +124,7 @@ class DifferentiableStep:
             yield
         except BaseException:
             self.undo()
+            modes.bring_back()
             raise
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.optim import Adam, Optimizer
 
 from lossmeta._batches import Batch, Loss, Output, checked, checked_batches
 from lossmeta._checks import check_at_least_one, check_positive_and_finite
+from lossmeta._model_state import ThreadModes
 from lossmeta.adalfl.capture import (
     CapturedStep,
     all_finite,
@@ -292,6 +293,7 @@ class OnlineLearner:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Keeps what a step changes beside the model and its optimizer, and brings it back if the step fails."""
+        modes = ThreadModes(self._step.model.device.type)
         loss, meta = [*self.loss.parameters(), *self.loss.buffers()], self.meta_optimizer
         values = [t.detach().clone() for t in loss]
         state = copied_state(meta) if meta else {}
@@ -309,6 +311,7 @@ class OnlineLearner:
                 meta.state.update(state)
             self.steps, self.skipped, length, self._accumulated, self._floor.accepted = counters
             del self.history[length:]
+            modes.bring_back()
             raise
         finally:
             self._step.forget()

@@ -93,7 +93,7 @@ def _name(metric: object) -> str:
 # ---- Ours as theirs.
 
 
-class _AsTorchmetrics(torchmetrics.Metric):
+class _AsTorchmetrics(torchmetrics.Metric):  # type: ignore[misc]  # Any where torchmetrics is missing
     """Holds the state of a metric of ours, and lends it to a copy for every update."""
 
     is_differentiable = False

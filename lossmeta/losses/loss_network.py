@@ -259,7 +259,7 @@ class LossNetwork(OutputwiseLoss):
         Returns:
             The loss, its slope in ``pred``, and the function that takes ``u`` to the gradients of <slope, u> in the
             three weights. ``None`` where a call and autograd must do it: for other shapes and reductions, a subclass,
-            weights of which one is frozen, and a module with hooks.
+            weights of which one is frozen or has another dtype than ``pred``, and a module with hooks.
         """
         weights = (self.input_weight, self.hidden_weight, self.output_weight)
         if (
@@ -267,7 +267,7 @@ class LossNetwork(OutputwiseLoss):
             or self.reduction != "mean"
             or self.weight is not None
             or self.label_smoothing
-            or not all(w.requires_grad for w in weights)
+            or not all(w.requires_grad and w.dtype == pred.dtype for w in weights)
             or self._forward_hooks
             or self._forward_pre_hooks
             or self._backward_hooks

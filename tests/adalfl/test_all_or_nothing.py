@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import types
 import warnings
@@ -16,8 +17,12 @@ from small_problems import batches, cnn, mlp, relative_error
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
+import lossmeta
 from lossmeta.adalfl import OnlineLearner
 from lossmeta.losses import LossNetwork
+
+PACKAGE = os.path.dirname(lossmeta.__file__) + os.sep
+GRAD_MODE, AUTOCAST = torch.autograd.grad_mode.__file__, torch.amp.autocast_mode.__file__
 
 
 def everything(one: OnlineLearner) -> Any:
@@ -85,10 +90,15 @@ def test_whatever_raises(where: str, meta_every: int, kind: type[BaseException],
     torch.testing.assert_close(everything(one), before, rtol=0, atol=0)
 
 
-def test_an_interrupt_at_every_line() -> None:
-    """As Ctrl-C would: raised at each line in turn that the step runs in this package."""
+@pytest.mark.parametrize("files", [PACKAGE, GRAD_MODE, AUTOCAST], ids=["lossmeta", "grad mode", "autocast"])
+def test_an_interrupt_at_every_line(files: str) -> None:
+    """As Ctrl-C would: raised at each line in turn that the step runs in ``files``."""
     pair = batches()
     one = made()
+    if files == AUTOCAST:
+        one = OnlineLearner(
+            one._step.model.plain, one.optimizer, one.loss, F.cross_entropy, autocast=torch.bfloat16
+        )
     one.step(*batches())
 
     def interrupt_at(line: int) -> bool:
@@ -96,7 +106,7 @@ def test_an_interrupt_at_every_line() -> None:
 
         def trace(frame: types.FrameType, event: str, arg: Any) -> Any:
             nonlocal count
-            if "lossmeta" not in frame.f_code.co_filename:
+            if not frame.f_code.co_filename.startswith(files):
                 return None
             # An interrupt while one is being undone is not what is meant.
             if frame.f_code.co_name in ("undo", "_all_or_nothing", "forget", "bring_back", "kept"):
@@ -121,8 +131,10 @@ def test_an_interrupt_at_every_line() -> None:
         torch.testing.assert_close(
             everything(one), before, rtol=0, atol=0, msg=lambda m, line=line: f"line {line}: {m}"
         )
-        line += 7
-    assert line > 100
+        assert torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        line += 7 if files == PACKAGE else 1
+    assert line > 50
 
 
 def test_no_gradients_are_left() -> None:

@@ -599,3 +599,18 @@ def test_finite_differences_of_a_model_that_computes_in_bfloat16() -> None:
         )
         found.append(step([train], valid).gradients)
     assert relative_error(found[1], found[0]) < 0.03  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_loss"), [(torch.float64, torch.float32), (torch.float32, torch.float64)]
+)
+def test_a_loss_of_another_precision_than_the_model(dtype: torch.dtype, of_loss: torch.dtype) -> None:
+    model, loss = mlp(), LossNetwork(8).double()
+    train, valid = batches()
+    expected = unrolled(model, SGD(model.parameters(), 0.1), loss, train, valid)
+    model, loss = model.to(dtype), loss.to(of_loss)
+    train, valid = [(x.to(dtype), y) for x, y in (train, valid)]
+    optimizer = SGD(model.parameters(), 0.1)
+    result = meta_gradient(model, optimizer, loss, F.cross_entropy, train, valid, backend="jvp")
+    assert [g.dtype for g in result.gradients if g is not None] == [of_loss] * 3
+    assert relative_error(result.gradients, expected) < 1e-4
