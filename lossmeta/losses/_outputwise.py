@@ -22,6 +22,7 @@ from lossmeta._checks import (
     dtype_name,
     outside,
 )
+from lossmeta.losses import _labels as labels
 from lossmeta.losses import _plot
 from lossmeta.losses._saved import SavedLoss
 from lossmeta.ops._precision import accumulation_dtype
@@ -29,16 +30,17 @@ from lossmeta.ops._precision import accumulation_dtype
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINKS = {"softmax": "softmax", "identity": "identity"}
+LINKS = {"softmax": "softmax", "sigmoid": "sigmoid", "identity": "identity"}
 IGNORED = -100
 
 
 class OutputwiseLoss(SavedLoss):
     """Base of losses ``(1/C) sum_i l(y_i, f_i)``: targets, weights and reduction as in ``torch.nn``.
 
-    A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``. With ``takes_labels`` it is given class indices
-    ``[N]`` as they are; it leaves out ``ignore_index`` and refuses labels out of range. Without, labels out of range
-    are refused here. On a GPU, where looking would wait for the device, the loss of such a row is NaN.
+    A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``; with the sigmoid link ``pred`` are probabilities
+    and C is 1. With ``takes_labels`` it is given class indices ``[N]`` as they are; it leaves out ``ignore_index`` and
+    refuses labels out of range. Without, labels out of range are refused here. On a GPU, where looking would wait for
+    the device, the loss of such a row is NaN.
     """
 
     takes_labels = False
@@ -60,9 +62,11 @@ class OutputwiseLoss(SavedLoss):
         check_fraction(self.name, "label_smoothing", label_smoothing)
         if link == "identity" and (weight is not None or label_smoothing != 0.0 or ignore_index != IGNORED):
             raise ValueError(
-                f"{self.name}: weight, ignore_index and label_smoothing are for link='softmax', "
+                f"{self.name}: weight, ignore_index and label_smoothing are for link='softmax' and link='sigmoid', "
                 "got link='identity'"
             )
+        if link == "sigmoid":
+            labels.check_ignore_index(self.name, ignore_index)
         if weight is not None:
             check_tensors(self.name, weight=weight)
         self.ignore_index = ignore_index
@@ -96,6 +100,8 @@ class OutputwiseLoss(SavedLoss):
         target = with_labels_as_int64(target)
         if self.link == "identity":
             return self._regression(pred, target)
+        if self.link == "sigmoid":
+            return self._per_label(pred, target)
         if pred.dim() == 1:
             loss = self._classification(pred[None], target[None])
             return loss[0] if self.reduction == "none" else loss
@@ -105,6 +111,9 @@ class OutputwiseLoss(SavedLoss):
         check_tensors(self.name, pred=pred, target=target)
         check_float(self.name, pred=pred)
         check_same_device(self.name, target=target, pred=pred)
+        if self.link == "sigmoid":
+            labels.check(self.name, pred, target, self.weight, self.ignore_index)
+            return
         if self.link == "identity":
             check_float(self.name, target=target)
             if pred.dim() == 0 or target.shape != pred.shape:
@@ -157,6 +166,13 @@ class OutputwiseLoss(SavedLoss):
             return loss
         return loss.sum() if self.reduction == "sum" else loss.mean()
 
+    def _per_label(self, pred: Tensor, target: Tensor) -> Tensor:
+        x, y, scale, counted = self._labels(pred, target)
+        return labels.reduced(self.outputwise(x.sigmoid(), y) * scale, counted, pred.shape, self.reduction)
+
+    def _labels(self, pred: Tensor, target: Tensor) -> labels.Labels:
+        return labels.flat(self.name, pred, target, self.weight, self.ignore_index, self.label_smoothing)
+
     def _classification(self, pred: Tensor, target: Tensor) -> Tensor:
         samples, classes = _sizes(pred)
         dtype = accumulation_dtype(pred.dtype)
@@ -204,7 +220,7 @@ class OutputwiseLoss(SavedLoss):
         return loss.sum() if self.reduction == "sum" else loss.sum() / scale.sum()
 
     def of_output(self, f: Tensor, y: Tensor, num_classes: int | None) -> Tensor:
-        """The loss of outputs on their own, ``[P]``: f are probabilities with the softmax link."""
+        """The loss of outputs on their own, ``[P]``: f are probabilities but with the identity link."""
         raw = copy.copy(self)
         raw.link = "identity"
         return raw.outputwise(f[:, None], y[:, None])
@@ -229,7 +245,7 @@ class OutputwiseLoss(SavedLoss):
 
     def extra_repr(self) -> str:
         text = f"link={self.link!r}, reduction={self.reduction!r}"
-        if self.link == "softmax":
+        if self.link != "identity":
             text += (
                 f", weighted={self.weight is not None}, ignore_index={self.ignore_index}, "
                 f"label_smoothing={self.label_smoothing}"

@@ -34,7 +34,7 @@ def curves(
     name: str, loss: LossOfOutputs, predictions: tuple[float, float] | None, num_classes: int | None
 ) -> tuple[Tensor, Tensor]:
     """Predictions ``[P]``, and what one output adds to the loss there if its target is 1, and 0, ``[2, P]``."""
-    if loss.link == "softmax":
+    if loss.link != "identity":
         if predictions is not None:
             raise ValueError(f"{name}: predictions are for link='identity', got {predictions}")
         predictions = (0.0, 1.0)
@@ -59,7 +59,7 @@ def draw(
         for (f, values), colour in zip(drawn, colours, strict=True):
             axis.plot(f.tolist(), values[row].tolist(), color=colour, linewidth=1)
         axis.set_title(f"target {y:g}")
-        axis.set_xlabel("predicted probability" if loss.link == "softmax" else "prediction")
+        axis.set_xlabel("prediction" if loss.link == "identity" else "predicted probability")
     axes[0].set_ylabel("learned loss")
     if len(steps) > 1:
         figure.colorbar(scale, ax=axes, label="training step")

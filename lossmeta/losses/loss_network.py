@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossmeta import _checks
+from lossmeta.losses._labels import Labels
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, with_labels_as_int64
-from lossmeta.ops._precision import accumulation_dtype
+from lossmeta.losses._task_loss import as_rows, scale_of_rows, slope_of_labels, task_loss, task_slope
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
-RESIDUALS = {"cross_entropy": "softmax", "squared_error": "identity"}
+RESIDUALS = {"cross_entropy": "softmax", "binary_cross_entropy": "sigmoid", "squared_error": "identity"}
 
 
 class LossNetwork(OutputwiseLoss):
@@ -53,22 +53,28 @@ class LossNetwork(OutputwiseLoss):
         activation: ``"smooth_leaky_relu"`` (AdaLFL), or ``"relu"``, with ``output="softplus"`` the network of ML³.
         output: ``"linear"`` (AdaLFL) or ``"softplus"``.
         link: ``"softmax"`` for classification: takes logits and compares probabilities with one-hot targets.
-            ``"identity"`` for regression.
+            ``"sigmoid"`` for labels that are on or off on their own, several or none for a sample: takes a logit for
+            each. ``"identity"`` for regression.
         residual: ``"cross_entropy"``, for the softmax link: :func:`torch.nn.functional.cross_entropy` with the weight,
-            ``ignore_index``, ``label_smoothing`` and reduction below. ``"squared_error"``, for the identity link: its
+            ``ignore_index``, ``label_smoothing`` and reduction below. ``"binary_cross_entropy"``, for the sigmoid link:
+            its mean is that of :class:`torch.nn.BCEWithLogitsLoss`. ``"squared_error"``, for the identity link: its
             mean is that of :func:`torch.nn.functional.mse_loss`. ``None``: the network alone.
         normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
             slope is nothing but rounding, as that of a constant loss, s is 1.
-        exact: whether to evaluate the network at every output instead of reading a table of it where that pays.
-        weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
+        exact: whether to evaluate the network at every output instead of reading a table of it where that pays. There
+            is a table for class indices with the softmax link.
+        weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample, or of a label.
         ignore_index: label that contributes neither loss nor gradient.
         label_smoothing: in [0, 1]; with it the network is always evaluated at every output.
-        reduction: ``"none"``, ``"mean"`` (weighted) or ``"sum"``, over the samples.
+        reduction: ``"none"``, ``"mean"`` (weighted) or ``"sum"``, over the samples. With the sigmoid link the mean is
+            over the labels that are not ignored, and not over their weights, as that of ``BCEWithLogitsLoss``.
         device: where the parameters are made.
         dtype: dtype of the parameters.
 
     Shape:
         ``softmax``: those of :class:`torch.nn.CrossEntropyLoss`. ``identity``: both ``[N]`` or ``[N, d...]``.
+        ``sigmoid``: both ``[N]``, ``[N, C]`` or ``[N, C, d...]``; the target is 0 or 1 (bool or integers), or floating
+        and in between.
 
     Raises:
         ValueError: for an option outside the values above, and when called for shapes, dtypes, devices or labels that
@@ -160,59 +166,24 @@ class LossNetwork(OutputwiseLoss):
             return loss
         target = with_labels_as_int64(target)
         if self.residual is not None:
-            loss = loss + self._task_loss(pred, target)
+            loss = loss + task_loss(self, pred, target)
         return loss * self._scale(pred, target) if self.normalize_slope else loss
 
     def _scale(self, pred: Tensor, target: Tensor) -> Tensor:
         """The task loss's mean absolute slope over this loss's; differentiable in the weights only."""
-        f, y = self._as_rows(pred.detach(), target)
-        task = self._task_slope(f, y)
-        own = self._network_slope(f, y)
+        if self.link == "sigmoid":
+            labels = self._labels(pred.detach(), target)
+            task, own = slope_of_labels(labels), self._network_slope_of_labels(labels)
+        else:
+            f, y = as_rows(self, pred.detach(), target)
+            task, own = task_slope(self, f, y), self._network_slope(f, y)
         if self.residual is not None:
             own = own + task
         return _ratio(task, own.abs().sum())[0]
 
-    def _as_rows(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions ``[N, C]`` in the accumulation dtype, with as many targets or ``[N]`` labels."""
-        dtype = accumulation_dtype(pred.dtype)
-        if target.is_floating_point():
-            target = target.to(dtype)
-        if self.link == "identity":
-            rows = (len(pred), math.prod(pred.shape[1:]))
-            return pred.to(dtype).reshape(rows), target.reshape(rows)
-        classes = pred.shape[0 if pred.dim() == 1 else 1]
-        if pred.dim() > 1:
-            pred = pred.movedim(1, -1)
-            target = target.movedim(1, -1) if target.is_floating_point() else target
-        rows = (-1, classes)
-        return pred.to(dtype).reshape(rows), target.reshape(rows if target.is_floating_point() else -1)
-
-    def _task_slope(self, f: Tensor, y: Tensor) -> Tensor:
-        """The gradient of the task loss, summed where it is not reduced, in rows of predictions."""
-        samples, classes = f.shape
-        if self.link == "identity":
-            return 2 / classes * (f - y) / (samples if self.reduction == "mean" else 1)
-        ignored, scale = self._scale_of_rows(f, y)
-        weight = None if self.weight is None else self.weight.to(f.dtype)
-        smoothing = self.label_smoothing
-        if ignored is None:
-            y = (1 - smoothing) * y + smoothing / classes if smoothing else y
-            y = y if weight is None else y * weight
-            slope = f.softmax(1) * y.sum(1, keepdim=True) - y
-            return slope / samples if self.reduction == "mean" else slope
-        denominator = scale.sum() if self.reduction == "mean" else 1
-        at = y.where(~ignored, 0).clamp(0, classes - 1)[:, None]
-        on = ((1 - smoothing) / denominator * scale)[:, None]
-        if smoothing:
-            off = smoothing / classes / denominator * (f.new_ones(classes) if weight is None else weight)
-            slope = f.softmax(1) * (on + off.sum()) - off
-        else:
-            slope = f.softmax(1) * on
-        return slope.scatter_add(1, at, -on).masked_fill(ignored[:, None], 0)
-
     def _network_slope(self, f: Tensor, y: Tensor) -> Tensor:
         """The gradient of the network's part, summed where it is not reduced, in rows of predictions."""
-        ignored, scale = self._scale_of_rows(f, y)
+        ignored, scale = scale_of_rows(self, f, y)
         if self.label_smoothing:
             classes = f.shape[1]
             if ignored is not None:
@@ -222,14 +193,9 @@ class LossNetwork(OutputwiseLoss):
         slope = self._network(f, y)[1] * scale[:, None]
         return slope / scale.sum() if self.reduction == "mean" else slope
 
-    def _scale_of_rows(self, f: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Which rows are ignored, where labels say so, and the weight of each."""
-        weight = None if self.weight is None else self.weight.to(f.dtype)
-        if y.is_floating_point():
-            return None, f.new_ones(len(f)) if weight is None else (y * weight).sum(1)
-        ignored = y == self.ignore_index
-        scale = (~ignored).to(f.dtype)
-        return ignored, scale if weight is None else scale * weight[y.clamp(0, f.shape[1] - 1)]
+    def _network_slope_of_labels(self, labels: Labels) -> Tensor:
+        f = labels.logits.sigmoid()
+        return (self._network(f, labels.target)[1] * f * (1 - f)).squeeze(1) * labels.scale
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
         return self._network(pred, target)[0]
@@ -240,7 +206,7 @@ class LossNetwork(OutputwiseLoss):
 
     def _options(self) -> dict[str, Any]:
         return {
-            "link": self.link,
+            "link": "softmax" if self.link == "softmax" else "identity",
             "leak": self.leak,
             "smoothness": self.smoothness,
             "hidden": self.activation,
@@ -254,7 +220,8 @@ class LossNetwork(OutputwiseLoss):
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, ...]]] | None:
         """What :func:`~lossmeta.adalfl.meta_gradient` needs, without autograd.
 
-        For the mean over logits ``[N, C]`` with class indices ``[N]``, or over predictions and targets of one shape.
+        For the mean over logits ``[N, C]`` with class indices ``[N]``, over logits and labels of the sigmoid link, or
+        over predictions and targets of one shape.
 
         Returns:
             The loss, its slope in ``pred``, and the function that takes ``u`` to the gradients of <slope, u> in the
@@ -268,33 +235,45 @@ class LossNetwork(OutputwiseLoss):
             or self.weight is not None
             or self.label_smoothing
             or not all(w.requires_grad and w.dtype == pred.dtype for w in weights)
-            or self._forward_hooks
-            or self._forward_pre_hooks
-            or self._backward_hooks
-            or self._backward_pre_hooks
+            or any(
+                (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+            )
             or not self._fits(pred, target)
         ):
             return None
+        task: Tensor | None = None
+        count: Tensor | int
+        inner: Tensor | None = None  # what the network's slopes are multiplied by
+        labels: Labels | None = None
         if self.link == "softmax":
             loss, slope, mixed = with_mixed_derivative(pred, target, *weights, **self._options())
-            count: Tensor | int = (target != self.ignore_index).sum()
+            count = (target != self.ignore_index).sum()
+        elif self.link == "sigmoid":
+            labels = self._labels(pred.detach(), target)
+            f, count = labels.logits.sigmoid(), labels.counted
+            loss, slope, mixed = with_mixed_derivative(f, labels.target, *weights, **self._options())
+            inner = f * (1 - f) * labels.scale[:, None]
+            loss, slope = loss * labels.scale, slope * inner
         else:
             rows = (len(pred), math.prod(pred.shape[1:]))
             loss, slope, mixed = with_mixed_derivative(
                 pred.reshape(rows), target.reshape(rows), *weights, **self._options()
             )
             count = len(pred)
+        shape = slope.shape
         value, slope = loss.sum() / count, slope.reshape(pred.shape) / count
-        task_slope: Tensor | None = None
         if self.residual is not None or self.normalize_slope:
-            task_slope = self._task_slope(*self._as_rows(pred.detach(), target)).reshape(pred.shape)
+            if labels is None:
+                task = task_slope(self, *as_rows(self, pred.detach(), target)).reshape(pred.shape)
+            else:
+                task = slope_of_labels(labels).reshape(pred.shape) / count
             if self.residual is not None:
-                value, slope = value + self._task_loss(pred.detach(), target), slope + task_slope
+                value, slope = value + task_loss(self, pred.detach(), target), slope + task
         along = slope
         scale: Tensor | None = None
-        if self.normalize_slope and task_slope is not None:
+        if self.normalize_slope and task is not None:
             own = slope.abs().sum()
-            scale, steep = _ratio(task_slope, own)
+            scale, steep = _ratio(task, own)
             value, slope = value * scale, slope * scale
 
         def mixed_of_mean(u: Tensor) -> tuple[Tensor, ...]:
@@ -302,7 +281,8 @@ class LossNetwork(OutputwiseLoss):
                 # s = t / |g|_1 depends on the weights through g: ds = -s <sign(g), dg> / |g|_1.
                 back = ((along * u).sum() / own).where(steep, 0)
                 u = scale * (u - back * along.sign())
-            gradients = mixed(u.reshape(len(pred), -1))
+            u = u.reshape(shape)
+            gradients = mixed(u if inner is None else u * inner)
             torch._foreach_div_(gradients, count)
             return gradients
 
@@ -313,38 +293,18 @@ class LossNetwork(OutputwiseLoss):
             return False
         if self.link == "softmax":
             return pred.dim() == 2 and target.dtype == torch.int64 and target.shape == pred.shape[:1]
-        return pred.dim() > 0 and target.is_floating_point() and target.shape == pred.shape
-
-    def _task_loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy or squared error, reduced like this loss. The arguments have been checked."""
-        dtype = accumulation_dtype(pred.dtype)
-        pred = pred.to(dtype)
-        if target.is_floating_point():
-            target = target.to(dtype)
-        if self.link == "identity":
-            if self.reduction == "mean":
-                return F.mse_loss(pred, target)
-            error = F.mse_loss(pred, target, reduction="none").reshape(len(pred), math.prod(pred.shape[1:]))
-            error = error.mean(1)
-            return error if self.reduction == "none" else error.sum()
-        if not (target.is_floating_point() or _checks.may_look(target)):
-            # The network answers a label out of range by NaN; cross-entropy would end the CUDA context.
-            classes = pred.shape[0 if pred.dim() == 1 else 1]
-            bad = _checks.outside(self.name, "labels", target, classes)
-            target = target.masked_fill(bad, self.ignore_index)
-        return F.cross_entropy(
-            pred,
-            target,
-            None if self.weight is None else self.weight.to(dtype),
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
+        return (
+            pred.dim() > 0
+            and target.shape == pred.shape
+            and (target.is_floating_point() or self.link == "sigmoid")
         )
 
     def of_output(self, f: Tensor, y: Tensor, num_classes: int | None) -> Tensor:
         network = super().of_output(f, y, num_classes)
         if self.residual == "squared_error":
             return (f - y) ** 2 + network
+        if self.residual == "binary_cross_entropy":
+            return network - torch.xlogy(y, f) - torch.xlogy(1 - y, 1 - f)
         if self.residual == "cross_entropy":
             if num_classes is None:
                 raise ValueError(

@@ -9,14 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from lossmeta import plot
-from lossmeta._checks import REDUCTIONS, check_fraction, check_tensors, choice
+from lossmeta._checks import (
+    REDUCTIONS,
+    check_float,
+    check_fraction,
+    check_same_device,
+    check_tensors,
+    choice,
+    outside,
+)
+from lossmeta.losses import _labels as labels
 from lossmeta.losses import _plot
 from lossmeta.losses._parameters import register
 from lossmeta.losses._saved import SavedLoss
+from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, LowRankPhi, parametric_cross_entropy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+LINKS = {"softmax": "softmax", "sigmoid": "sigmoid"}
 
 
 class ParametricCrossEntropy(SavedLoss):
@@ -42,24 +55,35 @@ class ParametricCrossEntropy(SavedLoss):
     ``phi_left`` has a gradient. With ``rank=0`` :math:`\Phi` is diagonal, and until it is moved the loss is that of
     the plain identity.
 
+    With ``link="sigmoid"`` each of C labels is on or off on its own, and judged as a choice between these two:
+
+    .. math:: \ell_c = -\sigma\bigl(\Phi_c(y_c, 0) \log(1 - p_c) + \Phi_c(y_c, 1) \log p_c\bigr), \qquad
+              p_c = \mathrm{sigmoid}(x_c)
+
+    ``phi`` is [C, 2, 2] then, an identity for each label: with ``activation="identity"`` that is binary cross-entropy.
+    :math:`\Phi_c(1, 1)` weighs the label where it is on, :math:`\Phi_c(0, 0)` where it is off.
+
     Args:
         num_classes: C.
         rank: r, at least 0, or ``None`` for a matrix.
+        link: ``"softmax"`` for one class of C, ``"sigmoid"`` for labels on their own, without ``rank``.
         activation: ``"sigmoid"`` (the paper's) or ``"identity"``, with which :math:`\Phi = I` is plain
             cross-entropy.
         learnable: whether ``phi``, or its parts, are parameters instead of buffers, for a controller that learns it
             from a validation loss; set it inside ``torch.no_grad()``. Minimising the training loss over it would only
             make the loss meaningless.
-        weight: weight per class, ``[C]``.
+        weight: weight per class, ``[C]``, or per label.
         ignore_index: label that contributes neither loss nor gradient.
         label_smoothing: in [0, 1].
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. With the sigmoid link the mean is over the labels that are not
+            ignored, and not over their weights, as that of ``BCEWithLogitsLoss``, and ``"none"`` keeps every label.
         device: where ``phi``, or its parts, are made.
         dtype: their dtype.
 
     Shape:
         Those of :class:`torch.nn.CrossEntropyLoss`: logits ``[C]``, ``[N, C]`` or ``[N, C, d...]`` with class
-        indices or probabilities.
+        indices or probabilities. ``sigmoid``: logits ``[C]``, ``[N, C]`` or ``[N, C, d...]``, or ``[N]`` for C = 1, and
+        a target of the same shape, which is 0 or 1 (bool or integers), or floating and in between.
 
     Raises:
         ValueError: for an option outside the values above, and when called for shapes, dtypes, devices or labels that
@@ -73,7 +97,7 @@ class ParametricCrossEntropy(SavedLoss):
         >>> criterion = ParametricCrossEntropy(131072, rank=8)  # a matrix would take 69 GB
     """
 
-    DEFINING = ("num_classes", "activation", "rank")
+    DEFINING = ("num_classes", "activation", "rank", "link")
     APPLIED = ("learnable", "ignore_index", "label_smoothing", "reduction")
 
     phi: Tensor
@@ -87,6 +111,7 @@ class ParametricCrossEntropy(SavedLoss):
         num_classes: int,
         rank: int | None = None,
         *,
+        link: str = "softmax",
         activation: str = "sigmoid",
         learnable: bool = False,
         weight: Tensor | None = None,
@@ -97,6 +122,7 @@ class ParametricCrossEntropy(SavedLoss):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        choice("ParametricCrossEntropy", "link", link, LINKS)
         choice("ParametricCrossEntropy", "activation", activation, ACTIVATIONS)
         choice("ParametricCrossEntropy", "reduction", reduction, REDUCTIONS)
         for name, number, least in (("num_classes", num_classes, 1), ("rank", rank, 0)):
@@ -114,14 +140,21 @@ class ParametricCrossEntropy(SavedLoss):
                 raise ValueError(
                     f"ParametricCrossEntropy: weight must be [{num_classes}], got {list(weight.shape)}"
                 )
+        if link == "sigmoid":
+            labels.check_ignore_index("ParametricCrossEntropy", ignore_index)
+            if rank is not None:
+                raise ValueError(f"ParametricCrossEntropy: rank must be None with link='sigmoid', got {rank}")
         self.num_classes = num_classes
+        self.link = link
         self.rank = rank
         self.activation = activation
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction
         if rank is None:
-            register(self, "phi", torch.eye(num_classes, device=device, dtype=dtype), learnable)
+            identity = torch.eye(num_classes if link == "softmax" else 2, device=device, dtype=dtype)
+            phi = identity if link == "softmax" else identity.repeat(num_classes, 1, 1)
+            register(self, "phi", phi, learnable)
         else:
             drawn = torch.randn(num_classes, rank, device=device, dtype=dtype) / math.sqrt(num_classes)
             register(self, "phi_diagonal", drawn.new_ones(num_classes), learnable)
@@ -136,6 +169,8 @@ class ParametricCrossEntropy(SavedLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         check_tensors("ParametricCrossEntropy", logits=logits, target=target)
+        if self.link == "sigmoid":
+            return self._per_label(logits, target)
         phi: Tensor | LowRankPhi
         if self.rank is None:
             phi, models = self.phi, self.phi.dim() == 3
@@ -159,12 +194,57 @@ class ParametricCrossEntropy(SavedLoss):
             reduction=self.reduction,
         )
 
+    def _per_label(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Each label as a model of two classes, whose logits are 0 and its own."""
+        name = "ParametricCrossEntropy"
+        check_float(name, logits=logits)
+        check_same_device(name, target=target, logits=logits)
+        x, y = logits, target
+        if logits.dim() == 1 and target.dim() == 1 and self.num_classes > 1:
+            x, y = logits[None], target[None]
+        labels.check(name, x, y, self.weight, self.ignore_index)
+        if (x.shape[1] if x.dim() > 1 else 1) != self.num_classes:
+            raise ValueError(
+                f"{name}: logits must be [N, {self.num_classes}] or [N, {self.num_classes}, d...], "
+                f"got {list(logits.shape)}"
+            )
+        if y.is_floating_point():
+            y = y.to(accumulation_dtype(x.dtype))
+        else:
+            y = y.to(torch.int64)
+            outside(name, "labels", y, 2, self.ignore_index)
+        by_label = [z.movedim(1, 0) if z.dim() > 1 else z[None] for z in (x, y)]
+        x, y = (z.reshape(self.num_classes, -1) for z in by_label)
+        counted: Tensor | int
+        if y.is_floating_point():
+            y, counted = torch.stack([1 - y, y], -1), y.numel()
+        else:
+            counted = (y != self.ignore_index).sum()
+        loss = parametric_cross_entropy(
+            torch.stack([torch.zeros_like(x), x], -1),
+            y,
+            self.phi,
+            activation=self.activation,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+        )
+        if self.weight is not None:
+            loss = loss * self.weight.to(loss.dtype)[:, None]
+        if self.reduction == "mean":
+            return loss.sum() / counted
+        if self.reduction == "sum":
+            return loss.sum()
+        loss = loss.reshape(by_label[0].shape)
+        return (loss.movedim(0, 1) if loss.dim() > 1 else loss).reshape(logits.shape)
+
     def plot(self) -> Figure:
         r"""Draws :math:`\Phi` as colours; where it is the identity, the loss and its slope.
 
         A row of the picture is a true class, a column the class that it rewards (above 0) or penalises. The identity
         says nothing as a picture. The loss depends on the probability of the true class alone then, and is drawn over
-        it, and beside it its slope in that class's logit. ``weight`` and ``label_smoothing`` are left out.
+        it, and beside it its slope in that class's logit. ``weight`` and ``label_smoothing`` are left out. With the
+        sigmoid link a row is a label, and its four columns are its matrix.
 
         Returns:
             A ``matplotlib.figure.Figure``: write it with its ``savefig``.
@@ -179,6 +259,8 @@ class ParametricCrossEntropy(SavedLoss):
             else LowRankPhi(self.phi_diagonal, self.phi_left, self.phi_right).dense()
         )
         phi = phi.detach().cpu()
+        if self.link == "sigmoid":
+            return self._plot_per_label(phi)
         if phi.dim() != 2:
             raise ValueError(
                 f"ParametricCrossEntropy: phi must be [C, C] to be drawn, got {list(phi.shape)}; draw one at a time"
@@ -203,10 +285,18 @@ class ParametricCrossEntropy(SavedLoss):
         values = {"loss": loss.detach(), "slope in the logit of the true class": slope[:, 0]}
         return _plot.panels("ParametricCrossEntropy", p, "probability of the true class", values)
 
+    def _plot_per_label(self, phi: Tensor) -> Figure:
+        figure, (panel,) = plot.figure("ParametricCrossEntropy", size=(4.8, 4.0))
+        plot.matrix(panel, phi.reshape(-1, 4).tolist(), "Φ")
+        panel.set_xticks(range(4), ["off, off", "off, on", "on, off", "on, on"])
+        panel.set_xlabel("true, rewarded")
+        panel.set_ylabel("label")
+        return figure
+
     def extra_repr(self) -> str:
         rank = "" if self.rank is None else f"rank={self.rank}, "
         return (
-            f"num_classes={self.num_classes}, {rank}activation={self.activation!r}, "
+            f"num_classes={self.num_classes}, {rank}link={self.link!r}, activation={self.activation!r}, "
             f"learnable={self.learnable}, weighted={self.weight is not None}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"reduction={self.reduction!r}"

@@ -25,16 +25,19 @@ class TaylorLoss(OutputwiseLoss):
     Args:
         order: 2 (quadratic) or 3 (cubic).
         link: ``"softmax"`` for classification: takes logits and compares probabilities with one-hot targets.
-            ``"identity"`` for regression.
-        weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample.
+            ``"sigmoid"`` for labels that are on or off on their own. ``"identity"`` for regression.
+        weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample, or of a label.
         ignore_index: label that contributes neither loss nor gradient.
         label_smoothing: in [0, 1].
-        reduction: ``"none"``, ``"mean"`` (weighted) or ``"sum"``, over the samples.
+        reduction: ``"none"``, ``"mean"`` (weighted) or ``"sum"``, over the samples. With the sigmoid link the mean is
+            over the labels that are not ignored, and not over their weights, as that of ``BCEWithLogitsLoss``.
         device: where the parameters are made.
         dtype: dtype of the parameters.
 
     Shape:
         ``softmax``: those of :class:`torch.nn.CrossEntropyLoss`. ``identity``: both ``[N]`` or ``[N, d...]``.
+        ``sigmoid``: both ``[N]``, ``[N, C]`` or ``[N, C, d...]``; the target is 0 or 1 (bool or integers), or floating
+        and in between.
 
     Raises:
         ValueError: for an option outside the values above, and when called for shapes, dtypes, devices or labels that
@@ -87,7 +90,7 @@ class TaylorLoss(OutputwiseLoss):
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
         dtype = accumulation_dtype(pred.dtype)
         check_same_device(self.name, pred=pred, coefficients=self.coefficients)
-        f = pred.to(dtype) if self.link == "identity" else pred.softmax(1, dtype=dtype)
+        f = pred.softmax(1, dtype=dtype) if self.link == "softmax" else pred.to(dtype)
         a = self.coefficients.to(dtype)
         f, y = f - self.center[0], target.to(dtype) - self.center[1]
         if self.order == 2:

@@ -362,7 +362,7 @@ def test_representation() -> None:
         ({"output": "exp"}, "LossNetwork: output must be one of 'linear', 'softplus', got 'exp'"),
         (
             {"residual": "l1"},
-            "LossNetwork: residual must be one of 'cross_entropy', 'squared_error', got 'l1'",
+            "LossNetwork: residual must be one of 'cross_entropy', 'binary_cross_entropy', 'squared_error', got 'l1'",
         ),
         (
             {"residual": "cross_entropy", "link": "identity"},
@@ -372,7 +372,7 @@ def test_representation() -> None:
             {"residual": "squared_error"},
             "LossNetwork: residual='squared_error' is for link='identity', got link='softmax'",
         ),
-        ({"link": "log"}, "LossNetwork: link must be one of 'softmax', 'identity', got 'log'"),
+        ({"link": "log"}, "LossNetwork: link must be one of 'softmax', 'sigmoid', 'identity', got 'log'"),
     ],
 )
 def test_refuses_bad_options(options: dict[str, Any], message: str) -> None:

@@ -77,7 +77,7 @@ def test_dtype_and_device() -> None:
 
 def test_representation() -> None:
     assert repr(ParametricCrossEntropy(3)) == (
-        "ParametricCrossEntropy(num_classes=3, activation='sigmoid', learnable=False, weighted=False, "
+        "ParametricCrossEntropy(num_classes=3, link='softmax', activation='sigmoid', learnable=False, weighted=False, "
         "ignore_index=-100, label_smoothing=0.0, reduction='mean')"
     )
 
@@ -139,8 +139,8 @@ def test_low_rank_knows_its_classes_and_its_models() -> None:
 
 def test_low_rank_representation() -> None:
     assert repr(ParametricCrossEntropy(3, rank=2, learnable=True)) == (
-        "ParametricCrossEntropy(num_classes=3, rank=2, activation='sigmoid', learnable=True, weighted=False, "
-        "ignore_index=-100, label_smoothing=0.0, reduction='mean')"
+        "ParametricCrossEntropy(num_classes=3, rank=2, link='softmax', activation='sigmoid', learnable=True, "
+        "weighted=False, ignore_index=-100, label_smoothing=0.0, reduction='mean')"
     )
 
 

@@ -135,12 +135,13 @@ def test_compiles() -> None:
     ("options", "message"),
     [
         ({"order": 4}, "TaylorLoss: order must be 2 or 3, got 4"),
-        ({"link": "log"}, "TaylorLoss: link must be one of 'softmax', 'identity', got 'log'"),
+        ({"link": "log"}, "TaylorLoss: link must be one of 'softmax', 'sigmoid', 'identity', got 'log'"),
         ({"reduction": "max"}, "TaylorLoss: reduction must be one of 'none', 'mean', 'sum', got 'max'"),
         ({"label_smoothing": -1.0}, "TaylorLoss: label_smoothing must lie in [0, 1], got -1.0"),
         (
             {"link": "identity", "label_smoothing": 0.1},
-            "TaylorLoss: weight, ignore_index and label_smoothing are for link='softmax', got link='identity'",
+            "TaylorLoss: weight, ignore_index and label_smoothing are for link='softmax' and link='sigmoid', "
+            "got link='identity'",
         ),
     ],
 )
