@@ -92,7 +92,8 @@ def why_not_agreeing(u: Tensor, probes: Probes) -> str | None:
         return None
     return (
         f"the derivative of the forward pass and the backward pass disagree, by {off / max(size, 1e-30):.1g}: the "
-        "model's backward pass is another function's, as that of a straight-through estimator"
+        "model's backward pass is another function's, as that of a straight-through estimator, or it computes in "
+        "bfloat16 of its own accord"
     )
 
 
