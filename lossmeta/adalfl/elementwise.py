@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,54 +20,119 @@ DIFFERENCE = 1e-5
 def check_elementwise(optimizer: Optimizer) -> None:
     """Tries the optimizer on a few toy weights, and refuses it where its step is not what a derivative can be taken of.
 
+    With the options of each of its groups: one may normalise what another leaves alone.
+
     Raises:
         TypeError: says what its step does.
     """
-    try:
-        reason = _why_no_derivative(optimizer)
-    except Exception as error:
-        reason = f"which cannot be stepped on its own ({type(error).__name__}: {error})"
-    if reason:
-        raise TypeError(
-            "AdaLFL: optimizer must move every weight by its own gradient, and smoothly, got "
-            f"{type(optimizer).__name__}, {reason}; take SGD, Adam, AdamW, RMSprop, Adagrad or another elementwise "
-            "optimizer, or approximate=True, which takes its step for lr * g"
-        )
+    tried: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        options = {name: value for name, value in group.items() if name != "params"}
+        if options in tried:
+            continue
+        tried.append(options)
+        try:
+            reason = _why_no_derivative(optimizer, group)
+        except Exception as error:
+            reason = f"which cannot be stepped on its own ({type(error).__name__}: {error})"
+        if reason:
+            raise TypeError(
+                "AdaLFL: optimizer must move every weight by its own gradient, and smoothly, got "
+                f"{type(optimizer).__name__}, {reason}; take SGD, Adam, AdamW, RMSprop, Adagrad or another elementwise "
+                "optimizer, or approximate=True, which takes its step for lr * g"
+            )
 
 
-def _why_no_derivative(optimizer: Optimizer) -> str | None:
+# Some steps look at the shapes of weights. These are of linear layers, biases and convolutions.
+SHAPES = ((8, 6), (5,), (6, 3, 2, 2))
+LONGEST = 32  # to which the model's own shapes are cut
+HISTORY = 2
+AGREES = 1e-3  # two differences, relatively; 1e-6 apart at most where all is float64
+
+
+def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    shapes = ([4, 3], [5])
+    shapes = list(dict.fromkeys([*SHAPES, *(_toy_shape(p) for p in group["params"])]))
 
-    def drawn() -> list[Tensor]:
-        return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    def drawn(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
-    weights, history, last = drawn(), [drawn(), drawn()], drawn()
-    changed = [g.clone() for g in last]
-    for g in changed:
-        g.view(-1)[0] *= 1.1
-
-    def after(gradients: list[Tensor]) -> list[Tensor]:
+    def trained(weights: list[Tensor], history: list[list[Tensor]]) -> tuple[Optimizer, list[nn.Parameter]]:
         parameters = [nn.Parameter(w.clone()) for w in weights]
-        shadow = _shadow(optimizer, [{**optimizer.param_groups[0], "params": parameters}], {})
-        for step in (*history, gradients):
-            for p, g in zip(parameters, step, strict=True):
-                p.grad = g.clone()
-            type(optimizer).step(shadow)
-        return [p.detach() for p in parameters]
+        shadow = _shadow(optimizer, [{**group, "params": parameters}], {})
+        for gradients in history:
+            _step(shadow, parameters, gradients)
+        return shadow, parameters
 
+    weights, history, last = drawn(), [drawn() for _ in range(HISTORY)], drawn()
     with torch.random.fork_rng(devices=[]):
-        plain, again, moved = after(last), after(last), after(changed)
-    if not all(map(torch.equal, plain, again)):
-        return "whose step is random"
-    differences = [(a - b).abs().view(-1) for a, b in zip(plain, moved, strict=True)]
-    if any(float(d[1:].max()) > 1e-12 for d in differences):
-        return "whose step for one weight depends on the gradients of others"
-    if not any(float(d[0]) > 0 for d in differences):
-        return (
-            "whose step does not depend on the size of the gradient, so that nothing could be learned from it"
+        # Some steps leave out what is along the weights, if the gradient is nearly at right angles to them.
+        for at_right_angles in (False, True):
+
+            def after(change: Callable[[Tensor], Tensor], projects: bool = at_right_angles) -> list[Tensor]:
+                shadow, parameters = trained(weights, history)
+                gradients = (
+                    [_across(g, p) for g, p in zip(last, parameters, strict=True)] if projects else last
+                )
+                _step(shadow, parameters, [change(g.clone()) for g in gradients])
+                return [p.detach() for p in parameters]
+
+            plain, again = after(_same), after(_same)
+            if not all(map(torch.equal, plain, again)):
+                return "whose step is random"
+            for a, b in zip(plain, after(_first_changed), strict=True):
+                if (a - b).abs().view(-1)[1:].gt(1e-12).any():
+                    return "whose step for one weight depends on the gradients of others"
+            if all(map(torch.equal, plain, after(_all_changed))):
+                return "whose step does not depend on the size of the gradient, so that nothing is learned from it"
+        # As a step will do it: the state may be of a precision of its own.
+        dtype = group["params"][0].dtype if group["params"] else torch.float32
+        shadow, parameters = trained(drawn(dtype), [drawn(dtype) for _ in range(HISTORY)])
+        for p, g in zip(parameters, drawn(dtype), strict=True):
+            p.grad = g
+        at = [p.detach() for p in parameters]
+        one, other = (
+            torch.cat(
+                [
+                    d.double().view(-1)
+                    for d in NumericDerivative(shadow, parameters, dict(shadow.state), size)(at)
+                ]
+            )
+            for size in (DIFFERENCE, 2 * DIFFERENCE)
         )
+        if float((one - other).norm()) > AGREES * float(one.norm()):
+            return "whose step computes in a lower precision than float64, where its derivative drowns in rounding"
     return None
+
+
+def _toy_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(min(size, LONGEST) for size in parameter.shape) or (1,)
+
+
+def _step(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g.clone()
+    type(optimizer).step(optimizer)
+
+
+def _same(g: Tensor) -> Tensor:
+    return g
+
+
+def _first_changed(g: Tensor) -> Tensor:
+    g.view(-1)[0] *= 1.01
+    return g
+
+
+def _all_changed(g: Tensor) -> Tensor:
+    return g * (1 + 1e-4)
+
+
+def _across(g: Tensor, p: Tensor) -> Tensor:
+    """Without what is along the weights of each output."""
+    rows = (len(g), -1) if g.dim() > 1 else (1, -1)
+    a, b = g.reshape(rows), p.detach().reshape(rows)
+    return (a - (a * b).sum(1, keepdim=True) / (b * b).sum(1, keepdim=True) * b).reshape(g.shape)
 
 
 class NumericDerivative:
@@ -77,10 +142,13 @@ class NumericDerivative:
         optimizer: before its step.
         parameters: that have gradients.
         saved: a copy of its state.
+        relative: the difference, of an element of the gradient.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], saved: State) -> None:
-        self.optimizer, self.saved = optimizer, saved
+    def __init__(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], saved: State, relative: float = DIFFERENCE
+    ) -> None:
+        self.optimizer, self.saved, self.relative = optimizer, saved, relative
         self.gradients = {p: p.grad.detach().clone() for p in parameters if p.grad is not None}
         self.groups = [dict(group) for group in optimizer.param_groups]
 
@@ -88,7 +156,7 @@ class NumericDerivative:
         """One tensor per parameter, minus the derivative of the weight after the step; ``before``: the weights."""
         start = dict(zip(self.gradients, before, strict=True))
         difference = {
-            p: DIFFERENCE * g.double().abs().clamp_min(_typical(g)) for p, g in self.gradients.items()
+            p: self.relative * g.double().abs().clamp_min(_typical(g)) for p, g in self.gradients.items()
         }
         ahead, behind = self._stepped(start, difference, 1.0), self._stepped(start, difference, -1.0)
         for p, g in self.gradients.items():

@@ -134,9 +134,90 @@ class Noisy(Damped):
                 p.sub_(group["lr"] * (p.grad + torch.randn_like(p)))
 
 
+class Rounded(Damped):
+    """As some of old: it computes in float32 whatever its weights are."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                w = p.float()
+                p.copy_(w - group["lr"] * p.grad.float())
+
+
+class Routed(Damped):
+    """As Muon: matrices are treated as a whole, from a size on."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                whole = p.dim() == 2 and min(p.shape) >= 7
+                p.sub_(group["lr"] * (p.grad / p.grad.norm() if whole else p.grad))
+
+
+class Adaptive(Damped):
+    """As LARS: only where there is weight decay."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad / p.grad.norm() if group.get("weight_decay") else p.grad))
+
+
+class Projected(Damped):
+    """As AdamP: what is along the weights is left out where there is little of it."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                step, cosine = p.grad, F.cosine_similarity(p.view(-1), p.grad.view(-1), 0)
+                if p.dim() > 1 and cosine.abs() < 0.01:
+                    step = step - (p * step).sum() / (p * p).sum() * p
+                p.sub_(group["lr"] * step)
+
+
+class Brain(Damped):
+    """Keeps its moments in bfloat16, and mends them in place."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p, dtype=torch.bfloat16))
+                m.lerp_(p.grad.to(torch.bfloat16), 0.1)
+                p.sub_(group["lr"] * m)
+
+
+def test_each_group_is_tried() -> None:
+    model, loss = mlp(), LossNetwork(8).double()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+    ]
+    with pytest.raises(
+        TypeError, match="got Adaptive, whose step for one weight depends on the gradients of others"
+    ):
+        OnlineLearner(model, Adaptive(groups), loss, F.cross_entropy)
+    OnlineLearner(model, Adaptive(model.parameters()), loss, F.cross_entropy)
+
+
+def test_the_shapes_of_the_model_are_tried() -> None:
+    model = torch.nn.Linear(20, 20).double()
+    with pytest.raises(
+        TypeError, match="got Routed, whose step for one weight depends on the gradients of others"
+    ):
+        OnlineLearner(model, Routed(model.parameters()), LossNetwork(8).double(), F.cross_entropy)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (Rounded, "got Rounded, whose step computes in a lower precision than float64"),
+        (Projected, "got Projected, whose step for one weight depends on the gradients of others"),
+        (Brain, "got Brain, whose step|got Brain, which cannot be stepped"),
         (Normalised, "got Normalised, whose step for one weight depends on the gradients of others"),
         (Signed, "got Signed, whose step does not depend on the size of the gradient"),
         (Noisy, "got Noisy, whose step is random"),
