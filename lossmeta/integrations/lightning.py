@@ -18,7 +18,7 @@ try:
     import lightning.pytorch as pl
 except ImportError:
     try:
-        import pytorch_lightning as pl
+        import pytorch_lightning as pl  # type: ignore[no-redef]
     except ImportError as error:
         raise ImportError(
             f"lossmeta.integrations.lightning: lightning must be installed, got {str(error)!r}; "
@@ -110,7 +110,7 @@ class OnlineModule(pl.LightningModule):  # type: ignore[misc]  # Any where light
 
     @property
     def _loop(self) -> _Loop:
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, _Loop):
                 return callback
         raise ValueError(
@@ -134,7 +134,7 @@ class _Loop(pl.Callback):  # type: ignore[misc]
             raise RuntimeError(f"{WHERE}: the learner is there while trainer.fit runs, not before")
         return self.made
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         _check(trainer, pl_module)
         (optimizer,) = trainer.optimizers
         learner = pl_module.configure_learner(optimizer)

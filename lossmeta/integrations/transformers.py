@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ class OnlineTrainer(transformers.Trainer):  # type: ignore[misc]  # Any where tr
     def _made(self, model: nn.Module) -> OnlineLearner:
         """The learner of this model and optimizer, which are there when the training starts."""
         old = self.learner
+        assert self.optimizer is not None
         if old is None or unwrapped(old.optimizer) is not unwrapped(self.optimizer):
             options = {"clip_norm": self.args.max_grad_norm} if self.args.max_grad_norm > 0 else {}
             self.learned_loss.to(self.args.device)
@@ -186,7 +187,7 @@ class OnlineTrainer(transformers.Trainer):  # type: ignore[misc]  # Any where tr
             self._learner_state = None
         return self.learner
 
-    def _split(self, inputs: Mapping[str, Any]) -> Batch:
+    def _split(self, inputs: dict[str, Any]) -> Batch:
         inputs = self._prepare_inputs(inputs)
         (name,) = self.label_names
         if name not in inputs:
