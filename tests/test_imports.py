@@ -31,11 +31,16 @@ FLOORS = (
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytorch_metric_learning": "pytorch-metric-learning"}
 # What is imported only where it is there, and the extra that brings it.
 OPTIONAL = {
+    "accelerate": "integrations",
+    "lightning": "integrations",
     "matplotlib": "plot",
     "pooch": "data",
     "pytorch-metric-learning": "integrations",
+    "skorch": "integrations",
     "torchmetrics": "integrations",
+    "transformers": "integrations",
 }
+INSTEAD = {"pytorch_lightning": "lightning"}  # the same under an older name, where that is what is installed
 # Declared though nothing imports it yet: TuneLoss will.
 SOON = {"cvxpy", "osqp"}
 
@@ -147,7 +152,8 @@ def imported() -> set[str]:
     tops = {
         module.split(".")[0] for path in SOURCES.values() for module, _ in imports(path, type_checking=False)
     }
-    return {DISTRIBUTIONS.get(top, top) for top in tops - set(sys.stdlib_module_names) - {"lossmeta"}}
+    names = {**DISTRIBUTIONS, **INSTEAD}
+    return {names.get(top, top) for top in tops - set(sys.stdlib_module_names) - {"lossmeta"}}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -174,7 +180,9 @@ def output(code: str) -> str:
 
 def test_import_is_quick() -> None:
     slow = [
+        "accelerate",
         "cvxpy",
+        "lightning",
         "osqp",
         "matplotlib",
         "pooch",
@@ -182,7 +190,9 @@ def test_import_is_quick() -> None:
         "safetensors",
         "scipy",
         "sklearn",
+        "skorch",
         "torchmetrics",
+        "transformers",
         "typer",
     ]
     lazy = ["lossmeta.adalfl", "lossmeta.recipes", "lossmeta.experiments", "lossmeta.data"]
