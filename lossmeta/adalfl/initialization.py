@@ -85,6 +85,8 @@ def initialize(
             too soon (what the meta-steps before have learned stays), for a loss or a model without parameters to learn,
             for a meta_optimizer of other parameters, and for a loss or task loss that is no scalar.
         TypeError: for batches that are not pairs.
+        BackendError: for a model that does not compute the same when an inner step is computed again, which
+            ``"unrolled"`` does.
 
     Sources:
         Lorraine, Vicol and Duvenaud, "Optimizing Millions of Hyperparameters by Implicit Differentiation" (2020).
@@ -175,6 +177,7 @@ def initialize_learning_rate(
         ValueError: for options out of range, for loaders without batches or with empty ones, for an iterator that ends
             too soon, for a model without trainable parameters, and for a task loss that is no scalar.
         TypeError: for batches that are not pairs.
+        BackendError: for a model that does not compute the same when an inner step is computed again.
 
     Example:
         >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,)))]

@@ -11,6 +11,9 @@ from torch.func import functional_call
 
 from lossmeta._batches import Batch, Loss, call_model
 from lossmeta._checks import check_scalar
+from lossmeta.adalfl.verification import BackendError
+
+SAME = 1e-2  # of the gradient's norm
 
 
 def gradient_of(
@@ -56,6 +59,25 @@ def _gradients(outputs: Any, inputs: list[Tensor], vectors: Any = None, **option
     """Of what autograd returns several may be one tensor, expanded, or one of ``vectors``: not to be written to."""
     found = torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, **options)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, inputs, strict=True)]
+
+
+@torch.no_grad()
+def check_repeated(first: list[Tensor], second: list[Tensor]) -> None:
+    """Refuses a model whose passes are not one function: the derivative would be that of another step.
+
+    Raises:
+        BackendError: where the gradients differ by more than rounding in another order explains.
+    """
+    size, off = (
+        float(torch.stack(torch._foreach_norm(v)).norm())
+        for v in (first, list(torch._foreach_sub(second, first)))
+    )
+    if off > SAME * size:
+        raise BackendError(
+            f"AdaLFL: a repeated pass of an inner step gave another gradient, off by {off / size:.1g} of it: the model "
+            "draws random numbers or keeps state where they cannot be replayed; take that out of the model, or learn "
+            'the start with method="implicit"'
+        )
 
 
 @torch.no_grad()

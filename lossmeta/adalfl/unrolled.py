@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lossmeta._batches import Batch, Loss
 from lossmeta._model_state import ModelState, RandomState
-from lossmeta.adalfl.inner_steps import descend, dot, gradient_of, transposed, validate
+from lossmeta.adalfl.inner_steps import check_repeated, descend, dot, gradient_of, transposed, validate
 
 
 def unrolled(
@@ -22,7 +22,8 @@ def unrolled(
     """The task loss after gradient descent on ``chain``, and its derivatives in ``phi`` and in the learning rate.
 
     With theta_{i+1} = theta_i - a g_i(theta_i, phi), the adjoint of theta_i is that of theta_{i+1} minus
-    a (d g_i / d theta)' of it; phi collects -a (d g_i / d phi)' of it, and a collects its product with -g_i.
+    a (d g_i / d theta)' of it; phi collects -a (d g_i / d phi)' of it, and a collects its product with -g_i. The way
+    back computes the g_i again.
     """
     gradient, theta = gradient_of(loss, model)
     device = theta[0].device
@@ -30,7 +31,8 @@ def unrolled(
     for batch in chain:
         visited.append([p.detach().clone().requires_grad_() for p in theta])
         states.append(ModelState(model, device))
-        descend(theta, gradient(visited[-1], batch, False), learning_rate)
+        taken = gradient(visited[-1], batch, False)
+        descend(theta, taken, learning_rate)
     value, adjoint = validate(task_loss, model, theta, valid)
     end = RandomState(device)
     total = [torch.zeros_like(p) for p in phi]
@@ -40,6 +42,8 @@ def unrolled(
         # The first step's weights lead nowhere further back.
         wanted = [*phi, *(visited[i] if i else ())]
         g = gradient(visited[i], chain[i], bool(wanted))
+        if i == len(chain) - 1:
+            check_repeated(taken, g)
         slope = slope - dot(adjoint, g).detach()
         if not wanted:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam
 
-from lossmeta.adalfl import initialize, initialize_learning_rate
+from lossmeta.adalfl import BackendError, initialize, initialize_learning_rate
 from lossmeta.adalfl.unrolled import unrolled
 from lossmeta.losses import LossNetwork, TaylorLoss
 
@@ -23,9 +24,9 @@ from lossmeta.losses import LossNetwork, TaylorLoss
 def test_equals_full_unrolling(make: Any, inner_steps: int) -> None:
     model, loss = make(), LossNetwork(8, dtype=torch.float64)
     *chain, valid = batches(inner_steps + 1)
-    random = torch.get_rng_state()
+    drawn = torch.get_rng_state()
     expected = unrolled_chain(copy.deepcopy(model), loss, chain, valid, 0.2)
-    torch.set_rng_state(random)
+    torch.set_rng_state(drawn)
     _, actual, _ = unrolled(loss, list(loss.parameters()), model, chain, valid, F.cross_entropy, 0.2)
     assert relative_error(actual, expected) < 1e-10
 
@@ -37,7 +38,7 @@ def test_derivative_for_the_learning_rate(learned: bool, inner_steps: int) -> No
     loss = LossNetwork(8, dtype=torch.float64) if learned else F.cross_entropy
     phi = list(loss.parameters()) if isinstance(loss, nn.Module) else []
     *chain, valid = batches(inner_steps + 1)
-    random = torch.get_rng_state()
+    drawn = torch.get_rng_state()
     rate = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     other = copy.deepcopy(model)
     eager = LossOfEager(loss) if isinstance(loss, LossNetwork) else F.cross_entropy
@@ -48,7 +49,7 @@ def test_derivative_for_the_learning_rate(learned: bool, inner_steps: int) -> No
         theta = {name: p - rate * d for (name, p), d in zip(theta.items(), g, strict=True)}
     task = F.cross_entropy(functional_call(other, theta, (valid[0],)), valid[1])
     (expected,) = torch.autograd.grad(task, rate)
-    torch.set_rng_state(random)
+    torch.set_rng_state(drawn)
     value, _, actual = unrolled(loss, phi, model, chain, valid, F.cross_entropy, 0.2)
     torch.testing.assert_close(value, task.detach())
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
@@ -345,3 +346,31 @@ def test_a_meta_optimizer_of_other_parameters() -> None:
         r"and of the loss's all but \['input_weight', 'hidden_weight', 'output_weight'\]; make",
     ):
         initialize(loss, lambda: mlp().float(), both, both, steps=1, meta_optimizer=of_a_copy)
+
+
+class Scaled(nn.Module):
+    """Its passes draw random numbers: its own, or from where nobody looks."""
+
+    elsewhere = random.Random(0)
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.inner, self.hidden, self.own = mlp(), hidden, random.Random(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * ((self.elsewhere if self.hidden else self.own).random() + 0.5)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_passes_that_cannot_be_repeated_are_refused(inner_steps: int) -> None:
+    given, loss = batches(4), LossNetwork(8).double()
+    before = [p.detach().clone() for p in loss.parameters()]
+    options: dict[str, Any] = {"steps": 2, "inner_steps": inner_steps}
+    with pytest.raises(BackendError, match="a repeated pass of an inner step gave another gradient"):
+        initialize(loss, lambda: Scaled(hidden=True), given, given, **options)
+    with pytest.raises(BackendError, match="a repeated pass of an inner step gave another gradient"):
+        initialize_learning_rate(lambda: Scaled(hidden=True), given, given, **options)
+    assert all(torch.equal(p, q) for p, q in zip(loss.parameters(), before, strict=True))
+    # The remedy works, and a generator that the model owns is replayed.
+    assert len(initialize(loss, lambda: Scaled(hidden=True), given, given, method="implicit", **options)) == 2
+    assert len(initialize(loss, lambda: Scaled(hidden=False), given, given, **options)) == 2
