@@ -23,6 +23,7 @@ from lossmeta.ops import (
     pwl_statistics,
 )
 from lossmeta.ops._operator import OPERATORS
+from lossmeta.ops.loss_network import LINKS
 
 Make = Callable[[Draw], dict[str, Tensor]]
 
@@ -359,13 +360,22 @@ MOST_PRODUCTS = {"exact": 3e10, "table": 2e11}
 
 
 def _network(
-    width: int, samples: int, classes: int, *, dense: bool = False, ignored: bool = False, gain: float = 1.0
+    width: int,
+    samples: int,
+    classes: int,
+    *,
+    dense: bool = False,
+    several: bool = False,
+    ignored: bool = False,
+    gain: float = 1.0,
 ) -> Make:
     def make(draw: Draw) -> dict[str, Tensor]:
         n, c, h = draw.size(samples), draw.size(classes), draw.size(width)
         target = draw.normal(n, c, dtype=draw.wide) if dense else draw.labels(c, n)
+        if several:
+            target = draw.labels(2, n, c)
         if ignored:
-            target = target.where(draw.uniform(n, dtype=torch.float32) > 0.1, -100)
+            target = target.where(draw.uniform(*target.shape, dtype=torch.float32) > 0.1, -100)
         inputs = {"pred": draw.normal(n, c, scale=2.0).requires_grad_(), "target": target}
         for name, shape in (("w1", (h, 2)), ("w2", (h, h)), ("w3", (1, h))):
             weight = draw.normal(*shape, dtype=draw.wide, scale=gain / shape[1] ** 0.5)
@@ -417,7 +427,7 @@ def _loss_network() -> list[Case]:
             "exact": exact,
             "table_size": table_size,
         }
-        flags = (link == "softmax", hidden != "relu", 0.01, 10.0, output == "softplus", -100, 0)
+        flags = (LINKS[link], hidden != "relu", 0.01, 10.0, output == "softplus", -100, 0)
         return Case(
             operator,
             f"{name}, {'exact' if exact else 'table'}",
@@ -455,6 +465,12 @@ def _loss_network() -> list[Case]:
         case("H 40, 300×20, table refused", _network(40, 300, 20, gain=1.5), exact=False, table_size=16),
         case("H 40, 60×30, dense target", _network(40, 60, 30, dense=True), exact=True),
         case("H 40, 60×3, identity link", _network(40, 60, 3, dense=True), exact=True, link="identity"),
+        case("labels, H 40, 60×30", _network(40, 60, 30, several=True), exact=True, link="sigmoid"),
+        case("labels, H 40, 60×30, dense target", _network(40, 60, 30, dense=True), exact=True, link="sigmoid"),
+        case("labels, H 40, 300×21", _network(40, 300, 21, several=True), link="sigmoid", **table),
+        case("labels, H 40, 512×1000, ignored", _network(40, 512, 1000, several=True, ignored=True),
+             link="sigmoid", **table),
+        misaligned(case("labels, H 40, 300×21", _network(40, 300, 21, several=True), link="sigmoid", **table)),
         case("H 33, 60×30, relu, softplus", _network(33, 60, 30), exact=True, hidden="relu", output="softplus"),
         misaligned(case("H 40, 300×24", _network(40, 300, 24), **table)),
         misaligned(case("H 40, 300×301", _network(40, 300, 301), **table)),

@@ -127,12 +127,62 @@ void fill(const Rows<T>& p, int64_t first, int64_t rows, int64_t begin, int64_t 
   }
 }
 
+// ---- Labels on their own, with the sigmoid link: a row has one element, and a tile as many rows as it holds.
+
+template <class T, class F>
+void for_ignored(const Rows<T>& p, int64_t first, int64_t count, const F& f) {
+  if (!p.a.labels) return;
+  for (int64_t i = 0; i < count; ++i)
+    if (p.ignored(first + i)) f(i);
+}
+
+// Puts labels [first, first + count) in place, with d = sigmoid'(x). An ignored one is 0.
+template <class T>
+void fill_labels(const Rows<T>& p, int64_t first, int64_t count, Tile<accumulate_t<T>>& tile,
+                 accumulate_t<T>* d) {
+  using A = accumulate_t<T>;
+  using V = Vec<A>;
+  tile.count = count;
+  tile.own_count = 0;
+  for (int64_t i = count; i < (count + V::size - 1) / V::size * V::size; ++i) tile.f[i] = tile.y[i] = A(0);
+  p.for_vectors(count, [&](int64_t j, int lanes) {
+    const auto s = math::sigmoid<A>(load_some(p.pred + first + j, lanes));
+    store_some(tile.f + j, s.value, lanes);
+    store_some(d + j, s.slope, lanes);
+  });
+  if (!p.a.labels) {
+    for (int64_t i = 0; i < count; ++i) tile.y[i] = p.target[first + i];
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) tile.y[i] = A(p.a.labels[first + i] == 1);
+  for_ignored(p, first, count, [&](int64_t i) { tile.f[i] = d[i] = A(0); });
+}
+
+template <class T, class Evaluator>
+void forward_labels(const Rows<T>& p, int64_t begin, int64_t end, const Evaluator& evaluate) {
+  using A = accumulate_t<T>;
+  Tile<A> tile;
+  alignas(64) A values[tile_elements], slopes[tile_elements], d[tile_elements];
+  for (int64_t first = begin; first < end; first += tile_elements) {
+    const int64_t count = end - first < tile_elements ? end - first : tile_elements;
+    A *loss = static_cast<A*>(p.a.loss) + first, *slope = static_cast<A*>(p.a.slope) + first;
+    fill_labels(p, first, count, tile, d);
+    evaluate(tile, values, slopes);
+    p.for_vectors(count, [&](int64_t j, int lanes) {
+      store_some(loss + j, load_some(values + j, lanes), lanes);
+      store_some(slope + j, load_some(slopes + j, lanes) * load_some(d + j, lanes), lanes);
+    });
+    for_ignored(p, first, count, [&](int64_t i) { loss[i] = slope[i] = A(0); });
+  }
+}
+
 // ---- Forward. Evaluator: network or table, evaluate(tile, values, slopes).
 
 template <class T, class Evaluator>
 void forward_rows(const Rows<T>& p, int64_t begin, int64_t end, const Evaluator& evaluate) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
+  if (p.a.sigmoid) return forward_labels(p, begin, end, evaluate);
   const int64_t classes = p.classes;
   Tile<A> tile;
   alignas(64) A values[tile_elements], slopes[tile_elements];
@@ -216,7 +266,7 @@ class RowsBackward {
   A* const scratch_;  // [classes] where a row is longer than a tile and grad_pred is wanted
   Tile<A> tile_;
   alignas(64) A u_[tile_elements], v_[tile_elements], r_[tile_elements], slopes_[tile_elements];
-  A u_mean_[tile_elements];  // sum f U of each row
+  alignas(64) A u_mean_[tile_elements];  // sum f U of each row; of labels sigmoid'(x)
 
  public:
   RowsBackward(const Rows<T>& p, A* scratch) : p_(p), scratch_(scratch) {}
@@ -224,6 +274,11 @@ class RowsBackward {
   template <class Evaluator>
   void operator()(int64_t begin, int64_t end, const Evaluator& evaluate) {
     const int64_t classes = p_.classes;
+    if (p_.a.sigmoid) {
+      for (int64_t first = begin; first < end; first += tile_elements)
+        labels(first, end - first < tile_elements ? end - first : tile_elements, evaluate);
+      return;
+    }
     if (classes > tile_elements) {
       for (int64_t n = begin; n < end; ++n) long_row(n, evaluate);
       return;
@@ -251,6 +306,31 @@ class RowsBackward {
   }
 
  private:
+  // Labels on their own, which need no means.
+  template <class Evaluator>
+  void labels(int64_t first, int64_t count, const Evaluator& evaluate) {
+    const auto incoming = [&](int64_t j, int lanes) {
+      return p_.grad_slope ? load_some(p_.grad_slope + first + j, lanes) : V(A(0));
+    };
+    A* const d = u_mean_;
+    fill_labels(p_, first, count, tile_, d);
+    p_.for_vectors(count, [&](int64_t j, int lanes) {
+      store_some(u_ + j, p_.grad_loss ? load_some(p_.grad_loss + first + j, lanes) : V(A(0)), lanes);
+      store_some(v_ + j, incoming(j, lanes) * load_some(d + j, lanes), lanes);
+    });
+    for_ignored(p_, first, count, [&](int64_t j) { u_[j] = v_[j] = A(0); });
+    pad();
+    evaluate(tile_, u_, v_, r_, slopes_);
+    if (!p_.a.grad_pred) return;
+    T* const out = static_cast<T*>(p_.a.grad_pred) + first;
+    p_.for_vectors(count, [&](int64_t j, int lanes) {
+      const V f = load_some(tile_.f + j, lanes), bend = incoming(j, lanes) * (V(A(1)) - f * A(2));
+      const V r = load_some(r_ + j, lanes) + load_some(slopes_ + j, lanes) * bend;
+      store_some(out + j, load_some(d + j, lanes) * r, lanes);
+    });
+    for_ignored(p_, first, count, [&](int64_t j) { math::store(out + j, A(0)); });
+  }
+
   // A row in pieces; f is computed again where it has left the tile.
   template <class Evaluator>
   void long_row(int64_t n, const Evaluator& evaluate) {

@@ -80,6 +80,10 @@ struct Table {
     const Bits interval = truncate(low);
     return {interval, x - V(__builtin_convertvector(interval, typename V::Native))};
   }
+  // Where the second target's are `distance` behind those of the first, and y may be 1.
+  LOSSMETA_SIMD static Bits of_target(Bits interval, V y, int64_t distance) {
+    return interval + truncate(y * A(distance));
+  }
   LOSSMETA_SIMD static bool is_near(Bits interval) { return all(Mask<A>{interval < near}); }
 
   LOSSMETA_SIMD V coefficient(int c, Bits interval, bool is_near) const {
@@ -114,9 +118,12 @@ void forward(const LossNetwork& a) {
     forward_rows(p, begin, end, [&](const Tile<A>& tile, A* values, A* slopes) {
       for (int64_t i = 0; i < tile.count; i += V::size) {
         const auto at = others.place(load(tile.f + i));
-        const bool near = others.is_near(at.interval);
+        // Of a row most elements are others, of labels some are on.
+        const V y = a.sigmoid ? load(tile.y + i) : V(A(0));
+        const auto from = others.of_target(at.interval, y, coefficients * a.intervals);
+        const bool near = others.is_near(from);
         V c[coefficients];
-        for (int k = 0; k < coefficients; ++k) c[k] = others.coefficient(k, at.interval, near);
+        for (int k = 0; k < coefficients; ++k) c[k] = others.coefficient(k, from, near);
         store(values + i, math::table_value(c[0], c[1], c[2], c[3], c[4], at.t, others.h));
         store(slopes + i, math::table_slope(c[1], c[2], c[3], c[4], at.t));
       }
@@ -271,11 +278,13 @@ void backward(const LossNetwork& a) {
         }
         for (int64_t i = 0; i < tile.count; i += V::size) {
           const auto at = others.place(load(tile.f + i));
-          const bool near = others.is_near(at.interval);
+          const V y = a.sigmoid ? load(tile.y + i) : V(A(0));
+          const auto from = others.of_target(at.interval, y, coefficients * a.intervals);
+          const bool near = others.is_near(from);
           const V ui = load(u + i), vi = load(v + i);
           if (need_pred) {
             V c[coefficients];
-            for (int k = 1; k < coefficients; ++k) c[k] = others.coefficient(k, at.interval, near);
+            for (int k = 1; k < coefficients; ++k) c[k] = others.coefficient(k, from, near);
             const V slope = math::table_slope(c[1], c[2], c[3], c[4], at.t);
             store(slopes + i, slope);
             store(r + i, ui * slope + vi * math::table_curvature(c[2], c[3], c[4], at.t, A(a.intervals)));
@@ -283,7 +292,7 @@ void backward(const LossNetwork& a) {
           if (need_weights) {
             V sums[coefficients];
             math::table_adjoint(ui, vi, at.t, others.h, sums);
-            bins.add(at.interval, near, sums);
+            bins.add(others.of_target(at.interval, y, a.intervals), near, sums);
           }
         }
         for (int64_t k = 0; k < tile.own_count; ++k) {

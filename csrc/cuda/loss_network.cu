@@ -41,7 +41,7 @@ ExactPlan exact_plan(const LossNetwork& a) {
   const int64_t passes = plan.rows ? (a.samples + plan.rows - 1) / plan.rows : 0;
   const auto take = [&](int64_t elements) { return (plan.size += elements) - elements; };
   plan.softmaxes = take(a.softmax ? 3 * plan.rows : 0);
-  plan.parts = take(2 * plan.tiles * plan.segments);
+  plan.parts = take(a.sigmoid ? 0 : 2 * plan.tiles * plan.segments);
   plan.cotangents = take(keeps_cotangents ? plan.rows * a.classes : 0);
   plan.partials = take(a.grad_input_weight ? passes * gradient_parts(plan.tiles) * net.gradient_size() : 0);
   return plan;
@@ -59,7 +59,7 @@ template <class T>
 struct Problem {
   using A = accumulate_t<T>;
   RowLabels rows;
-  bool softmax;
+  bool softmax, sigmoid;
   int64_t segments;  // rows that a tile may touch
   int tile;
   A inverse_classes;
@@ -76,8 +76,9 @@ struct Problem {
 
   // Of the rows [first, first + count).
   Problem(const LossNetwork& a, const ExactPlan& plan, int64_t first, int64_t count)
-      : rows{a.labels ? a.labels + first : nullptr, count, a.classes, a.ignore_index},
+      : rows(a, first, count),
         softmax(a.softmax),
+        sigmoid(a.sigmoid),
         segments(plan.segments),
         tile(plan.tile),
         inverse_classes(A(1) / A(a.classes)),
@@ -123,9 +124,11 @@ struct PredElements {
     const int64_t n = e / p.rows.classes;
     if (p.rows.state(n) != RowState::live) return {};
     const A x = math::load(p.pred + e);
-    return {p.softmax ? p.softmaxes[n](x) : x,
-            p.target ? p.target[e] : A(p.rows.labels[n] == e - n * p.rows.classes)};
+    const A y = p.target ? p.target[e] : A(p.rows.labels[n] == (p.sigmoid ? 1 : e - n * p.rows.classes));
+    return {p.softmax ? p.softmaxes[n](x) : p.sigmoid ? math::sigmoid<A>(x).value : x, y};
   }
+  // sigmoid'(x)
+  __device__ A link_slope(int64_t e) const { return math::sigmoid<A>(A(math::load(p.pred + e))).slope; }
 
   // Sums of the elements of each row, a warp for each.
   __device__ void segments(const Sums<A>* sums,  // [size]
@@ -150,17 +153,26 @@ struct ForwardElements : PredElements<T> {
   using A = accumulate_t<T>;
   using PredElements<T>::p;
 
-  // Parts of sum l and sum f g.
+  // Parts of sum l and sum f g. A label is done.
   __device__ Sums<A> finish(int64_t e, A f, A value, A slope) const {
     const RowState state = p.rows.state(e / p.rows.classes);
     if (state != RowState::live) {
       const A dead = state == RowState::ignored ? A(0) : A(NAN);
       p.slope[e] = dead;
+      if (p.sigmoid) p.loss[e] = dead;
       return {dead, dead};
+    }
+    if (p.sigmoid) {
+      p.loss[e] = value, p.slope[e] = slope * this->link_slope(e);
+      return {};
     }
     const A g = slope * p.inverse_classes;
     p.slope[e] = g;
     return {value, f * g};
+  }
+
+  __device__ void segments(const Sums<A>* sums, int64_t tile, int size) const {
+    if (!p.sigmoid) PredElements<T>::segments(sums, tile, size);
   }
 };
 
@@ -180,7 +192,8 @@ struct BackwardElements : PredElements<T> {
     const int64_t n = e / p.rows.classes;
     if (p.rows.state(n) != RowState::live) return {};
     const A u = p.grad_loss ? p.grad_loss[n] * p.inverse_classes : A(0);
-    return {u, (p.softmax ? f : A(1)) * centred(e, n) * p.inverse_classes};
+    const A link = p.softmax ? f : p.sigmoid ? this->link_slope(e) : A(1);
+    return {u, link * centred(e, n) * p.inverse_classes};
   }
 
   // Parts of sum f g and sum f D, D without its term in sum f g.
@@ -188,6 +201,7 @@ struct BackwardElements : PredElements<T> {
     if (!p.grad_pred) return {};
     const int64_t n = e / p.rows.classes;
     const bool live = p.rows.state(n) == RowState::live;
+    if (p.sigmoid && live) r = this->link_slope(e) * (r + slope * centred(e, n) * (A(1) - A(2) * f));
     if (!p.softmax) {
       math::store(p.grad_pred + e, live ? r : A(0));
       return {};
@@ -306,7 +320,8 @@ class Exact {
     } else {
       network<false>(network_forward_kernel<A, false, ForwardElements<T>>, false, blocks, elements);
     }
-    rows(problem, [&](auto lanes) { return finish_forward_kernel<T, decltype(lanes)::value>; });
+    if (!a_.sigmoid)
+      rows(problem, [&](auto lanes) { return finish_forward_kernel<T, decltype(lanes)::value>; });
   }
 
   void backward() const {

@@ -19,13 +19,21 @@ enum class RowState : int8_t { live, ignored, bad, absent };
 struct RowLabels {
   const int64_t* labels;  // [N] or null
   int64_t samples, classes, ignore_index;
+  int64_t kinds;  // that a label may be: as many as classes, or on and off
+
+  RowLabels(const LossNetwork& a, int64_t first, int64_t count)
+      : labels(a.labels ? a.labels + first : nullptr),
+        samples(count),
+        classes(a.classes),
+        ignore_index(a.ignore_index),
+        kinds(a.sigmoid ? 2 : a.classes) {}
 
   __device__ RowState state(int64_t n) const {
     if (n >= samples) return RowState::absent;
     if (!labels) return RowState::live;
     const int64_t label = labels[n];
     if (label == ignore_index) return RowState::ignored;
-    return label >= 0 && label < classes ? RowState::live : RowState::bad;
+    return label >= 0 && label < kinds ? RowState::live : RowState::bad;
   }
 };
 

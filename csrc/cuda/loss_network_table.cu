@@ -184,7 +184,7 @@ struct TableRows {
   T* grad_pred;
 
   explicit TableRows(const LossNetwork& a)
-      : rows{a.labels, a.samples, a.classes, a.ignore_index},
+      : rows(a, 0, a.samples),
         table(a),
         inverse_classes(A(1) / A(a.classes)),
         pred(static_cast<const T*>(a.pred)),
@@ -351,6 +351,73 @@ __global__ void __launch_bounds__(row_threads, Row::blocks)
   if (bins.low) bins.flush(fixed.sums);
 }
 
+// ---- Passes over labels on their own, with the sigmoid link.
+
+template <class T>
+__global__ void __launch_bounds__(row_threads, 2)
+    labels_forward_kernel(Gate<accumulate_t<T>> gate, TableRows<T> p) {
+  using A = accumulate_t<T>;
+  LOSSMETA_DYNAMIC_SHARED(A, shared);
+  if (gate.closed()) return;
+  p.table.load(shared, true);
+  const int64_t step = int64_t(gridDim.x) * row_threads;
+  for (int64_t e = int64_t(blockIdx.x) * row_threads + threadIdx.x; e < p.rows.samples; e += step) {
+    const RowState state = p.rows.state(e);
+    if (state != RowState::live) {
+      p.loss[e] = p.slope[e] = state == RowState::ignored ? A(0) : A(NAN);
+      continue;
+    }
+    const auto f = math::sigmoid<A>(A(math::load(p.pred + e)));
+    const Place<A> place = locate(f.value, p.table.intervals);
+    const Point<A> point =
+        p.rows.labels[e] == 1 ? p.table.own(place.interval) : p.table.other(place.interval);
+    p.loss[e] = point.value(place.t, p.table.h);
+    p.slope[e] = point.slope(place.t) * f.slope;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(row_threads, 2)
+    labels_backward_kernel(Gate<accumulate_t<T>> gate, TableRows<T> p, bool sums,
+                           FixedPoint<accumulate_t<T>> fixed) {
+  using A = accumulate_t<T>;
+  LOSSMETA_DYNAMIC_SHARED(A, shared);
+  if (gate.closed()) return;
+  p.table.load(shared, false);
+  Bins<A> bins{nullptr, p.table.intervals, 0};
+  int shift;
+  if (sums && fixed.template find_shift<row_threads>(shift)) {
+    bins.low = reinterpret_cast<unsigned*>(shared + 4 * p.table.intervals);
+    bins.scale = scaled(A(1), shift);
+    bins.clear();
+  }
+  const int64_t step = int64_t(gridDim.x) * row_threads;
+  for (int64_t e = int64_t(blockIdx.x) * row_threads + threadIdx.x; e < p.rows.samples; e += step) {
+    if (p.rows.state(e) != RowState::live) {
+      if (p.grad_pred) math::store(p.grad_pred + e, A(0));
+      continue;
+    }
+    const auto f = math::sigmoid<A>(A(math::load(p.pred + e)));
+    const Place<A> place = locate(f.value, p.table.intervals);
+    const bool on = p.rows.labels[e] == 1, number = f.value >= A(0);
+    const A u = p.grad_loss ? p.grad_loss[e] : A(0), big_u = p.grad_slope ? p.grad_slope[e] : A(0);
+    const A v = big_u * f.slope;
+    if (p.grad_pred) {
+      const Point<A> point = on ? p.table.own(place.interval) : p.table.other_slope(place.interval);
+      const A slope = point.slope(place.t), curvature = point.curvature(place.t, A(p.table.intervals));
+      const A r = u * slope + v * curvature + big_u * slope * (A(1) - A(2) * f.value);
+      math::store(p.grad_pred + e, f.slope * r);
+    }
+    if (sums && !number) *fixed.poisoned = 1;
+    if (bins.low && number) {
+      A terms[coefficients];
+      math::table_adjoint(u, v, place.t, p.table.h, terms);
+      bins.add(on, place.interval, terms);
+    }
+  }
+  if (bins.low) bins.flush(fixed.sums);
+}
+
 // ---- From the intervals to the nodes and through the network.
 
 template <class A>
@@ -460,10 +527,22 @@ constexpr int64_t forward_bytes = coefficients * sizeof(A);
 template <class A>
 constexpr int64_t backward_bytes = 4 * sizeof(A) + 2 * coefficients * sizeof(long long);
 
+inline int label_blocks(int64_t labels, int limit) {
+  const int64_t wanted = (labels + row_threads - 1) / row_threads;
+  return int(wanted < limit ? wanted : limit);
+}
+
 template <class T>
 void table_forward(const LossNetwork& a, cudaStream_t stream) {
   using A = accumulate_t<T>;
   if (a.samples == 0) return;
+  if (a.sigmoid) {
+    const int64_t bytes = a.intervals * forward_bytes<A>;
+    allow_shared(labels_forward_kernel<T>, bytes);
+    LOSSMETA_LAUNCH(labels_forward_kernel<T>, label_blocks(a.samples, forward_blocks), row_threads, bytes,
+                    stream, table_gate<A>(a), TableRows<T>(a));
+    return;
+  }
   choose_row<T>(a, [&](auto tag) {
     using Row = typename decltype(tag)::type;
     const auto kernel = table_forward_kernel<T, Row>;
@@ -486,23 +565,28 @@ void table_backward(const LossNetwork& a, cudaStream_t stream) {
     LOSSMETA_LAUNCH(prepare_kernel<A>, sum_blocks, row_threads, 0, stream, gate, fixed, cells,
                     static_cast<const A*>(a.grad_loss), a.samples, static_cast<const A*>(a.grad_slope),
                     a.samples * a.classes);
-  if (a.samples > 0)
+  const int64_t bytes = a.intervals * (sums ? backward_bytes<A> : 4 * sizeof(A));
+  if (a.samples > 0 && a.sigmoid) {
+    allow_shared(labels_backward_kernel<T>, bytes);
+    LOSSMETA_LAUNCH(labels_backward_kernel<T>, label_blocks(a.samples, sums ? sum_blocks : forward_blocks),
+                    row_threads, bytes, stream, gate, TableRows<T>(a), sums, fixed);
+  } else if (a.samples > 0) {
     choose_row<T>(a, [&](auto tag) {
       using Row = typename decltype(tag)::type;
       const auto kernel = table_backward_kernel<T, Row>;
-      const int64_t bytes = a.intervals * (sums ? backward_bytes<A> : 4 * sizeof(A));
       allow_shared(kernel, bytes);
       LOSSMETA_LAUNCH(kernel, row_blocks<Row>(a.samples, sums ? sum_blocks : forward_blocks), row_threads,
                       bytes, stream, gate, TableRows<T>(a), sums, fixed);
     });
+  }
   if (!sums) return;
   const Network<A> net(a);
   const bool resident = net.resident(true);
-  const int bytes = net.shared_bytes(true, resident);
+  const int shared_bytes = net.shared_bytes(true, resident);
   const auto kernel = resident ? nodes_backward_kernel<A, true> : nodes_backward_kernel<A, false>;
-  allow_shared(kernel, bytes);
+  allow_shared(kernel, shared_bytes);
   const DerivedNodes<A> nodes{Nodes<A>(a), fixed, A(0)};
-  LOSSMETA_LAUNCH(kernel, plan.blocks, net.threads(), bytes, stream, gate, net, nodes,
+  LOSSMETA_LAUNCH(kernel, plan.blocks, net.threads(), shared_bytes, stream, gate, net, nodes,
                   static_cast<A*>(a.workspace) + plan.partials, WeightGradients<A>(a));
 }
 

@@ -19,8 +19,10 @@
 //   slope_j = f_j (g_j - sum f g),
 //   u = G / C,   v_j = f_j (U_j - sum f U) / C,   and with r_j = dJ/df_j from the network
 //   D_j = r_j + g_j (U_j - sum f U) - U_j sum f g,      grad_x_j = f_j (D_j - sum f D).
+// With the sigmoid link every label is a row of its own, C = 1, f = sigmoid(x), d = sigmoid'(x) = f (1 - f), and
+//   loss = l,  slope = l' d,   u = G,  v = U d,   grad_x = d (r + l' U (1 - 2 f)).
 //
-// The table. With class indices and the softmax link the network is two functions of f in [0, 1], y = 0 and
+// The table. With class indices and the softmax link, or labels and the sigmoid link, the network is two functions of f in [0, 1], y = 0 and
 // y = 1. It is evaluated with its slope at the nodes f_k = (k - 1) / M, k = 0 .. M + 2; in the interval
 // [i/M, (i+1)/M], with t = M f - i and h = 1/M,
 //   l'(f) = c0 + c1 t + c2 t^2 + c3 t^3 through the slopes of the nodes i .. i + 3 (t = -1, 0, 1, 2),
@@ -42,7 +44,8 @@ struct LossNetwork {
   DType dtype;                // of pred and grad_pred; everything else that is not an integer is A
   bool smooth;                // hidden activation: smooth leaky ReLU, else ReLU
   bool softplus;              // output activation: softplus, else linear
-  bool softmax;               // link: softmax, else identity
+  bool softmax;               // link: softmax, or
+  bool sigmoid;               // sigmoid, with one class, else identity
   double leak, smoothness;    // of the smooth leaky ReLU
   int64_t samples;            // N
   int64_t classes;            // C
@@ -50,7 +53,7 @@ struct LossNetwork {
   int64_t intervals;          // M of the table, 0: no table
   int64_t ignore_index;       // rows with this label have loss 0, slope 0 and no gradient
   const void* pred;           // [N, C]
-  const int64_t* labels;      // [N], targets one-hot; or null
+  const int64_t* labels;      // [N], targets one-hot, with the sigmoid link 0 or 1; or null
   const void* target;         // [N, C] dense, where labels is null
   const void* input_weight;   // [H, 2]: W1, columns y and f
   const void* hidden_weight;  // [H, H]: W2[o][k]
@@ -157,6 +160,18 @@ LOSSMETA_HD Output<T> output_activation(T z, bool softplus) {
   const T e = exp(-abs(z)), r = reciprocal(e + A(1));
   const auto positive = z > A(0);
   return {select(positive, z, A(0)) + log1p_unit(e), select(positive, r, e * r), e * r * r};
+}
+
+// The sigmoid with its derivative.
+template <class T>
+struct Sigmoid {
+  T value, slope;
+};
+
+template <class A, class T>
+LOSSMETA_HD Sigmoid<T> sigmoid(T x) {
+  const T e = exp(-abs(x)), r = reciprocal(e + A(1));
+  return {select(x > A(0), r, e * r), e * r * r};
 }
 
 // ---- The table's formulas.

@@ -6,6 +6,13 @@ namespace lossmeta {
 namespace {
 
 constexpr const char* op = "loss_network";
+enum Link : int64_t { identity, softmax, sigmoid };  // as LINKS of lossmeta/ops/loss_network.py
+
+std::vector<int64_t> sizes(const Tensor& t) {
+  std::vector<int64_t> result;
+  for (int64_t i = 0; i < t.dim(); ++i) result.push_back(t.size(i));
+  return result;
+}
 
 // Checks the arguments that forward and backward share and fills in the problem.
 struct Arguments {
@@ -14,12 +21,14 @@ struct Arguments {
   ScalarType accumulated;
 
   Arguments(const Tensor& pred_, const Tensor& target_, const Tensor& input_weight,
-            const Tensor& hidden_weight, const Tensor& output_weight, bool softmax, bool smooth, double leak,
+            const Tensor& hidden_weight, const Tensor& output_weight, int64_t link, bool smooth, double leak,
             double smoothness, bool softplus, int64_t ignore_index, int64_t table_size)
       : pred(pred_), target(target_), weights{input_weight, hidden_weight, output_weight} {
     a.dtype = float_dtype(pred, op, "pred");
     accumulated = accumulation_type(a.dtype);
-    a.softmax = softmax;
+    LOSSMETA_CHECK(link >= identity && link <= sigmoid, op, ": link must be 0, 1 or 2, got ", link);
+    a.softmax = link == softmax;
+    a.sigmoid = link == sigmoid;
     a.smooth = smooth;
     a.softplus = softplus;
     a.leak = leak;
@@ -27,11 +36,15 @@ struct Arguments {
     a.ignore_index = ignore_index;
     LOSSMETA_CHECK(pred.dim() == 2 && pred.size(1) > 0, op,
                    ": pred must be [N, C] with at least one column, got ", shape(pred));
-    a.samples = pred.size(0);
-    a.classes = pred.size(1);
+    // A label on its own is a row.
+    a.samples = a.sigmoid ? pred.size(0) * pred.size(1) : pred.size(0);
+    a.classes = a.sigmoid ? 1 : pred.size(1);
     check_same_device(target, pred, op, "target", "pred");
     const bool indices = target.scalar_type() == ScalarType::Long;
-    if (indices) {
+    if (indices && a.sigmoid) {
+      LOSSMETA_CHECK(shape(target) == shape(pred), op, ": labels must have the shape of pred, ", shape(pred),
+                     ", got ", shape(target));
+    } else if (indices) {
       LOSSMETA_CHECK(target.dim() == 1 && target.size(0) == a.samples, op, ": class indices must be [",
                      a.samples, "], got ", shape(target));
     } else {
@@ -58,7 +71,7 @@ struct Arguments {
     if (indices) {
       target = packed(target);
       a.labels = static_cast<const int64_t*>(target.const_data_ptr());
-      check_labels(a.labels, a.samples, a.classes, ignore_index, op);
+      check_labels(a.labels, a.samples, a.sigmoid ? 2 : a.classes, ignore_index, op);
     } else {
       target = packed_as(target, accumulated);
       a.target = target.const_data_ptr();
@@ -76,7 +89,7 @@ struct Arguments {
                    op, ": table_size must lie in [", loss_network_min_intervals, ", ",
                    loss_network_max_intervals, "], got ", table_size);
     const bool tabulates =
-        table_size > 0 && indices && softmax && smooth &&
+        table_size > 0 && indices && link != identity && smooth &&
         a.samples * a.classes >= loss_network_elements_per_node * loss_network_nodes(table_size);
     a.intervals = tabulates ? table_size : 0;
 #ifdef LOSSMETA_BACKEND_CUDA
@@ -86,6 +99,9 @@ struct Arguments {
                    " for ", dtype_name(pred), ", got ", table_size);
 #endif
   }
+
+  // Of the loss.
+  std::vector<int64_t> rows() const { return a.sigmoid ? sizes(pred) : std::vector<int64_t>{a.samples}; }
 
   std::vector<int64_t> table_sizes() const {
     return {a.intervals ? loss_network_table_size(a.intervals) : 0};
@@ -114,14 +130,14 @@ std::optional<Tensor> workspace([[maybe_unused]] LossNetwork& a, [[maybe_unused]
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& target,
                                            const Tensor& input_weight, const Tensor& hidden_weight,
-                                           const Tensor& output_weight, bool softmax, bool smooth,
+                                           const Tensor& output_weight, int64_t link, bool smooth,
                                            double leak, double smoothness, bool softplus,
                                            int64_t ignore_index, int64_t table_size) {
-  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, softmax, smooth, leak,
+  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, link, smooth, leak,
                       smoothness, softplus, ignore_index, table_size);
   LossNetwork& a = arguments.a;
-  Tensor loss = empty({a.samples}, arguments.accumulated, pred);
-  Tensor slope = empty({a.samples, a.classes}, arguments.accumulated, pred);
+  Tensor loss = empty(arguments.rows(), arguments.accumulated, pred);
+  Tensor slope = empty(sizes(pred), arguments.accumulated, pred);
   Tensor table = empty(arguments.table_sizes(), arguments.accumulated, pred);
   a.loss = loss.mutable_data_ptr();
   a.slope = slope.mutable_data_ptr();
@@ -138,17 +154,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& tar
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_slope, const Tensor& pred,
     const Tensor& target, const Tensor& input_weight, const Tensor& hidden_weight,
-    const Tensor& output_weight, bool softmax, bool smooth, double leak, double smoothness, bool softplus,
+    const Tensor& output_weight, int64_t link, bool smooth, double leak, double smoothness, bool softplus,
     int64_t ignore_index, int64_t table_size, const Tensor& table, bool need_pred, bool need_input_weight,
     bool need_hidden_weight, bool need_output_weight) {
-  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, softmax, smooth, leak,
+  Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, link, smooth, leak,
                       smoothness, softplus, ignore_index, table_size);
   LossNetwork& a = arguments.a;
   const ScalarType accumulated = arguments.accumulated;
   std::optional<Tensor> dense_loss, dense_slope;
   if (grad_loss) {
-    LOSSMETA_CHECK(grad_loss->dim() == 1 && grad_loss->size(0) == a.samples, op, ": grad_loss must be [",
-                   a.samples, "], got ", shape(*grad_loss));
+    LOSSMETA_CHECK(sizes(*grad_loss) == arguments.rows(), op,
+                   ": grad_loss must have the shape of the loss, got ", shape(*grad_loss));
     dense_loss = packed_as(*grad_loss, accumulated);
     a.grad_loss = dense_loss->const_data_ptr();
   }
@@ -165,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
   const bool need_weights = need_input_weight || need_hidden_weight || need_output_weight;
   const auto none = std::vector<int64_t>{0};
-  Tensor grad_pred =
-      empty(need_pred ? std::vector<int64_t>{a.samples, a.classes} : none, pred.scalar_type(), pred);
+  Tensor grad_pred = empty(need_pred ? sizes(pred) : none, pred.scalar_type(), pred);
   Tensor grads[] = {empty(need_weights ? std::vector<int64_t>{a.width, 2} : none, accumulated, pred),
                     empty(need_weights ? std::vector<int64_t>{a.width, a.width} : none, accumulated, pred),
                     empty(need_weights ? std::vector<int64_t>{1, a.width} : none, accumulated, pred)};
@@ -194,13 +209,13 @@ LOSSMETA_DEFINE(m) {
   m.def(
       "loss_network(Tensor pred, Tensor target, Tensor input_weight, Tensor hidden_weight, Tensor "
       "output_weight, "
-      "bool softmax, bool smooth, float leak, float smoothness, bool softplus, int ignore_index, int "
+      "int link, bool smooth, float leak, float smoothness, bool softplus, int ignore_index, int "
       "table_size) "
       "-> (Tensor loss, Tensor slope, Tensor table)");
   m.def(
       "loss_network_backward(Tensor? grad_loss, Tensor? grad_slope, Tensor pred, Tensor target, Tensor "
       "input_weight, "
-      "Tensor hidden_weight, Tensor output_weight, bool softmax, bool smooth, float leak, float smoothness, "
+      "Tensor hidden_weight, Tensor output_weight, int link, bool smooth, float leak, float smoothness, "
       "bool softplus, int ignore_index, int table_size, Tensor table, bool need_pred, bool "
       "need_input_weight, "
       "bool need_hidden_weight, bool need_output_weight) "

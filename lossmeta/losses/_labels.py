@@ -18,11 +18,12 @@ class Labels(NamedTuple):
     """All labels of a batch, E of them, in the order of memory."""
 
     logits: Tensor
-    """``[E, 1]`` in the accumulation dtype; 0 where the label does not count"""
+    """``[E, 1]``; in the accumulation dtype, and 0 where the label does not count, unless the target is left whole"""
     target: Tensor
-    """``[E, 1]``, from 0 (off) to 1 (on)"""
+    """``[E, 1]``, from 0 (off) to 1 (on); left whole, int64 with those that are ignored or bad"""
     scale: Tensor
-    """``[E]``: the label's weight, 0 where it is ignored, NaN where it is neither on, off nor ignored"""
+    """``[E]`` or ``[]``: the label's weight, 0 where it is ignored, NaN where it is neither on, off nor ignored; left
+    whole, the weight alone"""
     counted: Tensor | int
     """how many are not ignored"""
 
@@ -63,14 +64,22 @@ def flat(
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    *,
+    whole: bool = False,
 ) -> Labels:
+    """With ``whole``, labels that are not smoothed are left for an operator that can ignore and refuse them."""
     dtype = accumulation_dtype(pred.dtype)
-    x = pred.to(dtype)
+    whole = whole and not label_smoothing and not target.is_floating_point()
+    x, y, scale = pred, target, pred.new_ones((), dtype=dtype)
     count: Tensor | int
-    if target.is_floating_point():
-        y, scale, count = target.to(dtype), x.new_ones(()), pred.numel()
+    if whole:
+        y = target.to(torch.int64)
+        outside(name, "labels", y, 2, ignore_index)
+        count = (y != ignore_index).sum()
+    elif target.is_floating_point():
+        x, y, count = pred.to(dtype), target.to(dtype), pred.numel()
     else:
-        target = target.to(torch.int64)
+        x, target = pred.to(dtype), target.to(torch.int64)
         counted = target != ignore_index
         bad = outside(name, "labels", target, 2, ignore_index)
         # What an ignored label comes with, NaN perhaps, must not reach the gradients of the parameters.
@@ -81,7 +90,9 @@ def flat(
         y = (1 - label_smoothing) * y + label_smoothing / 2
     if weight is not None:
         scale = scale * weight.to(dtype).reshape(-1, *[1] * (pred.dim() - 2))
-    return Labels(x.reshape(-1, 1), y.reshape(-1, 1), scale.expand(pred.shape).reshape(-1), count)
+    if scale.dim():
+        scale = scale.expand(pred.shape).reshape(-1)
+    return Labels(x.reshape(-1, 1), y.reshape(-1, 1), scale, count)
 
 
 def reduced(loss: Tensor, count: Tensor | int, shape: torch.Size, reduction: str) -> Tensor:

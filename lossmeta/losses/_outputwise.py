@@ -37,8 +37,8 @@ IGNORED = -100
 class OutputwiseLoss(SavedLoss):
     """Base of losses ``(1/C) sum_i l(y_i, f_i)``: targets, weights and reduction as in ``torch.nn``.
 
-    A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``; with the sigmoid link ``pred`` are probabilities
-    and C is 1. With ``takes_labels`` it is given class indices ``[N]`` as they are; it leaves out ``ignore_index`` and
+    A subclass gives ``outputwise(pred [N, C], target [N, C]) -> [N]``; with the sigmoid link C is 1. With
+    ``takes_labels`` it is given class indices ``[N]``, or labels, as they are; it leaves out ``ignore_index`` and
     refuses labels out of range. Without, labels out of range are refused here. On a GPU, where looking would wait for
     the device, the loss of such a row is NaN.
     """
@@ -167,11 +167,12 @@ class OutputwiseLoss(SavedLoss):
         return loss.sum() if self.reduction == "sum" else loss.mean()
 
     def _per_label(self, pred: Tensor, target: Tensor) -> Tensor:
-        x, y, scale, counted = self._labels(pred, target)
-        return labels.reduced(self.outputwise(x.sigmoid(), y) * scale, counted, pred.shape, self.reduction)
+        x, y, scale, counted = self._labels(pred, target, whole=self.takes_labels)
+        return labels.reduced(self.outputwise(x, y) * scale, counted, pred.shape, self.reduction)
 
-    def _labels(self, pred: Tensor, target: Tensor) -> labels.Labels:
-        return labels.flat(self.name, pred, target, self.weight, self.ignore_index, self.label_smoothing)
+    def _labels(self, pred: Tensor, target: Tensor, *, whole: bool = False) -> labels.Labels:
+        options = (self.weight, self.ignore_index, self.label_smoothing)
+        return labels.flat(self.name, pred, target, *options, whole=whole)
 
     def _classification(self, pred: Tensor, target: Tensor) -> Tensor:
         samples, classes = _sizes(pred)

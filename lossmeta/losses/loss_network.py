@@ -62,7 +62,7 @@ class LossNetwork(OutputwiseLoss):
         normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
             slope is nothing but rounding, as that of a constant loss, s is 1.
         exact: whether to evaluate the network at every output instead of reading a table of it where that pays. There
-            is a table for class indices with the softmax link.
+            is a table for class indices with the softmax link, and for labels with the sigmoid link.
         weight: weight per class, ``[C]``; that of its class multiplies the loss of a sample, or of a label.
         ignore_index: label that contributes neither loss nor gradient.
         label_smoothing: in [0, 1]; with it the network is always evaluated at every output.
@@ -172,8 +172,8 @@ class LossNetwork(OutputwiseLoss):
     def _scale(self, pred: Tensor, target: Tensor) -> Tensor:
         """The task loss's mean absolute slope over this loss's; differentiable in the weights only."""
         if self.link == "sigmoid":
-            labels = self._labels(pred.detach(), target)
-            task, own = slope_of_labels(labels), self._network_slope_of_labels(labels)
+            task = slope_of_labels(self._labels(pred.detach(), target))
+            own = self._network_slope_of_labels(self._labels(pred.detach(), target, whole=True))
         else:
             f, y = as_rows(self, pred.detach(), target)
             task, own = task_slope(self, f, y), self._network_slope(f, y)
@@ -194,11 +194,11 @@ class LossNetwork(OutputwiseLoss):
         return slope / scale.sum() if self.reduction == "mean" else slope
 
     def _network_slope_of_labels(self, labels: Labels) -> Tensor:
-        f = labels.logits.sigmoid()
-        return (self._network(f, labels.target)[1] * f * (1 - f)).squeeze(1) * labels.scale
+        return self._network(labels.logits, labels.target)[1].squeeze(1) * labels.scale
 
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
-        return self._network(pred, target)[0]
+        loss = self._network(pred, target)[0]
+        return loss.squeeze(1) if self.link == "sigmoid" else loss
 
     def _network(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         weights = (self.input_weight, self.hidden_weight, self.output_weight)
@@ -206,7 +206,7 @@ class LossNetwork(OutputwiseLoss):
 
     def _options(self) -> dict[str, Any]:
         return {
-            "link": "softmax" if self.link == "softmax" else "identity",
+            "link": self.link,
             "leak": self.leak,
             "smoothness": self.smoothness,
             "hidden": self.activation,
@@ -243,17 +243,15 @@ class LossNetwork(OutputwiseLoss):
             return None
         task: Tensor | None = None
         count: Tensor | int
-        inner: Tensor | None = None  # what the network's slopes are multiplied by
-        labels: Labels | None = None
         if self.link == "softmax":
             loss, slope, mixed = with_mixed_derivative(pred, target, *weights, **self._options())
             count = (target != self.ignore_index).sum()
         elif self.link == "sigmoid":
-            labels = self._labels(pred.detach(), target)
-            f, count = labels.logits.sigmoid(), labels.counted
-            loss, slope, mixed = with_mixed_derivative(f, labels.target, *weights, **self._options())
-            inner = f * (1 - f) * labels.scale[:, None]
-            loss, slope = loss * labels.scale, slope * inner
+            labels = self._labels(pred.detach(), target, whole=True)
+            count = labels.counted
+            loss, slope, mixed = with_mixed_derivative(
+                labels.logits, labels.target, *weights, **self._options()
+            )
         else:
             rows = (len(pred), math.prod(pred.shape[1:]))
             loss, slope, mixed = with_mixed_derivative(
@@ -263,10 +261,10 @@ class LossNetwork(OutputwiseLoss):
         shape = slope.shape
         value, slope = loss.sum() / count, slope.reshape(pred.shape) / count
         if self.residual is not None or self.normalize_slope:
-            if labels is None:
-                task = task_slope(self, *as_rows(self, pred.detach(), target)).reshape(pred.shape)
+            if self.link == "sigmoid":
+                task = slope_of_labels(self._labels(pred.detach(), target)).reshape(pred.shape) / count
             else:
-                task = slope_of_labels(labels).reshape(pred.shape) / count
+                task = task_slope(self, *as_rows(self, pred.detach(), target)).reshape(pred.shape)
             if self.residual is not None:
                 value, slope = value + task_loss(self, pred.detach(), target), slope + task
         along = slope
@@ -281,8 +279,7 @@ class LossNetwork(OutputwiseLoss):
                 # s = t / |g|_1 depends on the weights through g: ds = -s <sign(g), dg> / |g|_1.
                 back = ((along * u).sum() / own).where(steep, 0)
                 u = scale * (u - back * along.sign())
-            u = u.reshape(shape)
-            gradients = mixed(u if inner is None else u * inner)
+            gradients = mixed(u.reshape(shape))
             torch._foreach_div_(gradients, count)
             return gradients
 

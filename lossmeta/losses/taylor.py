@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import check_same_device
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss
 from lossmeta.ops._precision import accumulation_dtype
+
+_LINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda x: x.softmax(1),
+}
 
 
 class TaylorLoss(OutputwiseLoss):
@@ -90,7 +98,7 @@ class TaylorLoss(OutputwiseLoss):
     def outputwise(self, pred: Tensor, target: Tensor) -> Tensor:
         dtype = accumulation_dtype(pred.dtype)
         check_same_device(self.name, pred=pred, coefficients=self.coefficients)
-        f = pred.softmax(1, dtype=dtype) if self.link == "softmax" else pred.to(dtype)
+        f = _LINKS[self.link](pred.to(dtype))
         a = self.coefficients.to(dtype)
         f, y = f - self.center[0], target.to(dtype) - self.center[1]
         if self.order == 2:

@@ -13,7 +13,7 @@ from lossmeta._checks import check_fraction, check_positive_and_finite, check_te
 from lossmeta.ops._operator import Operator
 from lossmeta.ops._precision import accumulation_dtype
 
-LINKS = {"identity": False, "softmax": True}
+LINKS = {"identity": 0, "softmax": 1, "sigmoid": 2}
 HIDDEN = {"smooth_leaky_relu": True, "relu": False}
 OUTPUTS = {"linear": False, "softplus": True}
 MIN_TABLE_SIZE, MAX_TABLE_SIZE = _core.LOSS_NETWORK_MIN_INTERVALS, _core.LOSS_NETWORK_MAX_INTERVALS
@@ -47,9 +47,11 @@ def loss_network(
     The weights have the layout of :class:`torch.nn.Linear` without bias. ``hidden="relu"`` with ``output="softplus"``
     is the loss of ML³.
 
-    With class indices, the softmax link and the smooth activation, :math:`\ell_\phi` is only two functions of a
-    probability. From N·C = 1036 on (on GPUs 8 ``table_size`` + 24) they are read from a table. An element then costs
-    what it costs cross-entropy, whatever the width.
+    With ``link="sigmoid"`` every output is a label on its own, and has a loss of its own: there is no mean over C.
+
+    With class indices and the softmax link, or labels and the sigmoid link, and the smooth activation,
+    :math:`\ell_\phi` is only two functions of a probability. From N·C = 1036 on (on GPUs 8 ``table_size`` + 24) they
+    are read from a table. An element then costs what it costs cross-entropy, whatever the width.
 
     * The slope is a piecewise cubic through the network's slopes at equally spaced probabilities: ``table_size`` + 3 of
       them, in small batches N·C / 4. The loss is its integral, and the gradients are the exact derivatives of both.
@@ -63,29 +65,31 @@ def loss_network(
 
     Args:
         pred: predictions, ``[N, C]``; float32, float64, bfloat16 or float16 (accumulated and returned in float32).
-        target: class indices (int64, ``[N]``; targets are one-hot), or the targets themselves (``[N, C]``, floating).
+        target: class indices (int64, ``[N]``; targets are one-hot), with the sigmoid link labels (int64, ``[N, C]``; 0
+            or 1); or the targets themselves (``[N, C]``, floating).
         input_weight: :math:`W_1`, ``[H, 2]``: the first column meets the target, the second the prediction.
         hidden_weight: :math:`W_2`, ``[H, H]``.
         output_weight: :math:`w_3`, ``[1, H]``.
-        link: ``"identity"`` (:math:`f` is ``pred``) or ``"softmax"`` (``pred`` are logits).
+        link: ``"identity"`` (:math:`f` is ``pred``), ``"softmax"`` or ``"sigmoid"`` (``pred`` are logits).
         leak: :math:`\gamma` of the smooth leaky ReLU, in [0, 1].
         smoothness: :math:`\beta` of the smooth leaky ReLU, positive.
         hidden: activation of both hidden layers, ``"smooth_leaky_relu"`` or ``"relu"``.
         output: ``"linear"`` or ``"softplus"``.
-        ignore_index: class index whose rows have loss 0, slope 0 and no gradient.
+        ignore_index: class index whose rows, or label whose outputs, have loss 0, slope 0 and no gradient.
         exact: never use the table.
         table_size: most intervals of the table, 16 to 1024 (float64 on GPUs of compute capability 8.6 and 8.9: 896).
 
     Returns:
-        The loss ``[N]`` and ``slope`` ``[N, C]``, the derivative of ``loss[n]`` with respect to ``pred[n]`` (with the
-        softmax link, to the logits). Both are differentiable in ``pred`` and the weights, so that
+        The loss ``[N]``, with the sigmoid link ``[N, C]``, and ``slope`` ``[N, C]``, its derivative with respect to
+        ``pred`` (that of ``loss[n]`` to ``pred[n]``). Both are differentiable in ``pred`` and the weights, so that
         ``autograd.grad(slope, weights, u)`` is the mixed second derivative of the loss in one pass; so is
         differentiating ``autograd.grad(loss, pred, create_graph=True)``. Higher derivatives run the reference formula.
         Kept for the backward pass besides the arguments: the slope, and the table if there is one.
 
     Raises:
         ValueError: for an unknown link or activation, for leak, smoothness or table_size out of range, for shapes,
-            dtypes or devices that do not fit, for labels outside [0, C), and for a target that requires a gradient.
+            dtypes or devices that do not fit, for labels outside [0, C), with the sigmoid link [0, 2), and for a target
+            that requires a gradient.
         TypeError: for something that is not a tensor.
 
     Example:
@@ -123,7 +127,7 @@ def with_mixed_derivative(
         pred, target, weights: and all else as in :func:`loss_network`.
 
     Returns:
-        The loss ``[N]``, the slope ``[N, C]``, and the function that takes ``u`` [N, C] to the gradients of
+        The loss and the slope as there, and the function that takes ``u`` [N, C] to the gradients of
         :math:`\langle \mathrm{slope}, u \rangle` with respect to the three weights.
 
     Example:
@@ -153,9 +157,9 @@ def _options(
     ignore_index: int,
     exact: bool,
     table_size: int,
-) -> tuple[bool, bool, float, float, bool, int, int]:
+) -> tuple[int, bool, float, float, bool, int, int]:
     """What the operator takes after its tensors."""
-    softmax = choice("loss_network", "link", link, LINKS)
+    link_number = choice("loss_network", "link", link, LINKS)
     smooth = choice("loss_network", "hidden", hidden, HIDDEN)
     has_softplus = choice("loss_network", "output", output, OUTPUTS)
     check_fraction("loss_network", "leak", leak)
@@ -170,7 +174,7 @@ def _options(
             "loss_network: target must not require a gradient, which it would not get; detach it"
         )
     intervals = 0 if exact else _intervals(table_size, pred)
-    return softmax, smooth, float(leak), float(smoothness), has_softplus, ignore_index, intervals
+    return link_number, smooth, float(leak), float(smoothness), has_softplus, ignore_index, intervals
 
 
 def _intervals(most: int, pred: Tensor) -> int:
@@ -189,7 +193,7 @@ def _reference(
     input_weight: Tensor,
     hidden_weight: Tensor,
     output_weight: Tensor,
-    softmax: bool,
+    link: int,
     smooth: bool,
     leak: float,
     smoothness: float,
@@ -198,18 +202,18 @@ def _reference(
     table_size: int,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(pred.dtype)
-    classes = pred.shape[-1]
+    classes, on_their_own = pred.shape[-1], link == LINKS["sigmoid"]
     pred = pred.to(dtype)
     w1, w2, w3 = (w.to(dtype) for w in (input_weight, hidden_weight, output_weight))
     valid = None
     if not target.dtype.is_floating_point:
-        inside = (target >= 0) & (target < classes)
         ignored = target == ignore_index
-        valid = inside & ~ignored
+        valid = (target >= 0) & (target < (2 if on_their_own else classes)) & ~ignored
         # What an ignored row holds, NaN perhaps, must not reach the weights' gradients.
-        pred = pred.where(valid[:, None], 0.0)
-        target = one_hot(target.where(valid, 0), classes)
-    f = pred.softmax(-1) if softmax else pred
+        pred = pred.where(valid if on_their_own else valid[:, None], 0.0)
+        target = target.where(valid, 0)
+        target = target if on_their_own else one_hot(target, classes)
+    f = pred.softmax(-1) if link == LINKS["softmax"] else pred.sigmoid() if on_their_own else pred
 
     def activation(x: Tensor) -> tuple[Tensor, Tensor]:
         if not smooth:
@@ -224,13 +228,17 @@ def _reference(
     slope = ((d2 * ((d1 * w1[:, 1]) @ w2.mT)) @ w3.mT).squeeze(-1)
     if has_softplus:
         value, slope = softplus(value, 1.0, 40.0), value.sigmoid() * slope
-    loss, slope = value.mean(-1), slope / classes
-    if softmax:
+    if on_their_own:
+        loss, slope = value, slope * f * (1 - f)
+    else:
+        loss, slope = value.mean(-1), slope / classes
+    if link == LINKS["softmax"]:
         slope = f * (slope - (f * slope).sum(-1, keepdim=True))
     if valid is None:
         return loss, slope
     # Labels out of range are seen by their loss.
-    return loss.where(valid, torch.where(ignored, 0.0, torch.nan)), slope.where(valid[:, None], 0.0)
+    loss = loss.where(valid, torch.where(ignored, 0.0, torch.nan))
+    return loss, slope.where(valid if on_their_own else valid[:, None], 0.0)
 
 
 def _fake(
@@ -239,7 +247,7 @@ def _fake(
     input_weight: Tensor,
     hidden_weight: Tensor,
     output_weight: Tensor,
-    softmax: bool,
+    link: int,
     smooth: bool,
     leak: float,
     smoothness: float,
@@ -248,13 +256,13 @@ def _fake(
     table_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(pred.dtype)
-    tabulates = table_size > 0 and softmax and smooth and not target.dtype.is_floating_point
+    tabulates = table_size > 0 and link != LINKS["identity"] and smooth and not target.dtype.is_floating_point
     # loss_network_nodes and loss_network_table_size of csrc/math/loss_network.h
     table = (
         10 * table_size + 1 if tabulates and pred.numel() >= 2 * ELEMENTS_PER_NODE * (table_size + 3) else 0
     )
     return (
-        pred.new_empty(pred.shape[:1], dtype=dtype),
+        pred.new_empty(pred.shape if link == LINKS["sigmoid"] else pred.shape[:1], dtype=dtype),
         pred.new_empty(pred.shape, dtype=dtype),
         pred.new_empty((table,), dtype=dtype),
     )
@@ -262,7 +270,9 @@ def _fake(
 
 def _gradient_from_slope(slope: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
     grad_loss, grad_slope = grads
-    return grad_loss[:, None] * slope if grad_loss is not None and grad_slope is None else None
+    if grad_loss is None or grad_slope is not None:
+        return None
+    return (grad_loss if grad_loss.dim() == slope.dim() else grad_loss[..., None]) * slope
 
 
 _operator = Operator(

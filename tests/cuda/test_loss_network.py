@@ -6,7 +6,7 @@ from on_device import DEVICE, DRY, DTYPES, check_operator, placed, rows
 from torch import Tensor
 
 from lossmeta.ops import loss_network
-from lossmeta.ops.loss_network import _operator
+from lossmeta.ops.loss_network import LINKS, _operator
 
 pytestmark = pytest.mark.cuda
 
@@ -37,7 +37,7 @@ def inputs(n: int, classes: int, width: int) -> tuple[Tensor, Tensor, list[Tenso
 
 def arguments(n: int, classes: int, width: int, table_size: int) -> tuple[object, ...]:
     pred, labels, weights = inputs(n, classes, width)
-    return pred, labels, *weights, True, True, 0.01, 10.0, False, -100, table_size
+    return pred, labels, *weights, LINKS["softmax"], True, 0.01, 10.0, False, -100, table_size
 
 
 def table_bound(dtype: torch.dtype) -> float:
@@ -75,13 +75,25 @@ def test_exact(width: int, shape: tuple[int, int]) -> None:
     )
 
 
-@pytest.mark.parametrize("link", ["softmax", "identity"])
+@pytest.mark.parametrize("link", LINKS)
 def test_dense_targets(link: str) -> None:
     pred, _, weights = inputs(70, 33, 40)
     target = torch.rand(70, 33, dtype=torch.float64)
     check_operator(
-        _operator, pred, target, *weights, link == "softmax", True, 0.01, 10.0, True, -100, 0,
+        _operator, pred, target, *weights, LINKS[link], True, 0.01, 10.0, True, -100, 0,
         bounds=exact_bound,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (rows(1024), 1000)], ids=str)
+@pytest.mark.parametrize("table", [512, 0])
+def test_labels_on_their_own(table: int, shape: tuple[int, int]) -> None:
+    pred, _, weights = inputs(*shape, 40)
+    labels = torch.randint(2, shape)
+    labels.view(-1)[::9] = -100
+    check_operator(
+        _operator, pred, labels, *weights, LINKS["sigmoid"], True, 0.01, 10.0, False, -100, table,
+        bounds=table_bound if table else exact_bound,
     )  # fmt: skip
 
 
@@ -89,7 +101,7 @@ def test_relu() -> None:
     pred, labels, weights = inputs(300, 20, 40)
     # At a kink the two sides differ: float64 and float32 alone keep to one side of it.
     check_operator(
-        _operator, pred, labels, *weights, True, False, 0.0, 1.0, True, -100, 0,
+        _operator, pred, labels, *weights, LINKS["softmax"], False, 0.0, 1.0, True, -100, 0,
         dtypes=(torch.float64,),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ using Reals = std::vector<Real>;
 struct Options {
   bool smooth = true, softplus = false, softmax = true, dense = false;
   int64_t intervals = 0;
+  bool sigmoid = false;  // one class: every label is a row
 };
 
 // The derivatives are those of J = G . loss + U . slope, by differences along random directions: what is
@@ -58,8 +59,10 @@ struct Reference {
       for (int64_t j = 0; j < classes; ++j) {
         const Real x = pred[n * classes + j];
         Real value;
-        f[j] = o.softmax ? std::exp(x) / total : x;
-        element(o.dense ? target[n * classes + j] : Real(j == labels[n]), f[j], value, g[j]);
+        f[j] = o.softmax ? std::exp(x) / total : o.sigmoid ? 1 / (1 + std::exp(-x)) : x;
+        const Real y = o.dense ? target[n * classes + j] : Real(labels[n] == (o.sigmoid ? 1 : j));
+        element(y, f[j], value, g[j]);
+        if (o.sigmoid) g[j] *= f[j] * (1 - f[j]);
         loss[n] += value / classes, mean += f[j] * g[j];
       }
       for (int64_t j = 0; j < classes; ++j)
@@ -100,7 +103,8 @@ struct Case {
     r.o = o, r.samples = samples, r.classes = classes, r.width = width, r.ignore = -7;
     fill(pred, r.pred, samples * classes, 2);
     fill(target, r.target, samples * classes, 1);
-    for (int64_t n = 0; n < samples; ++n) r.labels.push_back(n == 1 ? r.ignore : int64_t(random() % classes));
+    for (int64_t n = 0; n < samples; ++n)
+      r.labels.push_back(n == 1 ? r.ignore : int64_t(random() % (o.sigmoid ? 2 : classes)));
     fill(w1, r.weights, 2 * width, .5f);
     fill(w2, r.weights, width * width, 1 / std::sqrt(float(width)));
     fill(w3, r.weights, width, 1 / std::sqrt(float(width)));
@@ -144,6 +148,7 @@ struct Case {
     std::vector<A> loss(n, A(-77)), slope(size, A(-77)), table(r.o.intervals ? 10 * r.o.intervals + 1 : 0);
     LossNetwork a{};
     a.dtype = dtype_of<T>, a.smooth = r.o.smooth, a.softplus = r.o.softplus, a.softmax = r.o.softmax;
+    a.sigmoid = r.o.sigmoid;
     a.leak = .01, a.smoothness = 10, a.samples = n, a.classes = c, a.width = h, a.intervals = r.o.intervals;
     a.ignore_index = r.ignore, a.pred = pred.data(), a.labels = r.o.dense ? nullptr : r.labels.data();
     a.target = r.o.dense ? target.data() : nullptr;
@@ -230,6 +235,24 @@ void check_all(const std::string& name) {
   Case<float>(9, 13, 7, tabulated).check(name + " table");
   Case<float>(3, 600, 5, tabulated).check(name + " table, long rows");
   Case<bfloat16>(3, 600, 5, tabulated).check(name + " table, long rows");
+
+  Options labels;
+  labels.softmax = false, labels.sigmoid = true;
+  for (int bits = 0; bits < 8; ++bits) {
+    Options o = labels;
+    o.smooth = bits & 1, o.softplus = bits & 2, o.dense = bits & 4;
+    const std::string which = name + " labels, variant " + std::to_string(bits) + " ";
+    for (int64_t n : {1, 2, 37}) Case<double>(n, 1, 7, o).check(which + "double");
+    Case<float>(37, 1, 7, o).check(which + "float");
+  }
+  Case<double>(1100, 1, 5, labels).check(name + " labels in several tiles");
+  Case<bfloat16>(40, 1, 8, labels).check(name + " labels bfloat16");
+  Case<float16>(40, 1, 8, labels).check(name + " labels float16");
+  labels.intervals = 512;
+  Case<double>(1100, 1, 7, labels).check(name + " labels, table");
+  Case<float>(37, 1, 7, labels).check(name + " labels, table");
+  Case<float>(1100, 1, 7, labels).check(name + " labels, table");
+  Case<bfloat16>(700, 1, 5, labels).check(name + " labels, table, bfloat16");
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ using Doubles = std::vector<double>;
 
 struct Options {
   bool smooth = true, softplus = false, softmax = true, dense = false;
-  double scale = 1;  // of the weights
+  double scale = 1;      // of the weights
+  bool sigmoid = false;  // one class: every label is a row
 };
 
 // The operator in float64, one element after the other.
@@ -79,9 +80,22 @@ struct Reference {
     return df;
   }
 
+  // The same of a label.
+  double label(double x, double y, Doubles& slope, double big_g, const Doubles* big_u, Doubles* grad) {
+    const double f = 1 / (1 + std::exp(-x)), d = f * (1 - f);
+    double loss, s;
+    element(y, f, loss, s);
+    slope = {s * d};
+    if (!grad) return loss;
+    const double u = (*big_u)[0];
+    *grad = {d * (element(y, f, loss, s, true, big_g, u * d) + s * u * (1 - 2 * f))};
+    return loss;
+  }
+
   // A row's loss and slope; the gradient of G loss + U . slope.
   double row(const Doubles& x, const Doubles& y, Doubles& slope, double big_g = 0,
              const Doubles* big_u = nullptr, Doubles* grad = nullptr) {
+    if (o.sigmoid) return label(x[0], y[0], slope, big_g, big_u, grad);
     const size_t c = x.size();
     Doubles f = x, g(c);
     double loss = 0, top = -INFINITY, sum = 0;
@@ -141,7 +155,7 @@ struct Case {
       : o(options), n(n_), c(c_), h(h_), random(unsigned(seed * 7919 + n_ * 31 + c_ * 7 + h_)) {
     std::normal_distribution<double> normal;
     for (T& x : pred) math::store(&x, A(2 * normal(random)));
-    for (int64_t& y : labels) y = int64_t(random() % uint64_t(c));
+    for (int64_t& y : labels) y = int64_t(random() % uint64_t(kinds()));
     for (A& y : target) y = A(normal(random));
     for (A& w : w1) w = A(normal(random) * 0.7 * o.scale);
     for (A& w : w2) w = A(normal(random) * std::sqrt(1. / h) * o.scale);
@@ -150,13 +164,15 @@ struct Case {
     for (A& u : grad_slope) u = A(normal(random) * 3 + 1);
   }
 
+  int64_t kinds() const { return o.sigmoid ? 2 : c; }
   bool ignored(int64_t i) const { return !o.dense && labels[i] == -100; }
-  bool bad(int64_t i) const { return !o.dense && !ignored(i) && (labels[i] < 0 || labels[i] >= c); }
+  bool bad(int64_t i) const { return !o.dense && !ignored(i) && (labels[i] < 0 || labels[i] >= kinds()); }
 
   LossNetwork arguments() {
     LossNetwork a{};
     a.dtype = dtype_of<T>;
     a.smooth = o.smooth, a.softplus = o.softplus, a.softmax = o.softmax;
+    a.sigmoid = o.sigmoid;
     a.leak = 0.01, a.smoothness = 10;
     a.samples = n, a.classes = c, a.width = h, a.intervals = intervals, a.ignore_index = -100;
     a.kept_cotangents = kept_cotangents;
@@ -220,7 +236,7 @@ struct Case {
       Doubles x(c), y(c), u(c), s(c), grad(c);
       for (int64_t j = 0; j < c; ++j) {
         x[j] = math::load(&pred[i * c + j]);
-        y[j] = o.dense ? double(target[i * c + j]) : double(labels[i] == j);
+        y[j] = o.dense ? double(target[i * c + j]) : double(labels[i] == (o.sigmoid ? 1 : j));
         u[j] = uses_slope ? double(grad_slope[i * c + j]) : 0;
       }
       double l = 0;
@@ -323,6 +339,22 @@ TEST(the_reference_agrees_with_finite_differences) {
     for (int i = 0; i < 49; ++i) CHECK_NEAR(difference(k.w2[i], objective), want2[i], 1e-6, 1e-6, "w2 ", i);
     for (int i = 0; i < 7; ++i) CHECK_NEAR(difference(k.w3[i], objective), want3[i], 1e-6, 1e-6, "w3 ", i);
   });
+  Options o;
+  o.softmax = false, o.sigmoid = true;
+  Case<double> k(4, 1, 7, o);
+  k.expect();
+  const Doubles want_pred = k.want_pred, want2 = k.want2, slope = k.want_slope;
+  const auto objective = [&] {
+    k.expect();
+    double sum = 0;
+    for (int i = 0; i < 4; ++i) sum += k.grad_loss[i] * k.want_loss[i] + k.grad_slope[i] * k.want_slope[i];
+    return sum;
+  };
+  for (int i = 0; i < 4; ++i) {
+    CHECK_NEAR(difference(k.pred[i], objective), want_pred[i], 1e-6, 1e-6, "label ", i);
+    CHECK_NEAR(difference(k.pred[i], [&] { return k.expect(), k.want_loss[i]; }), slope[i], 1e-6, 1e-6);
+  }
+  for (int i = 0; i < 49; ++i) CHECK_NEAR(difference(k.w2[i], objective), want2[i], 1e-6, 1e-6, "w2 ", i);
 }
 
 TEST(exact_every_option_and_type) {
@@ -444,6 +476,81 @@ TEST(exact_ignored_and_bad_labels) {
       math::store(&k.pred[2 * c], NAN), math::store(&k.pred[0], NAN);
       k.check();
     }
+}
+
+Options of_labels(bool smooth = true, bool softplus = false, bool dense = false) {
+  Options o;
+  o.softmax = false, o.sigmoid = true, o.smooth = smooth, o.softplus = softplus, o.dense = dense;
+  return o;
+}
+
+TEST(labels_exact) {
+  for (int bits = 0; bits < 8; ++bits) {
+    const Options o = of_labels(bits & 1, bits & 2, bits & 4);
+    Case<float>(37, 1, 7, o).check();
+    Case<double>(37, 1, 7, o).check();
+    Case<float16>(5, 1, 7, o).check();
+    Case<bfloat16>(5, 1, 7, o).check();
+  }
+  for (int64_t h : {1, 40, 100})
+    for (int64_t n : {0, 1, 700}) Case<float>(n, 1, h, of_labels()).check(4e-5, 2);
+}
+
+TEST(labels_only_what_is_asked_for) {
+  for (int64_t intervals : {0, 256})
+    for (int bits = 0; bits < 16; ++bits) {
+      Case<double> k(600, 1, 7, of_labels());
+      k.intervals = intervals;
+      k.uses_loss = bits & 1, k.uses_slope = bits & 2, k.wants_pred = bits & 4, k.wants_weights = bits & 8;
+      k.check(intervals ? 1e-4 : 1e-12);
+      if (!k.wants_weights) CHECK(k.grad1[0] == -77 && k.grad2[0] == -77 && k.grad3[0] == -77);
+    }
+}
+
+TEST(labels_ignored_and_bad) {
+  for (int64_t intervals : {0, 512}) {
+    Case<float> k(40, 1, 7, of_labels());
+    k.intervals = intervals;
+    k.labels[0] = -100, k.labels[2] = 2, k.labels[3] = -1, k.labels[6] = int64_t(1) << 62;
+    math::store(&k.pred[0], NAN);
+    k.check(intervals ? 2e-3 : 2e-5);
+    if (intervals) CHECK(k.table.back() == 1);
+  }
+}
+
+TEST(labels_in_a_table) {
+  for (int64_t n : {1, 511, 512, 5000}) {
+    Case<double> k(n, 1, 7, of_labels());
+    k.intervals = 512;
+    k.check(1e-5, 2);
+    CHECK(k.table.back() == 1);
+    Case<float> single(n, 1, 40, of_labels());
+    single.intervals = 512;
+    single.check(2e-3, 2);
+  }
+  Case<bfloat16> half(700, 1, 7, of_labels());
+  half.intervals = 256;
+  half.check(2e-3);
+}
+
+TEST(labels_nan_and_infinite_logits) {
+  for (int64_t intervals : {0, 512}) {
+    Case<float> k(8, 1, 7, of_labels());
+    k.intervals = intervals;
+    k.pred[1] = NAN, k.pred[2] = -INFINITY, k.pred[3] = INFINITY;
+    simt::set_seed(0);
+    k.forward();
+    k.backward();
+    k.expect();
+    for (int i = 0; i < 8; ++i) {
+      CHECK(std::isnan(k.loss[i]) == (i == 1) && std::isnan(k.slope[i]) == (i == 1), i);
+      CHECK(std::isnan(k.grad_pred[i]) == (i == 1), i);
+      if (i == 1) continue;
+      CHECK_NEAR(k.loss[i], k.want_loss[i], 1e-5, 1e-4);
+      CHECK_NEAR(k.slope[i], k.want_slope[i], 1e-5, 1e-4);
+    }
+    CHECK(std::isnan(k.grad2[0]));
+  }
 }
 
 TEST(exact_nan_and_infinite_logits) {

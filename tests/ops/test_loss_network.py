@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossmeta.ops import loss_network
+from lossmeta.ops.loss_network import LINKS as NUMBERS
 from lossmeta.ops.loss_network import _operator
 
 # (N, C, H): one of everything; primes; few classes; rows longer than a tile (512) and odd widths.
 SHAPES = [(1, 1, 1), (5, 3, 7), (33, 10, 40), (6, 100, 33), (2, 1300, 8)]
 ACTIVATIONS = [("smooth_leaky_relu", "linear"), ("relu", "softplus"), ("smooth_leaky_relu", "softplus")]
-LINKS = ["identity", "softmax"]
+LINKS = ["identity", "softmax", "sigmoid"]
+SOFTMAX, SIGMOID = NUMBERS["softmax"], NUMBERS["sigmoid"]
 TABLE = (300, 20)  # N·C above 4·2·(512 + 3)
 
 
@@ -38,11 +40,14 @@ def formula(
     exact: bool = True, table_size: int = 512,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """AdaLFL Eq. 3 and 4, element by element of the hidden layers; the slope by autograd."""
-    kept = torch.ones(len(pred), dtype=torch.bool)
+    on_their_own = link == "sigmoid"
+    kept = torch.ones(pred.shape, dtype=torch.bool)
     if not target.dtype.is_floating_point:
-        kept = target != ignore_index
-        target = (target[:, None] == torch.arange(pred.shape[1])).to(pred.dtype)
-    pred = torch.where(kept[:, None], pred, 0)
+        kept = (target if on_their_own else target[:, None]).expand_as(pred) != ignore_index
+        target = (target == 1 if on_their_own else target[:, None] == torch.arange(pred.shape[1])).to(
+            pred.dtype
+        )
+    pred = torch.where(kept, pred, 0)
 
     def activation(x: Tensor) -> Tensor:
         if hidden == "relu":
@@ -51,17 +56,22 @@ def formula(
 
     def loss(x: Tensor) -> Tensor:
         f = x.exp() / x.exp().sum(1, keepdim=True) if link == "softmax" else x
+        f = 1 / (1 + (-x).exp()) if on_their_own else f
         first = [activation(w[0] * target + w[1] * f) for w in w1]
         second = [activation(sum(w * h for w, h in zip(row, first, strict=True))) for row in w2]  # type: ignore[arg-type]
         z = sum(w * h for w, h in zip(w3[0], second, strict=True))
         value: Any = torch.logaddexp(z, z * 0) if output == "softplus" else z  # type: ignore[call-overload]
-        return torch.where(kept, value.sum(1) / pred.shape[1], 0)
+        return (
+            torch.where(kept, value, 0)
+            if on_their_own
+            else torch.where(kept, value, 0).sum(1) / pred.shape[1]
+        )
 
     needs = pred.requires_grad
     x = pred if needs else pred.detach().requires_grad_()
     value = loss(x)
     (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-    return value, torch.where(kept[:, None], slope, 0)
+    return value, torch.where(kept, slope, 0)
 
 
 def weights(width: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[Tensor]:
@@ -69,10 +79,22 @@ def weights(width: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) 
     return [(scale * torch.randn(s, dtype=dtype) / s[1] ** 0.5).requires_grad_() for s in shapes]
 
 
-def inputs(samples: int, classes: int, width: int, kind: str, dtype: torch.dtype = torch.float64) -> Any:
+def inputs(
+    samples: int,
+    classes: int,
+    width: int,
+    kind: str,
+    dtype: torch.dtype = torch.float64,
+    link: str = "softmax",
+) -> Any:
     pred = (2 * torch.randn(samples, classes, dtype=dtype)).requires_grad_()
-    dense = torch.randn(samples, classes, dtype=dtype)
-    return pred, torch.randint(classes, (samples,)) if kind == "indices" else dense, weights(width, dtype)
+    target = torch.randn(samples, classes, dtype=dtype)
+    if kind != "dense":
+        link = "sigmoid" if kind == "labels" else link
+        target = (
+            torch.randint(2, (samples, classes)) if link == "sigmoid" else torch.randint(classes, (samples,))
+        )
+    return pred, target, weights(width, dtype)
 
 
 @pytest.mark.parametrize(("hidden", "output"), ACTIVATIONS)
@@ -80,7 +102,7 @@ def inputs(samples: int, classes: int, width: int, kind: str, dtype: torch.dtype
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_formula(shape: tuple[int, int, int], link: str, kind: str, hidden: str, output: str) -> None:
-    pred, target, w = inputs(*shape, kind)
+    pred, target, w = inputs(*shape, kind, link=link)
     if kind == "indices" and shape[0] > 1:
         target[1] = 7777
     options: Any = {"link": link, "hidden": hidden, "output": output, "ignore_index": 7777, "exact": True}
@@ -98,9 +120,10 @@ def test_formula(shape: tuple[int, int, int], link: str, kind: str, hidden: str,
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("wanted", ["pred", "weights", "all"])
 def test_each_gradient_alone(link: str, wanted: str) -> None:
-    pred, target, w = inputs(9, 4, 8, "indices")
+    pred, target, w = inputs(9, 4, 8, "indices", link=link)
     variables = {"pred": [pred], "weights": w, "all": [pred, *w]}[wanted]
-    u, v = torch.randn(9, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    u = torch.randn((9, 4) if link == "sigmoid" else 9, dtype=torch.float64)
+    v = torch.randn(9, 4, dtype=torch.float64)
     for use in ((True, False), (False, True), (True, True)):
         results = []
         for function in (loss_network, formula):
@@ -113,7 +136,7 @@ def test_each_gradient_alone(link: str, wanted: str) -> None:
 @pytest.mark.parametrize(("hidden", "output"), ACTIVATIONS)
 @pytest.mark.parametrize("link", LINKS)
 def test_derivatives(link: str, hidden: str, output: str) -> None:
-    pred, target, w = inputs(3, 4, 5, "indices")
+    pred, target, w = inputs(3, 4, 5, "indices", link=link)
     options: Any = {"link": link, "hidden": hidden, "output": output}
     check_gradients(lambda x, *w: loss_network(x, target, *w, **options), pred, *w)
 
@@ -145,7 +168,8 @@ def test_second_derivative_runs_the_kernel() -> None:
 
 
 def table_of(pred: Tensor, target: Tensor, w: list[Tensor], table_size: int = 512) -> Tensor:
-    arguments = (pred, target, *w, True, True, 0.01, 10.0, False, -100, table_size)
+    link = SIGMOID if target.shape == pred.shape else SOFTMAX
+    arguments = (pred, target, *w, link, True, 0.01, 10.0, False, -100, table_size)
     return torch.ops.lossmeta.loss_network(*arguments)[2].detach()
 
 
@@ -155,13 +179,14 @@ def is_accepted(table: Tensor) -> bool:
 
 @pytest.mark.parametrize("shape", [TABLE, (3, 2000), (700, 6), (4120, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_table_agrees_with_the_network(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    pred, target, w = inputs(*shape, 40, "indices", dtype)
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_table_agrees_with_the_network(shape: tuple[int, int], dtype: torch.dtype, link: str) -> None:
+    pred, target, w = inputs(*shape, 40, "indices", dtype, link)
     target[1] = -100
     assert is_accepted(table_of(pred, target, w))
 
     def run(exact: bool) -> Callable[..., Any]:
-        return lambda x, *w: loss_network(x, target, *w, link="softmax", exact=exact)
+        return lambda x, *w: loss_network(x, target, *w, link=link, exact=exact)
 
     actual, expected = with_gradients(run(False), pred, *w), with_gradients(run(True), pred, *w)
     assert not all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
@@ -222,11 +247,12 @@ def test_denormal_numbers_count_as_zero_inside_only(samples: int) -> None:
 def test_where_there_is_no_table() -> None:
     pred, target, w = inputs(*TABLE, 8, "indices")
     dense = torch.nn.functional.one_hot(target, TABLE[1]).double()
-    base = (True, True, 0.01, 10.0, False, -100, 512)  # softmax, smooth, ...
+    base = (SOFTMAX, True, 0.01, 10.0, False, -100, 512)  # link, smooth, ...
     for x, y, options in (
         (pred, dense, base),
-        (pred, target, (False, *base[1:])),
-        (pred, target, (True, False, *base[2:])),
+        (pred, target, (NUMBERS["identity"], *base[1:])),
+        (pred, dense, (SIGMOID, *base[1:])),
+        (pred, target, (SOFTMAX, False, *base[2:])),
         (pred, target, (*base[:-1], 0)),
         (pred[:100], target[:100], base),
     ):
@@ -283,7 +309,7 @@ def test_reference_ignores_what_it_is_told_to_and_shows_bad_labels() -> None:
     torch.manual_seed(0)
     pred, w = torch.randn(4, 3, dtype=torch.float64), weights(8)
     target = torch.tensor([0, 1, -100, 2])
-    options = (True, True, 0.01, 10.0, False, 1, 0)
+    options = (SOFTMAX, True, 0.01, 10.0, False, 1, 0)
     loss, slope = _operator.reference(pred, target, *w, *options)
     assert loss.isnan().tolist() == [False, False, True, False]
     assert loss[1] == 0
@@ -326,7 +352,7 @@ def test_infinite_and_nan_logits(dtype: torch.dtype, rows: int) -> None:
     x, target = x.repeat(rows, 1), target.repeat(rows)
     assert is_accepted(table_of(x, target, w)) == (rows > 1)
     actual = loss_network(x, target, *w, link="softmax")
-    reference = _operator.reference(x, target, *w, True, True, 0.01, 10.0, False, -100, 512)
+    reference = _operator.reference(x, target, *w, SOFTMAX, True, 0.01, 10.0, False, -100, 512)
     tolerance = 1e-7 if dtype == torch.float64 else 1e-5
     assert_close(actual, reference, rtol=tolerance, atol=tolerance)
     # An ignored row keeps its NaN out of the weights' gradients.
@@ -342,18 +368,30 @@ def test_infinite_and_nan_predictions(hidden: str, output: str) -> None:
     pred = pred.contiguous()
     for width in (5, 8):
         w = weights(width)
-        options = (False, hidden == "smooth_leaky_relu", 0.01, 10.0, output == "softplus", -100, 512)
+        options = (
+            NUMBERS["identity"],
+            hidden == "smooth_leaky_relu",
+            0.01,
+            10.0,
+            output == "softplus",
+            -100,
+            512,
+        )
         actual = loss_network(pred, torch.ones_like(pred), *w, hidden=hidden, output=output)
         assert_close(actual, _operator.reference(pred, torch.ones_like(pred), *w, *options))
 
 
 # ---- What every operator promises.
 
-CASES = [("indices", (6, 5)), ("dense", (6, 5)), ("indices", TABLE)]
+CASES = [("indices", (6, 5)), ("dense", (6, 5)), ("indices", TABLE), ("labels", (6, 5)), ("labels", TABLE)]
 
 
-def function_of(target: Tensor) -> Callable[..., Any]:
-    return lambda x, *w: loss_network(x, target.to(x.device), *w, link="softmax")
+def link_of(kind: str) -> str:
+    return "sigmoid" if kind == "labels" else "softmax"
+
+
+def function_of(target: Tensor, kind: str) -> Callable[..., Any]:
+    return lambda x, *w: loss_network(x, target.to(x.device), *w, link=link_of(kind))
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
@@ -361,14 +399,14 @@ def test_contract(kind: str, shape: tuple[int, int]) -> None:
     for dtype in (torch.float32, torch.float64):
         pred, target, w = inputs(*shape, 7, kind, dtype)
         tolerances = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
-        check_strides(function_of(target), pred, *w, **tolerances)
-        check_compiles(function_of(target), pred, *w, **tolerances)
-        check_opcheck(_operator, pred, target, *w, True, True, 0.01, 10.0, False, -100, 512)
+        check_strides(function_of(target, kind), pred, *w, **tolerances)
+        check_compiles(function_of(target, kind), pred, *w, **tolerances)
+        check_opcheck(_operator, pred, target, *w, NUMBERS[link_of(kind)], True, 0.01, 10.0, False, -100, 512)
 
 
 def test_threads() -> None:
     for shape, link, exact in itertools.product([(2500, 3), (40, 700), (600, 40)], LINKS, (True, False)):
-        pred, target, w = inputs(*shape, 9, "indices", torch.float32)
+        pred, target, w = inputs(*shape, 9, "indices", torch.float32, link)
         check_threads(
             lambda x, *w, t=target, k=link, e=exact: loss_network(x, t, *w, link=k, exact=e), pred, *w
         )
@@ -378,31 +416,35 @@ def test_threads() -> None:
 @pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
 def test_half_precision(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     pred, target, w = inputs(*shape, 7, kind)
-    options = (True, True, 0.01, 10.0, False, -100, 0)
+    link = link_of(kind)
+    options = (NUMBERS[link], True, 0.01, 10.0, False, -100, 0)
 
     def composition(x: Tensor, y: Tensor, *w: Tensor) -> Any:
-        return _half_composition(x, y, *w)
+        return _half_composition(x, y, *w, link=link)
 
-    check_half(lambda x, y, *w: loss_network(x, y, *w, link="softmax"), composition, dtype, pred, target, *w)
-    loss, slope = loss_network(pred.detach().to(dtype), target, *w, link="softmax")
+    check_half(lambda x, y, *w: loss_network(x, y, *w, link=link), composition, dtype, pred, target, *w)
+    loss, slope = loss_network(pred.detach().to(dtype), target, *w, link=link)
     assert loss.dtype == slope.dtype == torch.float32
     exact = _operator.reference(pred.detach().to(dtype).double(), target, *w, *options)
     assert_close((loss, slope), [e.float() for e in exact], rtol=1e-4, atol=1e-5)
 
 
-def _half_composition(x: Tensor, y: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Any:
+def _half_composition(x: Tensor, y: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, link: str) -> Any:
     """As PyTorch would compute it in the dtype of ``x``."""
-    f = x.softmax(1)
+    f = x.softmax(1) if link == "softmax" else x.sigmoid()
     if not y.dtype.is_floating_point:
-        y = torch.nn.functional.one_hot(y, x.shape[1]).to(x.dtype)
+        y = (torch.nn.functional.one_hot(y, x.shape[1]) if link == "softmax" else y).to(x.dtype)
 
     def activation(a: Tensor) -> tuple[Tensor, Tensor]:
         return 0.99 * torch.nn.functional.softplus(a, 10.0, 40.0) + 0.01 * a, 0.99 * (10 * a).sigmoid() + 0.01
 
     h1, d1 = activation(torch.stack([y, f], -1) @ w1.mT)
     h2, d2 = activation(h1 @ w2.mT)
-    slope = ((d2 * ((d1 * w1[:, 1]) @ w2.mT)) @ w3.mT).squeeze(-1) / x.shape[1]
-    return (h2 @ w3.mT).squeeze(-1).mean(1), f * (slope - (f * slope).sum(1, keepdim=True))
+    value, slope = (h2 @ w3.mT).squeeze(-1), ((d2 * ((d1 * w1[:, 1]) @ w2.mT)) @ w3.mT).squeeze(-1)
+    if link == "sigmoid":
+        return value, slope * f * (1 - f)
+    slope = slope / x.shape[1]
+    return value.mean(1), f * (slope - (f * slope).sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("output", [0, 1])
@@ -410,7 +452,7 @@ def test_transforms(output: int) -> None:
     _, target, w = inputs(4, 3, 5, "dense")
     w = [p.detach() for p in w]
     x = torch.randn(4, 3, dtype=torch.float64)
-    options = (True, True, 0.01, 10.0, False, -100, 0)
+    options = (SOFTMAX, True, 0.01, 10.0, False, -100, 0)
     check_transforms(
         lambda x: loss_network(x, target, *w, link="softmax")[output].square().sum(),
         lambda x: _operator.reference(x, target, *w, *options)[output].square().sum(),
@@ -449,7 +491,7 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=f"loss_network: .*{message}"):
             loss_network(*arguments)
     options: list[tuple[dict[str, Any], str]] = [
-        ({"link": "probit"}, "link must be one of 'identity', 'softmax', got 'probit'"),
+        ({"link": "probit"}, "link must be one of 'identity', 'softmax', 'sigmoid', got 'probit'"),
         ({"hidden": "tanh"}, "hidden must be one of 'smooth_leaky_relu', 'relu', got 'tanh'"),
         ({"output": "relu"}, "output must be one of 'linear', 'softplus', got 'relu'"),
         ({"leak": 1.5}, r"leak must lie in \[0, 1\], got 1.5"),
@@ -460,8 +502,17 @@ def test_bad_input() -> None:
     for option, message in options:
         with pytest.raises(ValueError, match=f"loss_network: {message}"):
             loss_network(pred, labels, *w, **option)
+    several: list[tuple[Tensor, str]] = [
+        (labels, r"labels must have the shape of pred, \[4, 3\], got \[4\]"),
+        (torch.full((4, 3), 2), r"labels must lie in \[0, 2\), got 2 at index 0"),
+    ]
+    for target, message in several:
+        with pytest.raises(ValueError, match=f"loss_network: {message}"):
+            loss_network(pred, target, *w, link="sigmoid")
+    with pytest.raises(RuntimeError, match="loss_network: link must be 0, 1 or 2, got 3"):
+        torch.ops.lossmeta.loss_network(pred, labels, *w, 3, True, 0.01, 10.0, False, -100, 0)
     with pytest.raises(RuntimeError, match=r"loss_network: table_size must lie in \[16, 1024\], got 5"):
-        torch.ops.lossmeta.loss_network(pred, labels, *w, True, True, 0.01, 10.0, False, -100, 5)
+        torch.ops.lossmeta.loss_network(pred, labels, *w, SOFTMAX, True, 0.01, 10.0, False, -100, 5)
 
 
 @given(
@@ -481,6 +532,6 @@ def test_any_input(
     actual = with_gradients(
         lambda x, *w: loss_network(x, target, *w, link=link, leak=leak, smoothness=smoothness), pred, *w
     )
-    options = (link == "softmax", True, leak, smoothness, False, -100, 512)
+    options = (NUMBERS[link], True, leak, smoothness, False, -100, 512)
     expected = with_gradients(lambda x, *w: _operator.reference(x, target, *w, *options), pred, *w)
     assert_close(actual, expected, rtol=1e-9, atol=1e-11)

@@ -97,7 +97,9 @@ def test_options_of_another_type() -> None:
         parametric_cross_entropy(torch.randn(3, 3), LABELS, torch.eye(3), ignore_index=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ignore_index must fit into 64 bits$"):
         parametric_cross_entropy(torch.randn(3, 3), LABELS, torch.eye(3), ignore_index=2**70)
-    with pytest.raises(TypeError, match="LossNetwork: link must be one of 'softmax', 'sigmoid', 'identity', got 3"):
+    with pytest.raises(
+        TypeError, match="LossNetwork: link must be one of 'softmax', 'sigmoid', 'identity', got 3"
+    ):
         LossNetwork(link=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"num_classes must be an integer, at least 1, got 3\.0"):
         ParametricCrossEntropy(3.0)  # type: ignore[arg-type]
