@@ -26,17 +26,30 @@ CASES = {
     "cuda": [*itertools.product([(8192, 1000), (128, 10)], CANDIDATES), ((8192, 32000), "lossmeta")],
     "dry": [*itertools.product([(8, 10), (4, 3)], CANDIDATES), ((2000, 5), "lossmeta")],
 }
+# Labels on their own, with the sigmoid link: one in twenty is on.
+LABELS = {
+    "cpu": list(itertools.product([(128, 100), (256, 1000)], CANDIDATES)),
+    "cuda": list(itertools.product([(8192, 1000)], CANDIDATES)),
+    "dry": list(itertools.product([(8, 10)], CANDIDATES)),
+}
 COMPILED_FIRST = [{"size": (8192, 1000)}]
 WIDTH, LEAK, SMOOTHNESS = 40, 0.01, 10.0
+
+
+def link(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets and predictions."""
+    if labels.dim() == 2:
+        return labels.to(logits.dtype), logits.sigmoid()
+    return one_hot(labels, logits.shape[1]).to(logits.dtype), logits.softmax(1)
 
 
 def value(logits: Tensor, labels: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     def activation(x: Tensor) -> Tensor:
         return (1 - LEAK) * softplus(x, SMOOTHNESS) + LEAK * x
 
-    y = one_hot(labels, logits.shape[1]).to(logits.dtype)
-    x = torch.stack([y, logits.softmax(1)], -1)
-    return (activation(activation(x @ w1.mT) @ w2.mT) @ w3.mT).squeeze(-1).mean(1)
+    x = torch.stack(link(logits, labels), -1)
+    loss = (activation(activation(x @ w1.mT) @ w2.mT) @ w3.mT).squeeze(-1)
+    return loss if labels.dim() == 2 else loss.mean(1)
 
 
 def eager(logits: Tensor, labels: Tensor, *w: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,20 +64,22 @@ def tangent(logits: Tensor, labels: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) 
         value = (1 - LEAK) / SMOOTHNESS * (torch.relu(SMOOTHNESS * x) + torch.log1p(e)) + LEAK * x
         return value, (1 - LEAK) * torch.where(x > 0, 1, e) / (1 + e) + LEAK
 
-    f = logits.float().softmax(1)
-    y = one_hot(labels, logits.shape[1]).to(f.dtype)
+    y, f = link(logits.float(), labels)
     h1, d1 = activation(torch.stack([y, f], -1) @ w1.mT)
     h2, d2 = activation(h1 @ w2.mT)
-    slope = ((d2 * ((d1 * w1[:, 1]) @ w2.mT)) @ w3.mT).squeeze(-1) / logits.shape[1]
-    return (h2 @ w3.mT).squeeze(-1).mean(1), f * (slope - (f * slope).sum(1, keepdim=True))
+    loss, slope = (h2 @ w3.mT).squeeze(-1), ((d2 * ((d1 * w1[:, 1]) @ w2.mT)) @ w3.mT).squeeze(-1)
+    if labels.dim() == 2:
+        return loss, slope * f * (1 - f)
+    slope = slope / logits.shape[1]
+    return loss.mean(1), f * (slope - (f * slope).sum(1, keepdim=True))
 
 
 def exact(logits: Tensor, labels: Tensor, *w: Tensor) -> tuple[Tensor, Tensor]:
-    return loss_network(logits, labels, *w, link="softmax", exact=True)
+    return loss_network(logits, labels, *w, link="sigmoid" if labels.dim() == 2 else "softmax", exact=True)
 
 
 def tabulated(logits: Tensor, labels: Tensor, *w: Tensor) -> tuple[Tensor, Tensor]:
-    return loss_network(logits, labels, *w, link="softmax")
+    return loss_network(logits, labels, *w, link="sigmoid" if labels.dim() == 2 else "softmax")
 
 
 @pytest.mark.by_device("size, candidate", CASES)
@@ -72,6 +87,28 @@ def tabulated(logits: Tensor, labels: Tensor, *w: Tensor) -> tuple[Tensor, Tenso
 @pytest.mark.by_device("dtype", DTYPES)
 def test_loss_network(
     size: tuple[int, int], what: str, candidate: str, dtype: torch.dtype, device: Any, measure: Any
+) -> None:
+    compare(size, what, candidate, dtype, device, measure, several=False)
+
+
+@pytest.mark.by_device("size, candidate", LABELS)
+@pytest.mark.parametrize("what", ["value and slope", "and mixed derivative"])
+@pytest.mark.by_device("dtype", DTYPES)
+def test_labels(
+    size: tuple[int, int], what: str, candidate: str, dtype: torch.dtype, device: Any, measure: Any
+) -> None:
+    compare(size, what, candidate, dtype, device, measure, several=True)
+
+
+def compare(
+    size: tuple[int, int],
+    what: str,
+    candidate: str,
+    dtype: torch.dtype,
+    device: Any,
+    measure: Any,
+    *,
+    several: bool,
 ) -> None:
     samples, classes = size
     mixed = what == "and mixed derivative"
@@ -85,7 +122,7 @@ def test_loss_network(
 
     def make() -> tuple[Tensor, ...]:
         logits, u = torch.randn(size, dtype=dtype), torch.randn(size)
-        labels = torch.randint(classes, (samples,))
+        labels = (torch.rand(size) < 0.05).long() if several else torch.randint(classes, (samples,))
         shapes = [(WIDTH, 2), (WIDTH, WIDTH), (1, WIDTH)]
         weights = [(torch.randn(s) / s[1] ** 0.5).requires_grad_(mixed) for s in shapes]
         return logits, u, labels, *weights
@@ -99,7 +136,7 @@ def test_loss_network(
         run,
         make,
         operator="loss_network",
-        size=f"{samples} x {classes}, {what}",
+        size=f"{samples} x {classes}{' labels' if several else ''}, {what}",
         candidate=candidate,
         bytes_moved=(dtype.itemsize + 4) * samples * classes * (2 if mixed else 1),
         dtype=dtype,
