@@ -17,7 +17,8 @@ Stepped = tuple[Tensor, dict[str, Any], bool]
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer itself in the wrappers of Lightning and accelerate."""
-    while type(optimizer).__name__ in ("LightningOptimizer", "AcceleratedOptimizer"):
+    # By all their classes: Lightning's calls itself LightningSGD, as a class of its own and SGD's.
+    while {c.__name__ for c in type(optimizer).__mro__} & {"LightningOptimizer", "AcceleratedOptimizer"}:
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 

@@ -248,6 +248,26 @@ def test_what_is_no_optimizer() -> None:
         check_has_derivative("adam")  # type: ignore[arg-type]
 
 
+def test_a_wrapper_that_takes_the_class_of_what_it_wraps() -> None:
+    class LightningOptimizer:
+        """As Lightning makes it."""
+
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+            kinds = (type(self), type(optimizer))
+            self.__class__ = type("Lightning" + type(optimizer).__name__, kinds, {})
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.optimizer, name)
+
+    model, loss = mlp(), LossNetwork(8).double()
+    inner = SGD(model.parameters(), 1e-2)
+    wrapped: Any = LightningOptimizer(inner)
+    assert type(wrapped).__name__ == "LightningSGD"
+    assert unwrapped(wrapped) is inner
+    assert OnlineLearner(model, wrapped, loss, F.cross_entropy).step(*batches()).skipped is None
+
+
 def test_wrappers_and_schedulers() -> None:
     class AcceleratedOptimizer(Optimizer):
         def __init__(self, optimizer: Optimizer) -> None:
