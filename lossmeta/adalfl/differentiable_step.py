@@ -19,7 +19,7 @@ from lossmeta.adalfl.channels_last import ChannelsLast, in_channels_last
 from lossmeta.adalfl.choice_of_backend import BACKENDS, make_backend
 from lossmeta.adalfl.clipping import Clipping
 from lossmeta.adalfl.finite_difference import FiniteDifference, norm
-from lossmeta.adalfl.learned_loss import LearnedLoss
+from lossmeta.adalfl.learned_loss import LearnedLoss, check_apart
 from lossmeta.adalfl.learned_rate import LearnedRates
 from lossmeta.adalfl.records import MetaGradient, StepOptions
 from lossmeta.adalfl.step_jacobian import StepJacobian, check_has_derivative, parameters_of, unwrapped
@@ -48,6 +48,7 @@ class DifferentiableStep:
     ) -> None:
         self.options = options = options or StepOptions()
         self.optimizer, self.task_loss = unwrapped(optimizer), task_loss
+        check_apart(model, loss)
         check_has_derivative(self.optimizer, approximate=options.approximate)
         self.clipping = Clipping(options.clip_norm, options.clip_value)
         self.rates = LearnedRates(self.optimizer)

@@ -81,6 +81,17 @@ def to_learn(loss: nn.Module) -> list[Tensor]:
     return [p for p in loss.parameters() if p.requires_grad]
 
 
+def check_apart(model: nn.Module, loss: nn.Module) -> None:
+    """That the model holds nothing that the loss is to learn, as a LightningModule does that keeps both."""
+    phi = set(to_learn(loss))
+    held = [name for name, p in model.named_parameters() if p in phi]
+    if held:
+        raise ValueError(
+            f"AdaLFL: the model must not hold parameters of the learned loss, got {held}; give the network alone, "
+            "model.network say, and its optimizer those parameters alone"
+        )
+
+
 def check_meta_optimizer(where: str, loss: nn.Module, optimizer: Optimizer) -> None:
     """That it moves all trainable parameters of the loss; it may also hold frozen ones of it, but no others."""
     owned = {p for group in optimizer.param_groups for p in group["params"]}

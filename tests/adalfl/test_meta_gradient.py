@@ -338,6 +338,13 @@ def test_bad_input() -> None:
         attempt(optimizer=SGD(parameters[:-1], 0.1))
     with pytest.raises(ValueError, match="of the model only, got another one of shape"):
         attempt(optimizer=SGD([*parameters, *loss.parameters()], 0.1))
+    both = nn.ModuleDict({"network": network, "loss": loss})
+    for held in (parameters, list(both.parameters())):
+        with pytest.raises(
+            ValueError,
+            match=r"model must not hold parameters of the learned loss, got \['loss\.input_weight', .*alone",
+        ):
+            attempt(model=both, optimizer=SGD(held, 0.1))
     with pytest.raises(
         TypeError, match="must move every weight by its own gradient, and smoothly, got LBFGS"
     ):
