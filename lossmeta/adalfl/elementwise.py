@@ -25,12 +25,14 @@ def check_elementwise(optimizer: Optimizer) -> None:
     Raises:
         TypeError: says what its step does.
     """
-    tried: list[dict[str, Any]] = []
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        options = {name: value for name, value in group.items() if name != "params"}
-        if options in tried:
-            continue
-        tried.append(options)
+        alike = [g for g in groups if {**g, "params": 0} == {**group, "params": 0}]
+        if alike:
+            alike[0]["params"] = [*alike[0]["params"], *group["params"]]
+        else:
+            groups.append(dict(group))
+    for group in groups:
         try:
             reason = _why_no_derivative(optimizer, group)
         except Exception as error:
@@ -106,7 +108,7 @@ def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | Non
 
 
 def _toy_shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(min(size, LONGEST) for size in parameter.shape) or (1,)
+    return tuple(max(1, min(size, LONGEST)) for size in parameter.shape) or (1,)
 
 
 def _step(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -74,9 +74,9 @@ def check_repeated(first: list[Tensor], second: list[Tensor]) -> None:
     )
     if off > SAME * size:
         raise BackendError(
-            f"AdaLFL: a repeated pass of an inner step gave another gradient, off by {off / size:.1g} of it: the model "
-            "draws random numbers or keeps state where they cannot be replayed; take that out of the model, or learn "
-            'the start with method="implicit"'
+            f"AdaLFL: a repeated pass of an inner step gave another gradient, off by {off / max(size, 1e-30):.1g} of "
+            "it: the model draws random numbers or keeps state where they cannot be replayed; take that out of the "
+            'model, or in initialize choose method="implicit"'
         )
 
 

@@ -156,6 +156,17 @@ class Routed(Damped):
                 p.sub_(group["lr"] * (p.grad / p.grad.norm() if whole else p.grad))
 
 
+class Wide(Damped):
+    """As Muon with a bound that no toy weight reaches."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                whole = p.dim() == 2 and min(p.shape) >= 20
+                p.sub_(group["lr"] * (p.grad / p.grad.norm() if whole else p.grad))
+
+
 class Adaptive(Damped):
     """As LARS: only where there is weight decay."""
 
@@ -202,6 +213,21 @@ def test_each_group_is_tried() -> None:
     ):
         OnlineLearner(model, Adaptive(groups), loss, F.cross_entropy)
     OnlineLearner(model, Adaptive(model.parameters()), loss, F.cross_entropy)
+
+
+def test_the_shapes_of_all_groups_of_the_same_options_are_tried() -> None:
+    model, loss = torch.nn.Linear(20, 20).double(), LossNetwork(8).double()
+    groups = [{"params": [model.bias]}, {"params": [model.weight]}]
+    with pytest.raises(
+        TypeError, match="got Wide, whose step for one weight depends on the gradients of others"
+    ):
+        OnlineLearner(model, Wide(groups), loss, F.cross_entropy)
+
+
+def test_an_empty_parameter_is_no_reason() -> None:
+    model, loss = torch.nn.Linear(4, 3).double(), LossNetwork(8).double()
+    model.empty = torch.nn.Parameter(torch.zeros(0, 4, dtype=torch.float64))
+    OnlineLearner(model, torch.optim.NAdam(model.parameters(), 1e-2), loss, F.cross_entropy)
 
 
 def test_the_shapes_of_the_model_are_tried() -> None:
