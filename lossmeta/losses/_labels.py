@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lossmeta._checks import FLOAT_NAMES, FLOATS, check_same_device, dtype_name, outside
+from lossmeta._checks import FLOAT_NAMES, FLOATS, check_same_device, dtype_name, may_look, outside, refuse
 from lossmeta.ops._precision import accumulation_dtype
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -24,7 +24,7 @@ class Labels(NamedTuple):
     scale: Tensor
     """``[E]`` or ``[]``: the label's weight, 0 where it is ignored, NaN where it is neither on, off nor ignored; left
     whole, the weight alone"""
-    counted: Tensor | int
+    counted: Tensor
     """how many are not ignored"""
 
 
@@ -36,7 +36,7 @@ def check_ignore_index(name: str, ignore_index: int) -> None:
         )
 
 
-def check(name: str, pred: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
+def check(name: str, pred: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """Shapes, dtypes and devices; the values are looked at by :func:`flat`."""
     if target.dtype not in (*FLOATS, *INTEGERS):
         raise ValueError(
@@ -67,24 +67,21 @@ def flat(
     *,
     whole: bool = False,
 ) -> Labels:
-    """With ``whole``, labels that are not smoothed are left for an operator that can ignore and refuse them."""
+    """All labels, and how each counts.
+
+    With ``whole``, labels that are not smoothed are left for an operator that can ignore and refuse them.
+    """
     dtype = accumulation_dtype(pred.dtype)
-    whole = whole and not label_smoothing and not target.is_floating_point()
+    floats = target.is_floating_point()
+    whole = whole and not label_smoothing and not floats
+    target = target.to(dtype if floats else torch.int64)
+    counted = target != ignore_index
+    bad = _refused(name, target, ignore_index)
     x, y, scale = pred, target, pred.new_ones((), dtype=dtype)
-    count: Tensor | int
-    if whole:
-        y = target.to(torch.int64)
-        outside(name, "labels", y, 2, ignore_index)
-        count = (y != ignore_index).sum()
-    elif target.is_floating_point():
-        x, y, count = pred.to(dtype), target.to(dtype), pred.numel()
-    else:
-        x, target = pred.to(dtype), target.to(torch.int64)
-        counted = target != ignore_index
-        bad = outside(name, "labels", target, 2, ignore_index)
+    if not whole:
         # What an ignored label comes with, NaN perhaps, must not reach the gradients of the parameters.
-        x = x.masked_fill(bad | ~counted, 0)
-        y, count = (target == 1).to(dtype), counted.sum()
+        uncounted = bad | ~counted
+        x, y = pred.to(dtype).masked_fill(uncounted, 0), target.to(dtype).masked_fill(uncounted, 0)
         scale = counted.to(dtype).masked_fill(bad, torch.nan)
     if label_smoothing:
         y = (1 - label_smoothing) * y + label_smoothing / 2
@@ -92,12 +89,22 @@ def flat(
         scale = scale * weight.to(dtype).reshape(-1, *[1] * (pred.dim() - 2))
     if scale.dim():
         scale = scale.expand(pred.shape).reshape(-1)
-    return Labels(x.reshape(-1, 1), y.reshape(-1, 1), scale, count)
+    return Labels(x.reshape(-1, 1), y.reshape(-1, 1), scale, counted.sum())
 
 
-def reduced(loss: Tensor, count: Tensor | int, shape: torch.Size, reduction: str) -> Tensor:
+def _refused(name: str, target: Tensor, ignore_index: int) -> Tensor:
+    """Which are neither on, off, in between nor ignored: an error, where they may be looked at."""
+    if not target.is_floating_point():
+        return outside(name, "labels", target, 2, ignore_index)
+    bad = ~((target >= 0) & (target <= 1)) & (target != ignore_index)
+    if may_look(target):
+        refuse(name, f"target must lie in [0, 1] or be ignore_index = {ignore_index}", target, bad)
+    return bad
+
+
+def reduced(loss: Tensor, counted: Tensor, shape: torch.Size, reduction: str) -> Tensor:
     """Of the losses of labels ``[E]``: the mean over labels, or of each sample ``[N]``, or the sum of these."""
     if reduction == "mean":
-        return loss.sum() / count
-    loss = loss.reshape(len(loss) if len(shape) == 1 else shape[0], -1).mean(1) if loss.numel() else loss
+        return loss.sum() / counted
+    loss = loss.reshape(shape[0], math.prod(shape[1:])).mean(1)
     return loss.sum() if reduction == "sum" else loss

@@ -112,7 +112,7 @@ class OutputwiseLoss(SavedLoss):
         check_float(self.name, pred=pred)
         check_same_device(self.name, target=target, pred=pred)
         if self.link == "sigmoid":
-            labels.check(self.name, pred, target, self.weight, self.ignore_index)
+            labels.check(self.name, pred, target, self.weight)
             return
         if self.link == "identity":
             check_float(self.name, target=target)

@@ -242,6 +242,7 @@ class LossNetwork(OutputwiseLoss):
         ):
             return None
         task: Tensor | None = None
+        counts: Tensor | None = None  # whether an output counts, where the operator does not know
         count: Tensor | int
         if self.link == "softmax":
             loss, slope, mixed = with_mixed_derivative(pred, target, *weights, **self._options())
@@ -252,6 +253,9 @@ class LossNetwork(OutputwiseLoss):
             loss, slope, mixed = with_mixed_derivative(
                 labels.logits, labels.target, *weights, **self._options()
             )
+            if labels.target.is_floating_point():
+                counts = labels.scale[:, None]
+                loss, slope = loss * counts, slope * counts
         else:
             rows = (len(pred), math.prod(pred.shape[1:]))
             loss, slope, mixed = with_mixed_derivative(
@@ -279,7 +283,8 @@ class LossNetwork(OutputwiseLoss):
                 # s = t / |g|_1 depends on the weights through g: ds = -s <sign(g), dg> / |g|_1.
                 back = ((along * u).sum() / own).where(steep, 0)
                 u = scale * (u - back * along.sign())
-            gradients = mixed(u.reshape(shape))
+            u = u.reshape(shape)
+            gradients = mixed(u if counts is None else u * counts)
             torch._foreach_div_(gradients, count)
             return gradients
 

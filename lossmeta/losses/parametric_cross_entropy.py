@@ -16,13 +16,11 @@ from lossmeta._checks import (
     check_same_device,
     check_tensors,
     choice,
-    outside,
 )
 from lossmeta.losses import _labels as labels
 from lossmeta.losses import _plot
 from lossmeta.losses._parameters import register
 from lossmeta.losses._saved import SavedLoss
-from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.parametric_cross_entropy import ACTIVATIONS, LowRankPhi, parametric_cross_entropy
 
 if TYPE_CHECKING:
@@ -196,47 +194,37 @@ class ParametricCrossEntropy(SavedLoss):
 
     def _per_label(self, logits: Tensor, target: Tensor) -> Tensor:
         """Each label as a model of two classes, whose logits are 0 and its own."""
-        name = "ParametricCrossEntropy"
+        name, classes = "ParametricCrossEntropy", self.num_classes
         check_float(name, logits=logits)
         check_same_device(name, target=target, logits=logits)
-        x, y = logits, target
-        if logits.dim() == 1 and target.dim() == 1 and self.num_classes > 1:
-            x, y = logits[None], target[None]
-        labels.check(name, x, y, self.weight, self.ignore_index)
-        if (x.shape[1] if x.dim() > 1 else 1) != self.num_classes:
+        shape = logits.shape
+        if classes > 1 and logits.dim() == target.dim() == 1:  # one sample
+            logits, target = logits[None], target[None]
+        labels.check(name, logits, target, self.weight)
+        if (logits.shape[1] if logits.dim() > 1 else 1) != classes:
             raise ValueError(
-                f"{name}: logits must be [N, {self.num_classes}] or [N, {self.num_classes}, d...], "
-                f"got {list(logits.shape)}"
+                f"{name}: logits must be [N, {classes}] or [N, {classes}, d...], got {list(shape)}"
             )
-        if y.is_floating_point():
-            y = y.to(accumulation_dtype(x.dtype))
-        else:
-            y = y.to(torch.int64)
-            outside(name, "labels", y, 2, self.ignore_index)
-        by_label = [z.movedim(1, 0) if z.dim() > 1 else z[None] for z in (x, y)]
-        x, y = (z.reshape(self.num_classes, -1) for z in by_label)
-        counted: Tensor | int
-        if y.is_floating_point():
-            y, counted = torch.stack([1 - y, y], -1), y.numel()
-        else:
-            counted = (y != self.ignore_index).sum()
+        options = (self.weight, self.ignore_index, self.label_smoothing)
+        x, y, scale, counted = labels.flat(name, logits, target, *options, whole=True)
+        inner = (logits.shape[0], classes, math.prod(logits.shape[2:]))
+
+        def by_label(z: Tensor) -> Tensor:
+            return z.reshape(inner).movedim(1, 0).reshape(classes, -1)
+
+        x, y = by_label(x), by_label(y)
         loss = parametric_cross_entropy(
             torch.stack([torch.zeros_like(x), x], -1),
-            y,
+            torch.stack([1 - y, y], -1) if y.is_floating_point() else y,
             self.phi,
             activation=self.activation,
             ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
             reduction="none",
         )
-        if self.weight is not None:
-            loss = loss * self.weight.to(loss.dtype)[:, None]
+        loss = loss.reshape(classes, inner[0], inner[2]).movedim(0, 1).reshape(-1) * scale
         if self.reduction == "mean":
             return loss.sum() / counted
-        if self.reduction == "sum":
-            return loss.sum()
-        loss = loss.reshape(by_label[0].shape)
-        return (loss.movedim(0, 1) if loss.dim() > 1 else loss).reshape(logits.shape)
+        return loss.sum() if self.reduction == "sum" else loss.reshape(shape)
 
     def plot(self) -> Figure:
         r"""Draws :math:`\Phi` as colours; where it is the identity, the loss and its slope.

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.optim import Adam
 
 from lossmeta.adalfl import BackendError, initialize, initialize_learning_rate
+from lossmeta.adalfl.inner_steps import check_repeated
 from lossmeta.adalfl.unrolled import unrolled
 from lossmeta.losses import LossNetwork, TaylorLoss
 
@@ -374,3 +375,9 @@ def test_passes_that_cannot_be_repeated_are_refused(inner_steps: int) -> None:
     # The remedy works, and a generator that the model owns is replayed.
     assert len(initialize(loss, lambda: Scaled(hidden=True), given, given, method="implicit", **options)) == 2
     assert len(initialize(loss, lambda: Scaled(hidden=False), given, given, **options)) == 2
+
+
+def test_a_repeated_gradient_where_the_first_was_0() -> None:
+    with pytest.raises(BackendError, match="gave another gradient"):
+        check_repeated([torch.zeros(3)], [torch.ones(3)])
+    check_repeated([torch.zeros(3)], [torch.zeros(3)])

@@ -113,6 +113,35 @@ def test_reductions_weights_smoothing_and_ignored_labels(kind: str, shape: tuple
             torch.testing.assert_close(other(x, y).double(), result, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_float_labels_are_ignored_and_refused_too(kind: str, smoothing: float) -> None:
+    x, y = torch.randn(5, 3), torch.rand(5, 3)
+    y[0, 1] = y[3, 0] = -100
+    x[0, 1] = torch.nan
+    loss = made(kind, 3, label_smoothing=smoothing)
+    kept = y != -100
+    expected = each(loss, x, (1 - smoothing) * y + smoothing / 2)[kept].mean()
+    torch.testing.assert_close(loss(x, y).double(), expected, rtol=1e-5, atol=1e-6)
+    for bad in (-1.0, 1.5, float("nan")):
+        y[2, 2] = bad
+        with pytest.raises(
+            ValueError, match=r"target must lie in \[0, 1\] or be ignore_index = -100, got .* index 8"
+        ):
+            loss(x, y)
+
+
+def test_no_samples_give_a_mean_of_nan_and_a_sum_of_0() -> None:
+    for kind in KINDS:
+        loss = made(kind, 3)
+        x, y = torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)
+        assert loss(x, y).isnan()
+        for reduction, shape in (("sum", ()), ("none", (0, 3) if kind == "phi" else (0,))):
+            loss.reduction = reduction
+            assert loss(x, y).shape == shape
+            assert not loss(x, y).any()
+
+
 def test_starts_as_binary_cross_entropy() -> None:
     x, y, weight = torch.randn(6, 4, requires_grad=True), torch.randint(2, (6, 4)).float(), torch.rand(4)
     for loss in (
@@ -181,7 +210,7 @@ def test_mixed_derivative(shape: tuple[int, ...], residual: str | None, normaliz
     x, y = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randint(2, shape)
     y.view(-1)[0] = -1
     if soft:
-        y = torch.rand(shape)
+        y = torch.rand(shape, dtype=torch.float64).where(y != -1, -1)
     value = loss(x, y)
     (slope,) = torch.autograd.grad(value, x, create_graph=True)
     u = torch.randn_like(x)
