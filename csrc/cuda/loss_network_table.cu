@@ -256,6 +256,19 @@ __global__ void __launch_bounds__(row_threads, Row::blocks)
   }
 }
 
+// The block's share of the sums; none where they are not wanted or their bound is not finite.
+template <class A>
+__device__ Bins<A> open_bins(const Table<A>& table, A* shared, bool sums, const FixedPoint<A>& fixed) {
+  Bins<A> bins{nullptr, table.intervals, 0};
+  int shift;
+  if (sums && fixed.template find_shift<row_threads>(shift)) {
+    bins.low = reinterpret_cast<unsigned*>(shared + 4 * table.intervals);
+    bins.scale = scaled(A(1), shift);
+    bins.clear();
+  }
+  return bins;
+}
+
 // grad_x_j = f_j (d_j - (U_j - sum f U) sum f g - sum f d) with d_j = r_j + g_j (U_j - sum f U).
 template <class T, class Row>
 __global__ void __launch_bounds__(row_threads, Row::blocks)
@@ -265,13 +278,7 @@ __global__ void __launch_bounds__(row_threads, Row::blocks)
   LOSSMETA_DYNAMIC_SHARED(A, shared);
   if (gate.closed()) return;
   p.table.load(shared, false);
-  Bins<A> bins{nullptr, p.table.intervals, 0};
-  int shift;
-  if (sums && fixed.template find_shift<row_threads>(shift)) {
-    bins.low = reinterpret_cast<unsigned*>(shared + 4 * p.table.intervals);
-    bins.scale = scaled(A(1), shift);
-    bins.clear();
-  }
+  const Bins<A> bins = open_bins(p.table, shared, sums, fixed);
   constexpr int block_rows = row_threads / Row::lanes, warp_lanes = Row::lanes < 32 ? Row::lanes : 32;
   const int lane = threadIdx.x % Row::lanes;
   const int64_t classes = p.rows.classes;
@@ -384,13 +391,7 @@ __global__ void __launch_bounds__(row_threads, 2)
   LOSSMETA_DYNAMIC_SHARED(A, shared);
   if (gate.closed()) return;
   p.table.load(shared, false);
-  Bins<A> bins{nullptr, p.table.intervals, 0};
-  int shift;
-  if (sums && fixed.template find_shift<row_threads>(shift)) {
-    bins.low = reinterpret_cast<unsigned*>(shared + 4 * p.table.intervals);
-    bins.scale = scaled(A(1), shift);
-    bins.clear();
-  }
+  const Bins<A> bins = open_bins(p.table, shared, sums, fixed);
   const int64_t step = int64_t(gridDim.x) * row_threads;
   for (int64_t e = int64_t(blockIdx.x) * row_threads + threadIdx.x; e < p.rows.samples; e += step) {
     if (p.rows.state(e) != RowState::live) {

@@ -241,6 +241,11 @@ class OnlineLearner:
         """How the meta-gradient is computed, and why so."""
         return f"{self._step.backend.name}: {self._step.reason}"
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are replayed as one CUDA graph."""
+        return self._captured is not None
+
     def accumulate(self, batch: Batch) -> None:
         """Keeps a batch for the next :meth:`step`, whose own batch it is joined with. Nothing is computed yet.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,8 @@ class OnlineModule(pl.LightningModule):  # type: ignore[misc]  # Any where light
 
     Raises:
         ValueError: when the training starts, for what cannot be right: several processes or optimizers, float16, manual
-            optimization, ``Trainer(gradient_clip_val=...)``, and a learner of another optimizer.
+            optimization, ``Trainer(gradient_clip_val=...)``, a learner of another optimizer, one that keeps gradients
+            or captures, and a checkpoint without the learner's state.
 
     Example:
         >>> class Digits(OnlineModule):
@@ -103,10 +104,13 @@ class OnlineModule(pl.LightningModule):  # type: ignore[misc]  # Any where light
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Nothing: the learner has made its backward passes, and the optimizer's step."""
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, whose closure makes the step; the optimizer's own finds no gradients."""
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Runs ``training_step``, which makes the step: one more without gradients would still count in some."""
+        assert optimizer_closure is not None
         with self._loop.last_of_a_step():
-            super().optimizer_step(*args, **kwargs)
+            optimizer_closure()
 
     @property
     def _loop(self) -> _Loop:
@@ -147,9 +151,10 @@ class _Loop(pl.Callback):  # type: ignore[misc]
                 f"{WHERE}: the learner must have the optimizer that configure_learner was given, got another; "
                 "Lightning saves the one of configure_optimizers"
             )
-        if learner.keep_gradients:
+        if learner.keep_gradients or learner.captures:
             raise ValueError(
-                f"{WHERE}: the learner must have keep_gradients=False, got True; Lightning would step once more"
+                f"{WHERE}: the learner must have keep_gradients=False and capture=False, got True; Lightning clears "
+                "gradients after every step"
             )
         self.made = learner
         if self.saved is not None:
@@ -178,6 +183,15 @@ class _Loop(pl.Callback):  # type: ignore[misc]
         report = self.learner.step(batch, valid_batch)
         self.calls += 1
         return report
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == "fit" and not checkpoint.get("callbacks", {}).get(self.state_key):
+            raise ValueError(
+                f"{WHERE}: a checkpoint to go on from must hold the learner's state, got one without; it is not of an "
+                "OnlineModule, or of its weights alone"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return self.learner.state_dict() if self.made is not None else (self.saved or {})

@@ -43,7 +43,8 @@ class ComputeLoss:
 
     Raises:
         TypeError: for a loss without a reduction, and when called with an output in which no logits are found.
-        ValueError: when called with labels that do not fit the logits, or without labels.
+        ValueError: for another ignore_index than the Trainer's, and when called with labels that do not fit the
+            logits, or without labels.
 
     Example:
         >>> compute = ComputeLoss(lossmeta.losses.ParametricCrossEntropy(5, activation="identity"))
@@ -60,6 +61,10 @@ class ComputeLoss:
             )
         self.mean, self.sum = (copy.copy(loss) for _ in range(2))  # the parameters are shared
         self.mean.reduction, self.sum.reduction = "mean", "sum"  # type: ignore[assignment]
+        if getattr(loss, "ignore_index", -100) != -100:
+            raise ValueError(
+                f"ComputeLoss: ignore_index must be -100, as the Trainer counts labels, got {loss.ignore_index}"
+            )
         self.shift, self.output = shift, output
 
     def __call__(
@@ -83,7 +88,7 @@ class OnlineTrainer(transformers.Trainer):  # type: ignore[misc]  # Any where tr
     """A ``Trainer`` whose training steps are those of an :class:`~lossmeta.adalfl.OnlineLearner`.
 
     Optimizer, schedule, evaluation, logging and checkpoints are the Trainer's. The optimizer has stepped when the
-    Trainer comes to its own step, which finds no gradients; so its logged ``grad_norm`` is 0, and ``max_grad_norm`` is
+    Trainer comes to its own step, which then does nothing; so its logged ``grad_norm`` is 0, and ``max_grad_norm`` is
     handed to the learner. Checkpoints hold the learner's state in ``learner.pt``. Losses take logits and labels as
     :class:`ComputeLoss` does. The batches of ``gradient_accumulation_steps`` make one step, in which their mean losses
     count by their numbers of samples.
@@ -131,6 +136,10 @@ class OnlineTrainer(transformers.Trainer):  # type: ignore[misc]  # Any where tr
     ) -> None:
         super().__init__(*args, **kwargs)
         self._check()
+        if meta_dataset is not None and not hasattr(meta_dataset, "__len__"):
+            raise ValueError(
+                f"OnlineTrainer: meta_dataset must have a length, got {type(meta_dataset).__name__}"
+            )
         self.learned_loss, self.task_loss = learned_loss, task_loss
         self.meta_dataset, self.shift, self.make_learner = meta_dataset, shift, make_learner
         self.learner: OnlineLearner | None = None
@@ -177,10 +186,12 @@ class OnlineTrainer(transformers.Trainer):  # type: ignore[misc]  # Any where tr
             self.learned_loss.to(self.args.device)
             losses = Aligned(self.learned_loss, self.shift), Aligned(self.task_loss, self.shift)
             self.learner = self.make_learner(model, self.optimizer, *losses, **options)
-            if self.learner.keep_gradients:
+            if self.learner.keep_gradients or self.learner.captures:
                 raise ValueError(
-                    "OnlineTrainer: keep_gradients must be False, for the Trainer would step once more"
+                    "OnlineTrainer: keep_gradients and capture must be False, for the Trainer clears the gradients"
                 )
+            # The Trainer steps once more. Without gradients that would still count in some optimizers.
+            self.optimizer.step = _nothing  # type: ignore[method-assign, assignment]
         assert self.learner is not None
         if self._learner_state is not None:
             self.learner.load_state_dict(self._learner_state)
@@ -258,6 +269,10 @@ def aligned(where: str, logits: Tensor, labels: Tensor, shift: bool) -> tuple[Te
     if labels.is_floating_point() and logits.shape[-1] == 1:
         return logits.squeeze(-1), labels
     return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+
+
+def _nothing(closure: Any = None) -> None:
+    """What is left for an optimizer that has stepped."""
 
 
 def _from(loader: Any, first: int) -> Iterator[Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from lossmeta.adalfl import OnlineLearner  # noqa: E402
 from lossmeta.integrations.skorch import OnlineClassifier, OnlineRegressor  # noqa: E402
 from lossmeta.losses import LossNetwork, ParametricCrossEntropy, TaylorLoss  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:AdaLFL. the first step")
 
 RANDOM = np.random.default_rng(0)
@@ -261,13 +258,6 @@ def test_refuses_what_cannot_be_right() -> None:
         classifier().fit(X, Y, sample_weight=np.ones(48))
 
 
-def test_example_runs() -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "skorch_online_loss.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout.split("190 steps: ")[1].split()[0]) > 0.85
+def test_example_runs(run_example: Callable[[str], str]) -> None:
+    printed = run_example("skorch_online_loss.py")
+    assert float(printed.split("190 steps: ")[1].split()[0]) > 0.85

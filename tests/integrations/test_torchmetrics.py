@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -403,10 +404,8 @@ def test_without_the_library(tmp_path: Path) -> None:
         )
 
 
-def test_example() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "torchmetrics_metrics.py")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.returncode == 0, result.stderr
-    shown = dict(line.split(": ") for line in result.stdout.splitlines())
+def test_example(run_example: Callable[[str], str]) -> None:
+    printed = run_example("torchmetrics_metrics.py")
+    shown = dict(line.split(": ") for line in printed.splitlines())
     assert float(shown["error"]) == pytest.approx(1 - float(shown["accuracy"]), abs=1e-4)
     assert 0.5 < float(shown["average precision"]) <= 1
