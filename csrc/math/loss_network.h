@@ -22,8 +22,8 @@
 // With the sigmoid link every label is a row of its own, C = 1, f = sigmoid(x), d = sigmoid'(x) = f (1 - f), and
 //   loss = l,  slope = l' d,   u = G,  v = U d,   grad_x = d (r + l' U (1 - 2 f)).
 //
-// The table. With class indices and the softmax link, or labels and the sigmoid link, the network is two functions of f in [0, 1], y = 0 and
-// y = 1. It is evaluated with its slope at the nodes f_k = (k - 1) / M, k = 0 .. M + 2; in the interval
+// The table. With class indices and the softmax link, or labels and the sigmoid link, the network is two
+// functions of f in [0, 1], y = 0 and y = 1. It is evaluated with its slope at the nodes f_k = (k - 1) / M, k = 0 .. M + 2; in the interval
 // [i/M, (i+1)/M], with t = M f - i and h = 1/M,
 //   l'(f) = c0 + c1 t + c2 t^2 + c3 t^3 through the slopes of the nodes i .. i + 3 (t = -1, 0, 1, 2),
 //   l(f)  = v + h (c0 t + c1 t^2/2 + c2 t^3/3 + c3 t^4/4)  with v the value of the node i + 1,

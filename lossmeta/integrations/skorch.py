@@ -71,6 +71,13 @@ class _LearnsCriterion(skorch.NeuralNet):  # type: ignore[misc]  # Any where sko
                     f"{name}: callbacks must not wait for gradients, which are the learner's, got {label!r}; to clip "
                     "them, pass learner__clip_norm"
                 )
+        for method in ("train_step_single", "infer", "get_loss", "on_grad_computed"):
+            owner = next(kind for kind in type(self).__mro__ if method in vars(kind))
+            if not owner.__module__.startswith(("skorch.", "lossmeta.")):
+                raise ValueError(
+                    f"{name}: a learned criterion's steps do not call {method}, got one of {owner.__name__}; override "
+                    "train_step, or freeze the criterion"
+                )
         options = self.get_params_for("learner")
         options.setdefault("meta_optimizer", Adam(phi, lr=self.meta_lr))
         if options.get("keep_gradients"):
@@ -159,8 +166,8 @@ class OnlineClassifier(_LearnsCriterion, skorch.NeuralNetClassifier):  # type: i
         learner__...: options of :class:`~lossmeta.adalfl.OnlineLearner`.
 
     Raises:
-        ValueError: when it is initialised, for a callback that waits for gradients, and what
-            :class:`~lossmeta.adalfl.OnlineLearner` refuses.
+        ValueError: when it is initialised, for a callback that waits for gradients, for an override that a step of the
+            learner would pass by, and what :class:`~lossmeta.adalfl.OnlineLearner` refuses.
 
     Example:
         >>> net = OnlineClassifier(

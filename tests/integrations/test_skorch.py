@@ -250,6 +250,16 @@ def test_several_inputs() -> None:
 def test_refuses_what_cannot_be_right() -> None:
     with pytest.raises(ValueError, match=r"callbacks must not wait for gradients.*'clip'; to clip them"):
         classifier(callbacks=[("clip", GradientNormClipping(1.0))]).fit(X, Y)
+
+    class Penalised(OnlineClassifier):
+        def get_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().get_loss(*args, **kwargs)
+
+    options = {"criterion": Network, "criterion__residual": "cross_entropy", "verbose": 0}
+    with pytest.raises(
+        ValueError, match="steps do not call get_loss, got one of Penalised; override train_step"
+    ):
+        Penalised(Model, **options).fit(X, Y)
     with pytest.raises(ValueError, match="keep_gradients must be False"):
         classifier(learner__keep_gradients=True).fit(X, Y)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
