@@ -25,8 +25,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lossmeta import _build
-
 Call = Callable[[], Any]
 Make = Callable[[], Sequence[Any]]
 
@@ -131,6 +129,8 @@ class Cuda:
     def why_not(self) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
+        from lossmeta import _build  # not before: what a machine is, is asked before anything is built there
+
         return _build.why_no_cuda
 
     def start(self) -> None:

@@ -76,6 +76,13 @@ def machine(toolchain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return SimpleNamespace(torch=torch, environ={"PATH": path}, folder=tmp_path)
 
 
+def test_no_operator_uses_streams() -> None:
+    """They take the locale of whichever C++ library is loaded: one of another compiler made every message a crash."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        for header in ("iostream", "sstream", "fstream", "ostream", "iomanip", "locale"):
+            assert f"#include <{header}>" not in path.read_text(encoding="utf-8"), path
+
+
 def test_named_torch_is_described_without_import(toolchain: Any, tmp_path: Path) -> None:
     directory = make_torch(tmp_path / "torch", "2.12.1+cu130", "13.0")
     torch = toolchain.find_torch({"LOSSMETA_TORCH_DIR": str(directory)})

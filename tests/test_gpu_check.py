@@ -404,6 +404,14 @@ def test_unknown_stage_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_the_machine_is_told_before_anything_is_built(tmp_path: Path) -> None:
+    program = "import runpy, sys; sys.modules['lossmeta'] = None; runpy.run_module('gpu.machine', run_name='__main__')"
+    command = [sys.executable, "-c", program, str(tmp_path / "machine.json"), "--dry"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    assert json.loads((tmp_path / "machine.json").read_text())["lossmeta"]
+
+
 def test_a_failed_stage_does_not_stop_the_others(tmp_path: Path) -> None:
     python = fake_python(tmp_path, {"gpu.tests": 3, "report.py": 1})
     result = run(tmp_path, "--out", "results", PYTHON=python)

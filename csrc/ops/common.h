@@ -15,10 +15,11 @@
 #endif
 
 #include <array>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "base/kernel.h"
@@ -28,11 +29,24 @@ namespace lossmeta {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Part of a message. No streams: they need the locale of the C++ library that happens to be loaded, and a library built
+// by another compiler than that one was seen to crash there.
+template <class T>
+std::string text(const T& part) {
+  if constexpr (std::is_integral_v<T>) {
+    return std::to_string(part);
+  } else if constexpr (std::is_floating_point_v<T>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", double(part));
+    return digits;
+  } else {
+    return part;
+  }
+}
+
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error((std::string() + ... + text(parts)));
 }
 
 // The message is put together only when the check fails.
@@ -41,12 +55,13 @@ template <class... Parts>
     if (!(condition)) ::lossmeta::fail(__VA_ARGS__); \
   } while (0)
 
+inline std::vector<int64_t> sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+// In words.
 inline std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ']';
-  return text.str();
+  std::string words = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) words += (d ? ", " : "") + std::to_string(t.size(d));
+  return words + ']';
 }
 
 inline std::string dtype_name(const Tensor& t) {

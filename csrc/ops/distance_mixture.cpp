@@ -126,9 +126,8 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_loss,
   DistanceMixture& a = arguments.a;
   std::optional<Tensor> dense_loss, dense_terms;
   if (grad_loss) {
-    const std::vector<int64_t> sizes(grad_loss->sizes().begin(), grad_loss->sizes().end());
-    LOSSMETA_CHECK(sizes == arguments.loss_sizes, op, ": grad_loss must have the shape of the loss, got ",
-                   shape(*grad_loss));
+    LOSSMETA_CHECK(sizes(*grad_loss) == arguments.loss_sizes, op,
+                   ": grad_loss must have the shape of the loss, got ", shape(*grad_loss));
     check_same_device(*grad_loss, embeddings, op, "grad_loss", "embeddings");
     dense_loss = packed_as(*grad_loss, arguments.accumulated);
     a.grad_loss = dense_loss->const_data_ptr();

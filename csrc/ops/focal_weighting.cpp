@@ -77,8 +77,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& embeddings
                                     const Tensor& statistics, bool need_embeddings, bool need_phi) {
   Arguments arguments(embeddings, labels, phi, offset, reduction);
   FocalWeighting& a = arguments.a;
-  const std::vector<int64_t> sizes(grad.sizes().begin(), grad.sizes().end());
-  LOSSMETA_CHECK(sizes == arguments.loss_sizes, op, ": grad must have the shape of the loss, got ",
+  LOSSMETA_CHECK(sizes(grad) == arguments.loss_sizes, op, ": grad must have the shape of the loss, got ",
                  shape(grad));
   check_same_device(grad, embeddings, op, "grad", "embeddings");
   LOSSMETA_CHECK(statistics.dim() == 1 && statistics.size(0) == arguments.statistics_size &&

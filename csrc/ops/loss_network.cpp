@@ -8,12 +8,6 @@ namespace {
 constexpr const char* op = "loss_network";
 enum Link : int64_t { identity, softmax, sigmoid };  // as LINKS of lossmeta/ops/loss_network.py
 
-std::vector<int64_t> sizes(const Tensor& t) {
-  std::vector<int64_t> result;
-  for (int64_t i = 0; i < t.dim(); ++i) result.push_back(t.size(i));
-  return result;
-}
-
 // Checks the arguments that forward and backward share and fills in the problem.
 struct Arguments {
   LossNetwork a{};
@@ -42,7 +36,7 @@ struct Arguments {
     check_same_device(target, pred, op, "target", "pred");
     const bool indices = target.scalar_type() == ScalarType::Long;
     if (indices && a.sigmoid) {
-      LOSSMETA_CHECK(shape(target) == shape(pred), op, ": labels must have the shape of pred, ", shape(pred),
+      LOSSMETA_CHECK(sizes(target) == sizes(pred), op, ": labels must have the shape of pred, ", shape(pred),
                      ", got ", shape(target));
     } else if (indices) {
       LOSSMETA_CHECK(target.dim() == 1 && target.size(0) == a.samples, op, ": class indices must be [",
@@ -50,7 +44,7 @@ struct Arguments {
     } else {
       LOSSMETA_CHECK(is_float(target), op, ": target must be class indices (int64) or floating-point, got ",
                      dtype_name(target));
-      LOSSMETA_CHECK(shape(target) == shape(pred), op, ": a dense target must have the shape of pred, ",
+      LOSSMETA_CHECK(sizes(target) == sizes(pred), op, ": a dense target must have the shape of pred, ",
                      shape(pred), ", got ", shape(target));
     }
     static const char* const names[] = {"input_weight", "hidden_weight", "output_weight"};
@@ -169,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     a.grad_loss = dense_loss->const_data_ptr();
   }
   if (grad_slope) {
-    LOSSMETA_CHECK(shape(*grad_slope) == shape(pred), op, ": grad_slope must have the shape of pred, ",
+    LOSSMETA_CHECK(sizes(*grad_slope) == sizes(pred), op, ": grad_slope must have the shape of pred, ",
                    shape(pred), ", got ", shape(*grad_slope));
     dense_slope = packed_as(*grad_slope, accumulated);
     a.grad_slope = dense_slope->const_data_ptr();

@@ -67,14 +67,14 @@ struct Arguments {
       check_labels(a.labels, a.models * a.samples, a.classes, ignore_index, op);
     } else {
       LOSSMETA_CHECK(
-          shape(phi) == shape(logits), op,
+          sizes(phi) == sizes(logits), op,
           ": without labels phi holds a row for each sample and must have the shape of logits, got ",
           shape(phi), " for logits ", shape(logits));
     }
     logits = packed(logits);
     // Models that share one phi hand it over expanded: it is not copied.
     const bool shared = batch && a.models > 1 && phi.stride(0) == 0;
-    phi_sizes = {phi.sizes().begin(), phi.sizes().end()};
+    phi_sizes = sizes(phi);
     if (shared) phi = torch::stable::select(phi, 0, 0);
     a.phi_stride = shared ? 0 : a.classes * a.classes;
     phi = packed_as(phi, accumulated);
@@ -108,8 +108,6 @@ struct Arguments {
       }
     }
   }
-
-  std::vector<int64_t> sizes(const Tensor& t) const { return {t.sizes().begin(), t.sizes().end()}; }
 
   std::vector<int64_t> loss_sizes() const {
     if (a.reduction != Reduction::none)
@@ -148,8 +146,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& logits,
   Arguments arguments(logits, labels, phi, weight, ignore_index, sigmoid, reduction);
   ParametricCrossEntropy& a = arguments.a;
   std::vector<int64_t> expected = arguments.loss_sizes();
-  LOSSMETA_CHECK(arguments.sizes(grad) == expected, op, ": grad must have the shape of the loss, got ",
-                 shape(grad));
+  LOSSMETA_CHECK(sizes(grad) == expected, op, ": grad must have the shape of the loss, got ", shape(grad));
   LOSSMETA_CHECK(statistics.numel() == parametric_cross_entropy_statistics(a.models, a.samples) &&
                      statistics.scalar_type() == arguments.accumulated,
                  op, ": statistics must be those that the forward returned for these logits");
@@ -157,7 +154,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& logits,
   a.grad = dense_grad.const_data_ptr();
   a.statistics = const_cast<void*>(kept.const_data_ptr());
   Tensor grad_logits =
-      empty(need_logits ? arguments.sizes(logits) : std::vector<int64_t>{0}, logits.scalar_type(), logits);
+      empty(need_logits ? sizes(logits) : std::vector<int64_t>{0}, logits.scalar_type(), logits);
   Tensor grad_phi =
       empty(need_phi ? arguments.phi_sizes : std::vector<int64_t>{0}, arguments.accumulated, logits);
   if (need_logits) a.grad_logits = grad_logits.mutable_data_ptr();
