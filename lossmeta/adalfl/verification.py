@@ -45,7 +45,7 @@ class Probes:
 
 def random_signs(like: Tensor, count: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(2, (count, *like.shape), generator=generator) * 2 - 1
+    signs = torch.randint(2, (count, *like.shape), generator=generator, device="cpu") * 2 - 1
     return list(signs.to(like.device, like.dtype))
 
 
