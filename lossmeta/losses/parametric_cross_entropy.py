@@ -253,19 +253,19 @@ class ParametricCrossEntropy(SavedLoss):
             raise ValueError(
                 f"ParametricCrossEntropy: phi must be [C, C] to be drawn, got {list(phi.shape)}; draw one at a time"
             )
-        if not torch.equal(phi, torch.eye(len(phi), dtype=phi.dtype)):
+        if not torch.equal(phi, torch.eye(len(phi), dtype=phi.dtype, device="cpu")):
             figure, (panel,) = plot.figure("ParametricCrossEntropy", size=(4.8, 4.0))
             plot.matrix(panel, phi.tolist(), "Φ")
             panel.set_xlabel("class")
             panel.set_ylabel("true class")
             return figure
-        p = torch.linspace(0, 1, _plot.POINTS, dtype=torch.float64)[1:-1]
+        p = torch.linspace(0, 1, _plot.POINTS, dtype=torch.float64, device="cpu")[1:-1]
         with torch.enable_grad():
             logits = torch.stack([p.log(), (1 - p).log()], 1).requires_grad_()
             loss = parametric_cross_entropy(
                 logits,
-                torch.zeros(len(p), dtype=torch.int64),
-                torch.eye(2, dtype=p.dtype),
+                torch.zeros_like(p, dtype=torch.int64),
+                torch.eye(2, dtype=p.dtype, device="cpu"),
                 activation=self.activation,
                 reduction="none",
             )

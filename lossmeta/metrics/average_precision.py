@@ -108,7 +108,7 @@ class AveragePrecision(Metric):
                 look.
         """
         if not self.scores:
-            return torch.full((), torch.nan, dtype=torch.float64)
+            return torch.full((), torch.nan, dtype=torch.float64, device="cpu")
         scores, labels = torch.cat(self.scores), torch.cat(self.labels)
         weight = torch.cat(self.weights) if self.weights else None
         self._check_values(scores, labels)

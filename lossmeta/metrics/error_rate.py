@@ -60,8 +60,8 @@ class ErrorRate(Metric):
 
     def reset(self) -> None:
         """Forgets every sample."""
-        self.errors = torch.zeros((), dtype=torch.float64)
-        self.count = torch.zeros((), dtype=torch.float64)
+        self.errors = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.count = torch.zeros((), dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def update(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:

@@ -45,8 +45,9 @@ class Operator:
         vmap: batching rule ``(info, in_dims, *args) -> (outputs, out_dims)``; without it the batch is looped over.
         vmap_backward: the same for the backward operator.
         shortcut: ``(i, rule)`` where output ``i`` already holds the gradient of the first differentiable argument.
-            ``rule(output, grad_outputs)`` returns that gradient, or ``None`` where the backward operator must compute
-            it. The gradient's own derivative goes through the operator's backward, not through the reference.
+            ``rule(output, grad_outputs, dtype)`` returns that gradient, where it can in that dtype, or ``None`` where
+            the backward operator must compute it. The gradient's own derivative goes through the operator's backward,
+            not through the reference.
     """
 
     def __init__(
@@ -302,7 +303,7 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
         if shortcut:
             *saved, output = saved
             if needs[0]:
-                result[differentiable[0]] = shortcut[1](output, grads)
+                result[differentiable[0]] = shortcut[1](output, grads, saved[differentiable[0]].dtype)
                 needs[0] = result[differentiable[0]] is None
         if any(needs):
             values = run(*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)

@@ -268,11 +268,21 @@ def _fake(
     )
 
 
-def _gradient_from_slope(slope: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
+def _gradient_from_slope(slope: Tensor, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     grad_loss, grad_slope = grads
     if grad_loss is None or grad_slope is not None:
         return None
-    return (grad_loss if grad_loss.dim() == slope.dim() else grad_loss[..., None]) * slope
+    factor = grad_loss if grad_loss.dim() == slope.dim() else grad_loss[..., None]
+    if slope.dtype == dtype or torch.is_grad_enabled() or _is_batched(factor):
+        return factor * slope
+    # In the slope's precision, before it is rounded, the product would take as much memory again.
+    return torch.mul(factor, slope, out=torch.empty_like(slope, dtype=dtype))
+
+
+def _is_batched(t: Tensor) -> bool:
+    """By ``torch.func.vmap``, or by ``is_grads_batched=True``; such tensors have no ``out=``."""
+    keys, names = torch._C._dispatch_keys(t), torch._C.DispatchKey
+    return keys.has(names.FuncTorchBatched) or keys.has(names.Batched)  # type: ignore[no-any-return]
 
 
 _operator = Operator(

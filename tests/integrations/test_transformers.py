@@ -306,11 +306,18 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_refuses_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="one process, got 2; in several use an OnlineLearner"):
+        OnlineTrainer(learned_loss=network(), model=Small(), args=args, train_dataset=dataset())
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"fp16": True}, "fp16 must be False"),
-        ({"_n_gpu": 2}, "one GPU, got 2; start with torchrun"),
+        ({"_n_gpu": 2}, "one GPU, got 2; choose one with CUDA_VISIBLE_DEVICES"),
         ({"is_deepspeed_enabled": True}, "DeepSpeed"),
         ({"is_fsdp_enabled": True}, "FSDP"),
         ({"compute_loss_func": ComputeLoss(plain(3))}, "pass it as task_loss"),

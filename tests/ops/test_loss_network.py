@@ -429,6 +429,22 @@ def test_half_precision(kind: str, shape: tuple[int, int], dtype: torch.dtype) -
     assert_close((loss, slope), [e.float() for e in exact], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gradient_of_logits_is_rounded_once(dtype: torch.dtype) -> None:
+    """Also for several cotangents at once, by either vmap."""
+    pred, labels, weights = inputs(6, 4, 8, "indices")
+    x, w = pred.detach().to(dtype).requires_grad_(), [p.detach().float() for p in weights]
+    loss, slope = loss_network(x, labels, *w, link="softmax")
+    cotangents = torch.randn(3, 6)
+    expected = (cotangents[:, :, None] * slope).to(dtype)
+    for k, g in enumerate(cotangents):
+        (one,) = torch.autograd.grad(loss, x, g, retain_graph=True)
+        assert one.dtype == dtype and torch.equal(one, expected[k])
+    (legacy,) = torch.autograd.grad(loss, x, cotangents, is_grads_batched=True, retain_graph=True)
+    (new,) = torch.func.vmap(lambda g: torch.autograd.grad(loss, x, g, retain_graph=True))(cotangents)
+    assert torch.equal(legacy, expected) and torch.equal(new, expected)
+
+
 def _half_composition(x: Tensor, y: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, link: str) -> Any:
     """As PyTorch would compute it in the dtype of ``x``."""
     f = x.softmax(1) if link == "softmax" else x.sigmoid()
