@@ -60,7 +60,10 @@ def test_a_learner_steps_as_without(backend: str, make: Any, request: pytest.Fix
         learner = OnlineLearner(model, make(model.parameters()), loss, F.cross_entropy, backend=backend)
         torch.default_generator.manual_seed(1)
         reports = [learner.step(*pair) for pair in zip(batches, batches[::-1], strict=True)]
-        results.append([r.loss for r in reports] + [p.detach().clone() for p in (*loss.parameters(), *model.parameters())])
+        results.append(
+            [r.loss for r in reports]
+            + [p.detach().clone() for p in (*loss.parameters(), *model.parameters())]
+        )
     for one, other in zip(*results, strict=True):
         assert other.device.type == "cpu" and one.dtype == other.dtype
         torch.testing.assert_close(one, other)
@@ -76,7 +79,14 @@ def test_a_gradient_and_an_initialization(elsewhere: None) -> None:
     assert all(g.device.type == "cpu" and g.dtype == torch.float32 for g in result.gradients)
     for method in ("unrolled", "implicit"):
         history = initialize(
-            loss, lambda: copy.deepcopy(model), batches, batches, F.cross_entropy, steps=2, inner_steps=2, method=method
+            loss,
+            lambda: copy.deepcopy(model),
+            batches,
+            batches,
+            F.cross_entropy,
+            steps=2,
+            inner_steps=2,
+            method=method,
         )
         assert all(math.isfinite(value) for value in history)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in loss.parameters())
@@ -118,7 +128,10 @@ def test_losses(link: str, elsewhere: None) -> None:
 def test_operators_without_gradients(elsewhere: None) -> None:
     with torch.device("cpu"):
         values, labels = torch.randn(6, 3, dtype=torch.float32), torch.randint(3, (6,))
-        line, knots = torch.randn(10, dtype=torch.float32), torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float32)
+        line, knots = (
+            torch.randn(10, dtype=torch.float32),
+            torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float32),
+        )
         directions, points = torch.randn(2, 10, dtype=torch.float32), torch.zeros(4, 2, dtype=torch.float32)
         surface = torch.randn(5, 5)
     results = [

@@ -281,8 +281,8 @@ def _gradient_from_slope(slope: Tensor, grads: Sequence[Tensor | None], dtype: t
 
 def _is_batched(t: Tensor) -> bool:
     """By ``torch.func.vmap``, or by ``is_grads_batched=True``; such tensors have no ``out=``."""
-    keys, names = torch._C._dispatch_keys(t), torch._C.DispatchKey
-    return keys.has(names.FuncTorchBatched) or keys.has(names.Batched)  # type: ignore[no-any-return]
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
 _operator = Operator(
