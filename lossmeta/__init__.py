@@ -7,11 +7,12 @@ import lossmeta._source_folder  # noqa: F401 - first: from the bare source folde
 from lossmeta import ops
 
 if TYPE_CHECKING:  # loaded when first used
-    from lossmeta import adalfl, data, experiments, integrations, losses, metrics, models, recipes
+    from lossmeta import adalfl, ala, data, experiments, integrations, losses, metrics, models, recipes
     from lossmeta._info import info
 
 __all__ = [
     "adalfl",
+    "ala",
     "data",
     "experiments",
     "info",

@@ -16,12 +16,12 @@ PACKAGE = ROOT / "lossmeta"
 
 # From the lowest to the highest; the package itself, "", stands where its own imports put it.
 FLOORS = (
-    ("_batches", "_build", "_checks", "_core", "_files", "_model_state", "_source_folder"),
+    ("_batches", "_build", "_checks", "_core", "_files", "_model_state", "_optimizers", "_source_folder"),
     ("ops",),
     ("", "_info"),
     ("plot",),
     ("data", "losses", "metrics", "models"),
-    ("adalfl",),
+    ("adalfl", "ala"),
     ("integrations",),
     ("experiments",),
     ("recipes",),
@@ -203,7 +203,18 @@ def test_parts_are_attributes() -> None:
     code = "import lossmeta\nfor name in lossmeta.__all__: print(name, getattr(lossmeta, name).__name__)"
     shown = dict(line.split() for line in output(code).splitlines())
     assert shown.pop("info") == "info"
-    parts = ("adalfl", "data", "experiments", "integrations", "losses", "metrics", "models", "ops", "recipes")
+    parts = (
+        "adalfl",
+        "ala",
+        "data",
+        "experiments",
+        "integrations",
+        "losses",
+        "metrics",
+        "models",
+        "ops",
+        "recipes",
+    )
     assert shown == {name: f"lossmeta.{name}" for name in parts}
 
 

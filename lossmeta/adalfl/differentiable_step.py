@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lossmeta._batches import Batch, Loss, samples
 from lossmeta._checks import check_scalar
 from lossmeta._model_state import ModelState, ThreadModes, Watch, is_capturing
+from lossmeta._optimizers import unwrapped
 from lossmeta.adalfl.backends import Check, DoubleBackward, ForwardMode, TrainingPass
 from lossmeta.adalfl.channels_last import ChannelsLast, in_channels_last
 from lossmeta.adalfl.choice_of_backend import BACKENDS, make_backend
@@ -22,7 +23,7 @@ from lossmeta.adalfl.finite_difference import FiniteDifference, norm
 from lossmeta.adalfl.learned_loss import LearnedLoss, check_apart
 from lossmeta.adalfl.learned_rate import LearnedRates
 from lossmeta.adalfl.records import MetaGradient, StepOptions
-from lossmeta.adalfl.step_jacobian import StepJacobian, check_has_derivative, parameters_of, unwrapped
+from lossmeta.adalfl.step_jacobian import StepJacobian, check_has_derivative, parameters_of
 from lossmeta.adalfl.trained_model import TrainedModel
 from lossmeta.adalfl.verification import FIRST_PROBES, INTERVAL, LATER_PROBES, BackendError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-State = dict[Tensor, dict[str, Any]]
+from lossmeta._optimizers import State, shadow
 
 # Of a gradient's element: in float64 rounding and curvature then cost about 1e-10 each.
 DIFFERENCE = 1e-5
@@ -64,10 +63,10 @@ def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | Non
 
     def trained(weights: list[Tensor], history: list[list[Tensor]]) -> tuple[Optimizer, list[nn.Parameter]]:
         parameters = [nn.Parameter(w.clone()) for w in weights]
-        shadow = _shadow(optimizer, [{**group, "params": parameters}], {})
+        tried = shadow(optimizer, [_plainest({**group, "params": parameters})], {})
         for gradients in history:
-            _step(shadow, parameters, gradients)
-        return shadow, parameters
+            _step(tried, parameters, gradients)
+        return tried, parameters
 
     weights, history, last = drawn(), [drawn() for _ in range(HISTORY)], drawn()
     with torch.random.fork_rng(devices=[]):
@@ -75,11 +74,11 @@ def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | Non
         for at_right_angles in (False, True):
 
             def after(change: Callable[[Tensor], Tensor], projects: bool = at_right_angles) -> list[Tensor]:
-                shadow, parameters = trained(weights, history)
+                tried, parameters = trained(weights, history)
                 gradients = (
                     [_across(g, p) for g, p in zip(last, parameters, strict=True)] if projects else last
                 )
-                _step(shadow, parameters, [change(g.clone()) for g in gradients])
+                _step(tried, parameters, [change(g.clone()) for g in gradients])
                 return [p.detach() for p in parameters]
 
             plain, again = after(_same), after(_same)
@@ -92,7 +91,7 @@ def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | Non
                 return "whose step does not depend on the size of the gradient, so that nothing is learned from it"
         # As a step will do it: the state may be of a precision of its own.
         dtype = group["params"][0].dtype if group["params"] else torch.float32
-        shadow, parameters = trained(drawn(dtype), [drawn(dtype) for _ in range(HISTORY)])
+        tried, parameters = trained(drawn(dtype), [drawn(dtype) for _ in range(HISTORY)])
         for p, g in zip(parameters, drawn(dtype), strict=True):
             p.grad = g
         at = [p.detach() for p in parameters]
@@ -100,7 +99,7 @@ def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | Non
             torch.cat(
                 [
                     d.double().view(-1)
-                    for d in NumericDerivative(shadow, parameters, dict(shadow.state), size)(at)
+                    for d in NumericDerivative(tried, parameters, dict(tried.state), size)(at)
                 ]
             )
             for size in (DIFFERENCE, 2 * DIFFERENCE)
@@ -186,18 +185,16 @@ class NumericDerivative:
             {**group, "params": [copies[p] for p in group["params"] if p in copies]} for group in self.groups
         ]
         state = {copies[p]: {k: _in_float64(v, p) for k, v in self.saved.get(p, {}).items()} for p in copies}
-        shadow = _shadow(self.optimizer, [g for g in groups if g["params"]], state)
-        type(self.optimizer).step(shadow)
+        type(self.optimizer).step(
+            shadow(self.optimizer, [_plainest(g) for g in groups if g["params"]], state)
+        )
         return {p: q.detach() for p, q in copies.items()}
 
 
-def _shadow(optimizer: Optimizer, groups: list[dict[str, Any]], state: State) -> Optimizer:
-    """The same optimizer of other weights."""
-    shadow = copy.copy(optimizer)
+def _plainest(group: dict[str, Any]) -> dict[str, Any]:
+    """The group's options with the implementation that takes any tensor."""
     plain = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
-    shadow.param_groups = [{**g, **{k: v for k, v in plain.items() if k in g}} for g in groups]
-    shadow.state = defaultdict(dict, {p: s for p, s in state.items() if s})
-    return shadow
+    return {**group, **{k: v for k, v in plain.items() if k in group}}
 
 
 def _in_float64(value: Any, parameter: Tensor) -> Any:

@@ -15,14 +15,6 @@ from lossmeta.adalfl.elementwise import NumericDerivative, check_elementwise
 Stepped = tuple[Tensor, dict[str, Any], bool]
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself in the wrappers of Lightning and accelerate."""
-    # By all their classes: Lightning's calls itself LightningSGD, as a class of its own and SGD's.
-    while {c.__name__ for c in type(optimizer).__mro__} & {"LightningOptimizer", "AcceleratedOptimizer"}:
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    return optimizer
-
-
 def check_has_derivative(optimizer: Optimizer, *, approximate: bool = False) -> None:
     """Refuses, before any step, an optimizer whose step has no derivative that is known or can be found.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossmeta._batches import Batch
+from lossmeta._optimizers import unwrapped
 from lossmeta.adalfl import OnlineLearner, StepReport
-from lossmeta.adalfl.step_jacobian import unwrapped
 
 try:
     import lightning.pytorch as pl

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lossmeta._batches import Batch, Loss, Output, prediction_of
 from lossmeta._files import replace_file
+from lossmeta._optimizers import unwrapped
 from lossmeta.adalfl import OnlineLearner
-from lossmeta.adalfl.step_jacobian import unwrapped
 
 try:
     import transformers

@@ -2,6 +2,7 @@
 
 from lossmeta.metrics._metric import Metric
 from lossmeta.metrics.average_precision import AveragePrecision
+from lossmeta.metrics.class_counts import BalancedErrorRate, MacroF1, WorstClassRecall
 from lossmeta.metrics.error_rate import ErrorRate
 
-__all__ = ["AveragePrecision", "ErrorRate", "Metric"]
+__all__ = ["AveragePrecision", "BalancedErrorRate", "ErrorRate", "MacroF1", "Metric", "WorstClassRecall"]

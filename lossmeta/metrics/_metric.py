@@ -46,6 +46,24 @@ class Metric:
         self.update(scores, labels, weight)
         return alone.compute()
 
+    def each(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Of several models on the same samples, each alone; nothing is added.
+
+        Args:
+            scores: ``[B, N, ...]``, those of B models.
+            labels: as for :meth:`update`.
+
+        Returns:
+            ``[B]``, float64.
+        """
+        values = []
+        for one in scores:
+            alone = copy.copy(self)
+            alone.reset()
+            alone.update(one, labels)
+            values.append(alone.compute())
+        return torch.stack(values)
+
     def state_dict(self) -> dict[str, Any]:
         raise NotImplementedError
 

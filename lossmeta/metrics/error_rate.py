@@ -18,6 +18,8 @@ from lossmeta.metrics._metric import (
     yes_or_no,
 )
 
+NO_PREDICTION = "ErrorRate: scores must not be NaN; such a prediction is neither right nor wrong"
+
 
 class ErrorRate(Metric):
     """The share of samples whose highest score is not at their label; lower is better.
@@ -88,9 +90,7 @@ class ErrorRate(Metric):
         unknown = scores.isnan()
         unknown = (unknown if wrong.shape == scores.shape else unknown.any(1)) & valid
         if may_look(scores) and unknown.any():
-            raise ValueError(
-                "ErrorRate: scores must not be NaN; such a prediction is neither right nor wrong"
-            )
+            raise ValueError(NO_PREDICTION)
         share, unusable = valid.double(), (bad | unknown).any()
         if weight is not None:
             share = share * weight.double().view(-1, *[1] * (valid.dim() - 1))
@@ -98,6 +98,19 @@ class ErrorRate(Metric):
         errors = (share * wrong).sum().masked_fill(unusable, torch.nan)
         self.errors = self.errors.to(scores.device) + errors
         self.count = self.count.to(scores.device) + share.sum()
+
+    @torch.no_grad()
+    def each(self, scores: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != (*scores.shape[1:2], *scores.shape[3:]) or scores.dim() < 3:
+            return super().each(scores, labels)
+        check_batch("ErrorRate", scores, labels, None)
+        flat = scores.flatten(0, 1), labels.expand(len(scores), *labels.shape).flatten(0, 1)
+        wrong, valid, bad = self._classes(*flat)
+        unknown = flat[0].isnan().any(1) & valid
+        if may_look(scores) and unknown.any():
+            raise ValueError(NO_PREDICTION)
+        wrong, valid, unusable = (t.view(len(scores), -1) for t in (wrong, valid, bad | unknown))
+        return (wrong.sum(1) / valid.double().sum(1)).masked_fill(unusable.any(1), torch.nan)
 
     def _classes(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which are wrong, which count, and which have no such class."""

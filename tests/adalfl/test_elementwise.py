@@ -13,8 +13,9 @@ from small_problems import batches, equal, mlp, relative_error, unrolled, values
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
+from lossmeta._optimizers import unwrapped
 from lossmeta.adalfl import OnlineLearner, meta_gradient
-from lossmeta.adalfl.step_jacobian import check_has_derivative, unwrapped
+from lossmeta.adalfl.step_jacobian import check_has_derivative
 from lossmeta.losses import LossNetwork
 
 

@@ -1,0 +1,394 @@
+"""Copies of a model that train side by side on the same batches, each under a loss of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossmeta._batches import Output, call_model, prediction_of
+from lossmeta._model_state import RandomState, Watch, evaluating
+from lossmeta._optimizers import shadow, unwrapped
+from lossmeta.ala.space import LEARNING_RATE, LossSpace
+
+Values = dict[str, Tensor]
+
+
+class Alone:
+    """The model itself, as the only child."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, space: LossSpace, output: Output) -> None:
+        self.model, self.optimizer, self.space, self.output = model, optimizer, space, output
+
+    def train(self, inputs: Any, target: Tensor, values: Values) -> Tensor:
+        """One step, with values of one child, ``[1, ...]``; the loss ``[1]``."""
+        own = {name: v[0] for name, v in values.items()}
+        self.optimizer.zero_grad()
+        prediction = _predicted(self.model, inputs, self.output)
+        _refuse_half(prediction)
+        loss = self.space(prediction, target, own)
+        loss.backward()  # type: ignore[no-untyped-call]
+        before = _before(own, [p for g in self.optimizer.param_groups for p in g["params"]])
+        self.optimizer.step()
+        _scale_step(before, own)
+        self.optimizer.zero_grad()
+        return loss.detach()[None]
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> Tensor:
+        """In evaluation mode, ``[1, N, ...]``."""
+        with evaluating(self.model):
+            return _predicted(self.model, inputs, self.output)[None]
+
+
+class Children:
+    """B copies. Weights, buffers and the optimizer's state are one tensor each, ``[B, ...]``.
+
+    Attributes:
+        in_turn: why the children run one after the other, or ``None`` where they run as one.
+
+    Raises:
+        TypeError: for an optimizer whose step for one child would depend on the others.
+        ValueError: for parameters of the optimizer that are not the model's.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, space: LossSpace, output: Output, count: int
+    ) -> None:
+        self.model, self.optimizer, self.space, self.output = model, unwrapped(optimizer), space, output
+        self.count = count
+        named = dict(model.named_parameters())
+        names = {id(p): name for name, p in named.items()}
+        self.trained: dict[str, nn.Parameter] = {}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in names:
+                    raise ValueError(
+                        f"Population: the optimizer must hold parameters of the model alone, got one {list(p.shape)} "
+                        "that is not"
+                    )
+                if p.requires_grad:
+                    self.trained[names[id(p)]] = p
+        for name, p in named.items():
+            if nn.parameter.is_lazy(p):
+                raise ValueError(
+                    f"Population: the model must have its weights, {name} is still to be made; run it on a batch first"
+                )
+        if not self.trained:
+            raise ValueError("Population: the optimizer must hold a parameter to train, got none")
+        owners: dict[int, set[type[nn.Module]]] = {}
+        for module in model.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    owners.setdefault(id(p), set()).add(type(module))
+        self.linear = {p for p in self.trained.values() if owners[id(p)] == {nn.Linear} and p.dim() == 2}
+        self.weights = {name: self._stacked(p, p in self.linear) for name, p in self.trained.items()}
+        for w in self.weights.values():
+            w.requires_grad_()
+        self.buffers = {name: self._stacked(b) for name, b in model.named_buffers()}
+        self.device = next(iter(self.weights.values())).device
+        self._own = {p: self.weights[name] for name, p in self.trained.items()}
+        self.per_element = check_separable(self.optimizer)
+        self.stacked = shadow(self.optimizer, self._groups(), {})
+        self._take_state()
+        self.in_turn: str | None = None
+        self.checked: Any = None  # the autocast context for which it is known
+        self.watch = Watch(model, self.device)
+
+    # ---- Copies.
+
+    @torch.no_grad()
+    def _stacked(self, t: Tensor, transposed: bool = False) -> Tensor:
+        if transposed:
+            # As the gradient of a batched product with it comes: else each pass would copy it across its strides.
+            return self._stacked(t.T).transpose(1, 2)
+        return t.detach()[None].repeat(self.count, *[1] * t.dim())
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups as they are now, a scheduler's doing included."""
+        return [
+            {**group, "params": [self._own[p] for p in group["params"] if p in self._own]}
+            for group in self.optimizer.param_groups
+        ]
+
+    def _take_state(self) -> None:
+        """The optimizer's state, for every child."""
+        for p, w in self._own.items():
+            self.stacked.state[w] = {
+                key: self._stacked(value, p in self.linear) if key in self.per_element else _copied(value)
+                for key, value in self.optimizer.state.get(p, {}).items()
+            }
+            if not self.stacked.state[w]:
+                del self.stacked.state[w]
+
+    # ---- Passes.
+
+    def train(self, inputs: Any, target: Tensor, values: Values) -> Tensor:
+        """One step of each child, with its values ``[B, ...]``; the losses ``[B]``."""
+        predictions = self._of_each(inputs)
+        _refuse_half(predictions)
+        losses, slope = self.space.of_children(predictions, target, values)
+        for w in self.weights.values():
+            w.grad = None
+        predictions.backward(slope)  # type: ignore[no-untyped-call]
+        before = _before(values, list(self.weights.values()))
+        self.stacked.param_groups = self._groups()
+        self.stacked.step()
+        _scale_step(before, values)
+        for w in self.weights.values():
+            w.grad = None
+        return losses.detach()
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> Tensor:
+        """In evaluation mode, ``[B, N, ...]``."""
+        with evaluating(self.model):
+            return self._of_each(inputs)
+
+    def _of_each(self, inputs: Any) -> Tensor:
+        """The predictions, ``[B, N, ...]``."""
+        kind = self.device.type
+        context = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        if self.checked != context:
+            self.checked, self.in_turn = context, self._why_in_turn(inputs)
+        if self.in_turn is not None:
+            return self._one_by_one(inputs, self.count)
+        predictions, buffers = self._together(inputs)
+        self._keep(buffers)
+        return predictions
+
+    def _together(self, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        def one(weights: Values, buffers: Values) -> tuple[Tensor, Values]:
+            tensors = {**weights, **buffers}
+            output = _call(self.model, tensors, inputs)
+            kept = {name: tensors[name] for name in buffers}
+            return prediction_of("Population", output, self.output), kept
+
+        # The children draw the same random numbers, so that they differ in their loss alone.
+        return torch.func.vmap(one, randomness="same")(self.weights, self.buffers)  # type: ignore[no-any-return]
+
+    def _one_by_one(self, inputs: Any, count: int) -> Tensor:
+        start = RandomState(self.device, self.watch, everything=True)
+        predictions = []
+        for i in range(count):
+            start.bring_back()
+            own = {name: b[i] for name, b in self.buffers.items()}
+            tensors = {**{name: w[i] for name, w in self.weights.items()}, **own}
+            output = _call(self.model, tensors, inputs)
+            for name, b in self.buffers.items():
+                if tensors[name] is not own[name]:
+                    b[i].copy_(tensors[name])
+            predictions.append(prediction_of("Population", output, self.output))
+        return torch.stack(predictions)
+
+    @torch.no_grad()
+    def _keep(self, buffers: Values) -> None:
+        """Those that a pass has put in the place of the old ones."""
+        for name, new in buffers.items():
+            if new.data_ptr() != self.buffers[name].data_ptr():
+                self.buffers[name].copy_(new)
+
+    @torch.no_grad()
+    def _why_in_turn(self, inputs: Any) -> str | None:
+        """Why the children cannot run as one and give the same as each alone, or ``None``."""
+        random = RandomState(self.device, self.watch, everything=True)
+        buffers = {name: b.clone() for name, b in self.buffers.items()}
+        try:
+            together, _ = self._together(inputs)
+            self._restore(buffers)
+            random.bring_back()
+            alone = self._one_by_one(inputs, 1)
+            tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 5e-2
+            if together.dtype != alone.dtype:
+                return f"under torch.func.vmap the model gives {together.dtype}, otherwise {alone.dtype}"
+            scale = float(alone.abs().max()) if alone.numel() else 0.0
+            if not torch.allclose(together[:1], alone, rtol=0, atol=tolerance * scale, equal_nan=True):
+                return "under torch.func.vmap the model gives another prediction"
+            return None
+        except Exception as error:
+            return f"torch.func.vmap does not take the model ({type(error).__name__}: {error})".split("\n")[0]
+        finally:
+            self._restore(buffers)
+            random.bring_back()
+
+    def _restore(self, buffers: Values) -> None:
+        for name, b in buffers.items():
+            self.buffers[name].copy_(b)
+
+    # ---- Becoming one again.
+
+    @torch.no_grad()
+    def merge(self, weight: Tensor) -> None:
+        """Every child becomes the mean of all, by their weights ``[B]``, and so does the model with its optimizer.
+
+        A child of weight 0 has no part in it, whatever it holds. What is no floating-point number is the heaviest's.
+        """
+        weight = weight.to(self.device)
+        heaviest = int(weight.argmax())
+        for name, p in self.trained.items():
+            p.copy_(_merged(self.weights[name], weight, heaviest))
+        for name, b in self.model.named_buffers():
+            b.copy_(_merged(self.buffers[name], weight, heaviest))
+        for p, w in self._own.items():
+            for key, value in self.stacked.state.get(w, {}).items():
+                state = self.optimizer.state[p]
+                new = _merged(value, weight, heaviest) if key in self.per_element else _copied(value)
+                if key in state and key in self.per_element:
+                    state[key].copy_(new)
+                else:
+                    state[key] = new
+        self.spread()
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Every child becomes the model."""
+        for name, p in self.trained.items():
+            self.weights[name].copy_(p.expand_as(self.weights[name]))
+        for name, b in self.model.named_buffers():
+            self.buffers[name].copy_(b.expand_as(self.buffers[name]))
+        self._take_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "weights": {name: w.detach().clone() for name, w in self.weights.items()},
+            "buffers": {name: b.clone() for name, b in self.buffers.items()},
+            "optimizer": {
+                name: {key: _copied(value) for key, value in self.stacked.state.get(w, {}).items()}
+                for name, w in self.weights.items()
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for kind, own in (("weights", self.weights), ("buffers", self.buffers)):
+            given = {name: t.shape for name, t in state[kind].items()}
+            if given != {name: t.shape for name, t in own.items()}:
+                raise ValueError(
+                    f"Population: the {kind} of the state must be those of this model's children"
+                )
+            for name, t in own.items():
+                t.copy_(state[kind][name])
+        for name, w in self.weights.items():
+            saved = state["optimizer"][name]
+            self.stacked.state[w] = {
+                key: value.to(w.device if key in self.per_element else value.device).clone()
+                if isinstance(value, Tensor)
+                else value
+                for key, value in saved.items()
+            }
+            if not saved:
+                del self.stacked.state[w]
+
+
+def _call(model: nn.Module, tensors: Values, inputs: Any) -> Any:
+    """The model with these weights and buffers; buffers that it puts in their place come back in ``tensors``."""
+    if isinstance(inputs, Mapping):
+        return torch.func.functional_call(model, tensors, (), dict(inputs))
+    arguments = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
+    return torch.func.functional_call(model, tensors, arguments)
+
+
+def _predicted(model: nn.Module, inputs: Any, output: Output) -> Tensor:
+    return prediction_of("Population", call_model(model, inputs), output)
+
+
+def _refuse_half(prediction: Tensor) -> None:
+    if prediction.dtype == torch.float16:
+        raise ValueError(
+            "Population: the prediction must not be float16, whose gradients a GradScaler does not see here; use "
+            "bfloat16"
+        )
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _merged(t: Tensor, weight: Tensor, heaviest: int) -> Tensor:
+    if not t.is_floating_point():
+        return t[heaviest]
+    part = t.where(weight.view(-1, *[1] * (t.dim() - 1)) > 0, 0)
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    return torch.tensordot(weight.to(dtype), part.to(dtype), 1).to(t.dtype)
+
+
+@torch.no_grad()
+def _before(values: Values, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The parameters and what they are before a step, where its length is adapted."""
+    return [(p, p.clone()) for p in parameters] if LEARNING_RATE in values else []
+
+
+@torch.no_grad()
+def _scale_step(before: list[tuple[Tensor, Tensor]], values: Values) -> None:
+    for p, start in before:
+        factor = values[LEARNING_RATE].exp().to(p.dtype)
+        p.copy_(
+            start + factor.view(-1, *[1] * (p.dim() - 1)) * (p - start)
+            if factor.dim()
+            else start + factor * (p - start)
+        )
+
+
+# Some optimizers look at the shapes of weights. These are of linear layers, biases and convolutions.
+SHAPES = ((6, 4), (5,), (4, 3, 2, 2))
+STEPS = 3
+
+
+def check_separable(optimizer: Optimizer) -> set[str]:
+    """Tries the optimizer on toy weights: two children in one tensor must move as each of them alone.
+
+    Returns:
+        The names in its state of tensors with one entry for each weight.
+
+    Raises:
+        TypeError: where they do not.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Population: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    per_element: set[str] = set()
+
+    def drawn() -> list[Tensor]:
+        return [torch.randn(2, *shape, generator=generator, device="cpu") for shape in SHAPES]
+
+    for group in optimizer.param_groups:
+        weights, gradients = drawn(), [drawn() for _ in range(STEPS)]
+
+        def moved(pick: int | slice, group: dict[str, Any] = group) -> list[Tensor]:
+            toys = [nn.Parameter(w[pick].clone()) for w in weights]  # noqa: B023
+            options = {**group, "fused": None} if "fused" in group else group
+            tried = shadow(optimizer, [{**options, "params": toys}], {})
+            for step in gradients:  # noqa: B023
+                for toy, g in zip(toys, step, strict=True):
+                    toy.grad = g[pick].clone()
+                tried.step()
+            state = tried.state[toys[0]]
+            per_element.update(
+                key for key, v in state.items() if isinstance(v, Tensor) and v.shape == toys[0].shape
+            )
+            return [toy.detach() for toy in toys]
+
+        try:
+            with torch.random.fork_rng(devices=[]):
+                both = moved(slice(None))
+                apart = [moved(0), moved(1)]
+            same = all(
+                torch.allclose(pair[i], one, rtol=1e-5, atol=1e-7)
+                for i, alone in enumerate(apart)
+                for pair, one in zip(both, alone, strict=True)
+            )
+            reason = "" if same else "whose step for a weight depends on other weights, or is random"
+        except Exception as error:
+            reason = f"which cannot be stepped on its own ({type(error).__name__}: {error})"
+        if reason:
+            raise TypeError(
+                f"Population: optimizer must move every weight by its own gradient, got {type(optimizer).__name__}, "
+                f"{reason}; take SGD, Adam, AdamW or another elementwise optimizer"
+            )
+    return per_element

@@ -1,0 +1,144 @@
+"""How good predictions on the validation data are, the higher the better."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossmeta._batches import Batch, checked
+from lossmeta.metrics import Metric
+
+COPIES = 4  # of the predictions, with noise
+PROBE = 0.3  # of a logit
+
+
+class Fitness:
+    """A metric of children's predictions on the same data.
+
+    Args:
+        metric: as for :class:`Population`.
+        valid: a batch, or batches.
+        higher_is_better: the metric's direction.
+        jitter: standard deviation of the noise.
+    """
+
+    def __init__(
+        self, metric: Any, valid: Batch | Iterable[Batch], higher_is_better: bool | None, jitter: float
+    ) -> None:
+        self.each = _each(metric)
+        if higher_is_better is None:
+            higher_is_better = getattr(
+                metric, "higher_is_better", True if not hasattr(metric, "update") else None
+            )
+        if higher_is_better is None:
+            raise ValueError(
+                f"Population: higher_is_better must be given, {type(metric).__name__} does not say its direction"
+            )
+        self.sign = 1.0 if higher_is_better else -1.0
+        self.valid, self.jitter = valid, jitter
+        self.is_batch = isinstance(valid, tuple) and len(valid) == 2 and isinstance(valid[1], Tensor)
+        if self.is_batch:
+            checked("Population", "valid", valid)
+        elif not isinstance(valid, Iterable) or isinstance(valid, Tensor):
+            raise TypeError(
+                f"Population: valid must be a pair (inputs, target) or batches, got {type(valid).__name__}"
+            )
+        self.noise: Tensor | None = None
+
+    def of(self, predict: Callable[[Any], Tensor]) -> Tensor:
+        """``[B]``; NaN where a prediction is not finite. ``predict(inputs)`` gives ``[B, N, ...]``."""
+        predictions, target = self._predicted(predict)
+        return self.sign * self._smoothed(predictions, target)
+
+    def slopes(self, predict: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+        """Of a single model: its fitness ``[]``, and what it would gain, ``[C]``, from a higher logit of each class."""
+        predictions, target = self._predicted(predict)
+        if predictions.dim() != 3:
+            raise ValueError(
+                f"Population: with one child the prediction must be [N, C], got {list(predictions.shape[1:])}"
+            )
+        shifts = (
+            PROBE
+            * torch.eye(predictions.shape[2], dtype=predictions.dtype, device=predictions.device)[:, None]
+        )
+        up, down = (self._smoothed(predictions + s * shifts, target) for s in (1, -1))
+        return (
+            self.sign * self._smoothed(predictions, target)[0].cpu(),
+            (self.sign * (up - down)).cpu(),
+        )
+
+    def _predicted(self, predict: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+        batches: Iterable[Any] = [self.valid] if self.is_batch else self.valid  # type: ignore[assignment]
+        predictions, targets = [], []
+        for batch in batches:
+            inputs, target = checked("Population", "a batch of valid", batch)
+            predictions.append(predict(inputs))
+            targets.append(target)
+        if not targets:
+            raise ValueError(
+                "Population: valid must hold at least one batch each time it is gone through, got none; give a list or "
+                "a DataLoader"
+            )
+        return torch.cat(predictions, 1), torch.cat(targets)
+
+    @torch.no_grad()
+    def _smoothed(self, predictions: Tensor, target: Tensor) -> Tensor:
+        finite = predictions.flatten(1).isfinite().all(1)
+        scores = predictions.float().where(finite.view(-1, *[1] * (predictions.dim() - 1)), 0)
+        found = [self._value(scores, target)]
+        if self.jitter > 0:
+            noise = self._noise(scores)
+            # Together they would take a multiple of the memory; metrics of ours are cheap next to the passes.
+            found += [self._value(scores + n, target) for n in noise]
+        return torch.stack(found).mean(0).masked_fill(~finite, torch.nan)
+
+    def _value(self, scores: Tensor, target: Tensor) -> Tensor:
+        value = self.each(scores, target)
+        if value.shape != (len(scores),):
+            raise ValueError(f"Population: metric must give one number, got {list(value.shape[1:])}")
+        return value.double()
+
+    def _noise(self, scores: Tensor) -> Tensor:
+        """The same for all children and windows."""
+        shape = (COPIES, *scores.shape[1:])
+        if self.noise is None or self.noise.shape != shape or self.noise.device != scores.device:
+            generator = torch.Generator().manual_seed(0)
+            draws = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            self.noise = (self.jitter * draws).to(scores.device)
+        return self.noise
+
+
+def _each(metric: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """``each(scores [B, N, ...], target) -> [B]``."""
+    if isinstance(metric, Metric):
+        return metric.each
+    if all(hasattr(metric, name) for name in ("reset", "update", "compute")):
+        function = partial(_once, metric)
+    elif callable(metric):
+        function = metric
+    else:
+        raise TypeError(f"Population: metric must be a metric or a function, got {type(metric).__name__}")
+
+    def each(scores: Tensor, target: Tensor) -> Tensor:
+        values = [function(s, target) for s in scores]
+        for v in values:
+            if isinstance(v, Tensor) and v.numel() != 1:
+                raise ValueError(f"Population: metric must give one number, got {list(v.shape)}")
+        return torch.stack(
+            [torch.as_tensor(v, dtype=torch.float64).reshape(()).to(scores.device) for v in values]
+        )
+
+    return each
+
+
+def _once(metric: Any, prediction: Tensor, target: Tensor) -> Any:
+    """A metric as those of torchmetrics are, of this alone."""
+    alone = copy.deepcopy(metric)
+    alone.reset()
+    alone.update(prediction, target)
+    return alone.compute()

@@ -1,0 +1,369 @@
+"""The controller that adapts a loss to a metric by a population of children."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossmeta._batches import Batch, Output, checked
+from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite
+from lossmeta._optimizers import unwrapped
+from lossmeta.ala._children import Alone, Children, check_separable
+from lossmeta.ala._fitness import Fitness
+from lossmeta.ala.records import PopulationReport
+from lossmeta.ala.space import Coordinates, LossSpace
+
+MetricLike = Any
+"""A metric of :mod:`lossmeta.metrics` or of torchmetrics, or a function ``metric(prediction, target) -> number``."""
+
+
+class Population:
+    r"""Adapts a loss to any metric while the model trains, in one run.
+
+    Steps come in windows. In each, B children start from the same weights and see the same batches, but every child
+    trains under values of its own: :math:`u_i = m \pm \sigma \varepsilon_i`, in units of each parameter's scale, in
+    antithetic pairs. What they then reach on the same validation data is their fitness :math:`f_i`. With
+    :math:`w = \mathrm{softmax}(2 (f - \bar f) / \mathrm{std} f)` the mean :math:`m` of the values, the weights and the
+    optimizer's state become the weighted means of the children's; :math:`\sigma` shrinks. Only what the values do
+    differs among the children, so that small differences count. Fitness is the metric's mean over the last two
+    evaluations of a window, and over copies of the predictions with fixed noise, which turns a metric that moves in
+    steps into a slope.
+
+    After every window the model that was given holds the mean, in the optimizer's state too, so that schedulers,
+    checkpoints and evaluation work on it as they are. Towards the end of ``steps`` the model trains alone, under the
+    mean of the values of the last third of the windows.
+
+    With one child there is no search: after every window the metric itself says, by moving the validation logits of
+    each class up and down, which classes should gain, and the margins follow. That is for spaces with such margins, as
+    :class:`LogitAdjustment`.
+
+    Args:
+        model: whose copies the children are. Memory is B times the model's and the optimizer's, and that of a batch. A
+            model that ``torch.func.vmap`` does not take, or not rightly, has its children run in turn; ``in_turn`` says
+            why. Random numbers are the same in all children.
+        optimizer: of its parameters; any that moves each weight by its own gradient. A scheduler of it works.
+        space: what of the loss is adapted, and the loss.
+        metric: what it is adapted to: a metric of :mod:`lossmeta.metrics`, a single one of torchmetrics, or a function
+            ``metric(prediction, target) -> number``.
+        valid: what it is measured on: a batch ``(inputs, target)``, or batches that start again where they end. They
+            must not be training data.
+        steps: of the whole training, so that its end can be kept for the mean; without it :meth:`settle` does that.
+        children: B, even, or 1.
+        window: steps of one.
+        spread: :math:`\sigma` of the first window.
+        least_spread: below which it does not shrink.
+        spread_decay: by which it shrinks with every window.
+        tail: share of the steps, at the end, that the model trains alone.
+        higher_is_better: the metric's direction; asked of the metric where it is not given, for a function ``True``.
+        output: what of the model's output is the prediction, see :func:`lossmeta.adalfl.meta_gradient`.
+        seed: of the values that are tried.
+
+    Attributes:
+        values: the mean, by name, on the CPU.
+        spread: :math:`\sigma` now.
+        steps_done: training steps so far.
+        windows: finished ones.
+        ties: windows in which all children were equally good, so that the values and :math:`\sigma` stayed.
+        skipped: windows that were undone, since no child had a finite fitness.
+        in_turn: why the children run one after the other, or ``None``.
+
+    Raises:
+        TypeError: for arguments of another type, and an optimizer whose step for one weight depends on others.
+        ValueError: for options out of range, an optimizer with parameters that are not the model's, a space without
+            parameters, one child where the space has no margins, and validation data without samples.
+
+    Sources:
+        Huang et al., "Addressing the Loss-Metric Mismatch with Adaptive Loss Alignment" (2019), has the aim. Its
+        controller is another one.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> train, valid = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(2)]
+        >>> population = lossmeta.ala.Population(
+        ...     model, optimizer, lossmeta.ala.Robust(), lossmeta.metrics.ErrorRate(), valid, steps=60
+        ... )
+        >>> for _ in range(60):
+        ...     report = population.step(train)
+        >>> population.windows, list(population.values)
+        (2, ['q'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        space: LossSpace,
+        metric: MetricLike,
+        valid: Batch | Iterable[Batch],
+        *,
+        steps: int | None = None,
+        children: int = 8,
+        window: int = 20,
+        spread: float = 1.5,
+        least_spread: float = 0.4,
+        spread_decay: float = 0.9,
+        tail: float = 0.05,
+        higher_is_better: bool | None = None,
+        output: Output = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Population: model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise TypeError(
+                f"Population: model must not be wrapped, got {type(model).__name__}; give its module, in one process"
+            )
+        if children != 1 and (children < 2 or children % 2):
+            raise ValueError(f"Population: children must be even, or 1, got {children}")
+        check_at_least_one("Population", "window", window)
+        for name, number in (
+            ("spread", spread),
+            ("least_spread", least_spread),
+            ("spread_decay", spread_decay),
+        ):
+            check_positive_and_finite("Population", name, number)
+        check_fraction("Population", "spread_decay", spread_decay)
+        check_fraction("Population", "tail", tail)
+        if steps is not None and steps < window:
+            raise ValueError(f"Population: steps must be at least the {window} of a window, got {steps}")
+        self.coordinates = Coordinates(space)
+        check_separable(unwrapped(optimizer))
+        if children == 1 and space.shift is None:
+            raise ValueError(
+                "Population: children must be 2 or more for a space without margins, such as LogitAdjustment has, got 1"
+            )
+        self.model, self.optimizer, self.space = model, optimizer, space
+        self.count, self.window = children, window
+        self.spread, self.least_spread, self.spread_decay = spread, least_spread, spread_decay
+        self.tail = 0 if steps is None else round(tail * steps)
+        self.steps, self.output = steps, output
+        self.fitness = Fitness(metric, valid, higher_is_better, space.jitter)
+        self.alone = Alone(model, optimizer, space, output)
+        self.children = (
+            None if children == 1 else Children(model, unwrapped(optimizer), space, output, children)
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.mean = torch.zeros(self.coordinates.size, dtype=torch.float64, device="cpu")
+        self.trace: list[Tensor] = []
+        self.steps_done = self.windows = self.ties = self.skipped = 0
+        self.step_of_window = 0
+        self.settled = False
+        self.found: list[Tensor] = []
+        self.draws = self._drawn()
+        self._moves: dict[str, object] = {}
+        self._begin()
+
+    # ---- What the user sees.
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        return self.coordinates.values(self.mean)
+
+    @property
+    def in_turn(self) -> str | None:
+        return self.children.in_turn if self.children is not None else None
+
+    def move_to(self, **values: object) -> None:
+        """Puts the mean where you want it, from the next window on; at once where the model trains alone.
+
+        Args:
+            values: by the parameters' names, a number for all of a vector; those that are left out stay.
+
+        Raises:
+            ValueError: for another name, size, or a value out of bounds. Nothing has moved then.
+        """
+        moved = self.coordinates.moved(self.mean, values)
+        if self.children is not None and self.step_of_window:
+            self._moves |= values  # this window's children are on their way
+            return
+        self.mean = moved
+        self._begin()
+
+    def settle(self) -> None:
+        """Ends the search: from here on the model trains alone, under the mean values of the last third of windows.
+
+        A window that is not finished ends with the plain mean of its children.
+        """
+        if self.settled:
+            return
+        if self.children is not None and self.step_of_window:
+            self.children.merge(torch.full((self.count,), 1 / self.count, dtype=torch.float64))
+        last = self.trace[-max(1, round(len(self.trace) / 3)) :]
+        if last:
+            self.mean = torch.stack(last).mean(0)
+        self.settled, self.children = True, None
+        self._begin()
+
+    def step(self, batch: Batch) -> PopulationReport:
+        """One training step of all children; after the last of a window they are judged, and become one.
+
+        Args:
+            batch: inputs and target. Several inputs are a sequence or a mapping.
+
+        Raises:
+            TypeError: for a batch that is no pair.
+            ValueError: for an empty batch, and a metric that is no number.
+        """
+        inputs, target = checked("Population", "batch", batch)
+        # A window that would not be finished is not begun.
+        at_its_start = self.windows > 0 and not self.step_of_window and not self.settled
+        if at_its_start and self.steps is not None and self.steps - self.steps_done < self.window + self.tail:
+            self.settle()
+        losses = (self.children or self.alone).train(inputs, target, self._placed(target))
+        # Schedulers look at this to see that they come after a step.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.steps_done += 1
+        if self.settled:
+            return PopulationReport(losses.mean())
+        self.step_of_window += 1
+        every = max(1, self.window // 8)
+        left = self.window - self.step_of_window
+        if self.children is not None and left in (0, every):
+            self.found.append(self.fitness.of(self.children.predict))
+        if left:
+            return PopulationReport(losses.mean())
+        fitness = self._search() if self.children is not None else self._probe()
+        self.windows += 1
+        self._begin()
+        return PopulationReport(losses.mean(), fitness)
+
+    # ---- A window.
+
+    def _begin(self) -> None:
+        """Sets out from the mean."""
+        if self._moves:
+            self.mean, self._moves = self.coordinates.moved(self.mean, self._moves), {}
+        self.step_of_window, self.found = 0, []
+        self.tried = (
+            self.mean[None]
+            if self.children is None
+            else self.coordinates.clip(self.mean + self.spread * torch.cat([self.draws, -self.draws]))
+        )
+        self._on_device: dict[str, Tensor] = {}
+
+    def _drawn(self) -> Tensor:
+        return torch.randn(
+            self.count // 2,
+            self.coordinates.size,
+            generator=self.generator,
+            dtype=torch.float64,
+            device="cpu",
+        )
+
+    def _placed(self, target: Tensor) -> dict[str, Tensor]:
+        """What the children train under."""
+        if not self._on_device:
+            values = self.coordinates.values(self.tried)
+            self._on_device = {name: v.to(target.device, torch.float32) for name, v in values.items()}
+        return self._on_device
+
+    def _search(self) -> Tensor:
+        """Recombines the children; their fitness."""
+        assert self.children is not None
+        fitness = torch.stack(self.found).mean(0).cpu()
+        finite = fitness.isfinite()
+        known = fitness[finite]
+        if not len(known):
+            self.children.spread()
+            self.draws = self._drawn()
+            self.skipped += 1
+            if self.skipped == 1:
+                warnings.warn(
+                    "Population: no child had a finite fitness; the window was undone. Look at the learning rate, and "
+                    "at what the metric needs of the validation data. Population.skipped counts such windows",
+                    stacklevel=3,
+                )
+            return fitness
+        deviation = float(known.std(correction=0))
+        if deviation > 1e-7 * max(1.0, float(known.abs().max())):
+            score = (fitness - known.mean()) / deviation
+            weight = torch.where(finite, 2 * score, -torch.inf).softmax(0)
+            self.mean = self.coordinates.clip(self.mean + weight @ (self.tried - self.mean))
+            self.spread = max(self.least_spread, self.spread * self.spread_decay)
+        else:
+            weight = finite.double() / len(known)
+            self.ties += 1
+            if self.ties == 1:
+                warnings.warn(
+                    "Population: all children had the same fitness; the values stay. Where that goes on, the metric "
+                    "does not see what the space changes. Population.ties counts such windows",
+                    stacklevel=3,
+                )
+        self.children.merge(weight)
+        self.trace.append(self.mean)
+        self.draws = self._drawn()
+        return fitness
+
+    def _probe(self) -> Tensor:
+        """Moves the margins against what the metric would gain from; the fitness."""
+        assert self.space.shift is not None
+        fitness, slope = self.fitness.slopes(self.alone.predict)
+        slope = slope - slope.mean()
+        largest = float(slope.abs().max())
+        if not slope.isfinite().all():
+            self.skipped += 1
+        elif largest == 0:
+            self.ties += 1
+        else:
+            place = self.coordinates.places[self.space.shift]
+            moved = self.mean.clone()
+            moved[place] -= slope / largest
+            self.mean = self.coordinates.clip(moved)
+        self.trace.append(self.mean)
+        return fitness[None]
+
+    # ---- State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on to the same bits, beside the model's and the optimizer's own."""
+        return {
+            "names": {p.name: p.count for p in self.coordinates.parameters},
+            "children": None if self.children is None else self.children.state_dict(),
+            "count": self.count,
+            "mean": self.mean.clone(),
+            "draws": self.draws.clone(),
+            "moves": dict(self._moves),
+            "trace": [m.clone() for m in self.trace],
+            "found": [f.clone() for f in self.found],
+            "generator": self.generator.get_state(),
+            **{name: getattr(self, name) for name in _NUMBERS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state. Load the model's and the optimizer's first.
+
+        Raises:
+            ValueError: for the state of another space, model or number of children. Nothing has changed then.
+        """
+        names = {p.name: p.count for p in self.coordinates.parameters}
+        if state["names"] != names or state["count"] != self.count:
+            raise ValueError(
+                f"Population: the state must be of {self.count} children and the parameters {names}, got "
+                f"{state['count']} and {state['names']}"
+            )
+        if state["children"] is None:
+            self.children = None
+        else:
+            children = self.children or Children(
+                self.model, unwrapped(self.optimizer), self.space, self.output, self.count
+            )
+            children.load_state_dict(state["children"])
+            self.children = children
+        self.mean, self.draws = state["mean"].clone(), state["draws"].clone()
+        self.trace = [m.clone() for m in state["trace"]]
+        self.generator.set_state(state["generator"])
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+        step, self._moves = self.step_of_window, {}
+        self._begin()
+        self.step_of_window, self._moves = step, dict(state["moves"])
+        self.found = [f.clone() for f in state["found"]]
+
+
+_NUMBERS = ("spread", "steps_done", "windows", "ties", "skipped", "step_of_window", "settled")

@@ -1,0 +1,255 @@
+"""What of a loss is adapted: named, bounded numbers, and the loss that takes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lossmeta.ala._adjusted import Adjusted, value_and_slope
+
+Values = Mapping[str, Tensor]
+"""What the parameters of a space are, by name."""
+
+LEARNING_RATE = "learning_rate"
+"""The parameter of that name multiplies the steps of the optimizer."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of the numbers, or vectors of numbers, that a loss is adapted by.
+
+    Attributes:
+        name: under which the loss finds it.
+        default: where the loss is the plain one; of a vector a number for all, or a tuple.
+        scale: a change that matters; searches move in units of it.
+        low: smallest value.
+        high: largest value.
+        size: of a vector; ``None`` for a number.
+
+    Raises:
+        ValueError: for bounds that do not hold the default, and a scale that is not positive.
+    """
+
+    name: str
+    default: float | tuple[float, ...]
+    scale: float
+    low: float
+    high: float
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"Parameter: size must be at least 1 for {self.name!r}, got {self.size}")
+        if isinstance(self.default, tuple) and len(self.default) != self.size:
+            raise ValueError(
+                f"Parameter: default must be a number or of size {self.size} for {self.name!r}, got "
+                f"{len(self.default)} numbers"
+            )
+        if not self.low < self.high or not all(self.low <= d <= self.high for d in self.defaults):
+            raise ValueError(
+                f"Parameter: low <= default <= high must hold for {self.name!r}, got {self.low}, {self.default} and "
+                f"{self.high}"
+            )
+        if not 0 < self.scale < math.inf or not all(map(math.isfinite, (self.low, self.high))):
+            raise ValueError(
+                f"Parameter: scale must be positive and all finite for {self.name!r}, got scale {self.scale}, low "
+                f"{self.low} and high {self.high}"
+            )
+
+    @property
+    def count(self) -> int:
+        return 1 if self.size is None else self.size
+
+    @property
+    def defaults(self) -> tuple[float, ...]:
+        return self.default if isinstance(self.default, tuple) else (self.default,) * self.count
+
+
+class LossSpace:
+    """A family of losses with named, bounded parameters. Inherit from it for one of your own.
+
+    A space has any of three parts, each a function of tensors for one model, which also runs under
+    ``torch.func.vmap``. :meth:`transform` changes the prediction, :meth:`loss` judges it, :meth:`penalty` is added. The
+    product ``a * b`` of two spaces has the parts of both, so one of them at most has a loss; where none has one it is
+    the cross-entropy.
+
+    Attributes:
+        parameters: what is adapted.
+        jitter: standard deviation of the noise on validation predictions that smooths a metric which moves in steps;
+            in the unit of the prediction. 0 for predictions of no fixed unit.
+
+    Example:
+        >>> class Temperature(lossmeta.ala.LossSpace):
+        ...     parameters = (lossmeta.ala.Parameter("sharpness", default=0.0, scale=0.3, low=-2.0, high=2.0),)
+        ...
+        ...     def transform(self, prediction, target, values):
+        ...         return prediction * values["sharpness"].exp()
+        >>> space = Temperature() * lossmeta.ala.Robust()
+        >>> [p.name for p in space.parameters]
+        ['sharpness', 'q']
+    """
+
+    parameters: Sequence[Parameter] = ()
+    jitter: float = 0.3
+    shift: str | None = None  # the vector that is added to the predictions of the classes
+
+    def transform(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
+        """The prediction that the loss judges. ``values`` are the parameters by name, ``[]`` or ``[size]``."""
+        return prediction
+
+    def loss(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
+        """The mean loss of a batch, a scalar."""
+        return F.cross_entropy(prediction, target)
+
+    def penalty(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor | None:
+        """What is added to the loss, a scalar; ``None`` for nothing."""
+        return None
+
+    def adjusted(self, values: Values) -> Adjusted | None:
+        """What the space does to the cross-entropy of logits ``[N, C]``, where that is all: it makes a step cheaper."""
+        return None
+
+    def __call__(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
+        """The whole loss under these values."""
+        prediction = self.transform(prediction, target, values)
+        loss = self.loss(prediction, target, values)
+        penalty = self.penalty(prediction, target, values)
+        return loss if penalty is None else loss + penalty
+
+    def of_children(self, predictions: Tensor, target: Tensor, values: Values) -> tuple[Tensor, Tensor]:
+        """The losses ``[B]`` of all children, and their derivative in the predictions ``[B, N, ...]``.
+
+        ``values`` are ``[B]`` and ``[B, size]``.
+        """
+        if predictions.dim() == 3 and target.shape == predictions.shape[1:2] and target.dtype == torch.int64:
+            adjusted = self.adjusted(values)
+            if adjusted is not None:
+                return value_and_slope(predictions, target, adjusted)
+        with torch.enable_grad():
+            leaves = predictions.detach().requires_grad_()
+            losses = torch.func.vmap(lambda p, v: self(p, target, v), randomness="same")(leaves, dict(values))
+            if losses.dim() != 1:
+                raise ValueError(
+                    f"Population: the space's loss must be a scalar, got {list(losses.shape[1:])}"
+                )
+            (slope,) = torch.autograd.grad(losses.sum(), leaves)
+        return losses.detach(), slope
+
+    def __mul__(self, other: LossSpace) -> LossSpace:
+        if not isinstance(other, LossSpace):
+            return NotImplemented
+        return Product(self, other)
+
+
+class Product(LossSpace):
+    """The parts of several spaces together; see :class:`LossSpace`.
+
+    Raises:
+        ValueError: where two have a parameter of the same name, or a loss.
+    """
+
+    def __init__(self, *spaces: LossSpace) -> None:
+        self.spaces: list[LossSpace] = []
+        for space in spaces:
+            self.spaces += space.spaces if isinstance(space, Product) else [space]
+        self.parameters = tuple(p for s in self.spaces for p in s.parameters)
+        self.jitter = min(s.jitter for s in self.spaces)
+        shifts = [s.shift for s in self.spaces if s.shift is not None]
+        self.shift = shifts[0] if shifts else None
+        names = [p.name for p in self.parameters]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Product: every parameter must have a name of its own, got {', '.join(names)}")
+        judges = [s for s in self.spaces if type(s).loss is not LossSpace.loss]
+        if len(judges) > 1:
+            raise ValueError(
+                "Product: one space at most must have a loss, got "
+                + ", ".join(type(s).__name__ for s in judges)
+            )
+        self.judge = judges[0] if judges else self.spaces[0]
+
+    def transform(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
+        for space in self.spaces:
+            prediction = space.transform(prediction, target, values)
+        return prediction
+
+    def loss(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
+        return self.judge.loss(prediction, target, values)
+
+    def adjusted(self, values: Values) -> Adjusted | None:
+        found: Adjusted | None = Adjusted()
+        for space in self.spaces:
+            own = space.adjusted(values)
+            found = None if found is None or own is None else found.joined(own)
+        return found
+
+    def penalty(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor | None:
+        found = [s.penalty(prediction, target, values) for s in self.spaces]
+        return sum((p for p in found if p is not None), start=prediction.new_zeros(()))
+
+
+class Coordinates:
+    """The parameters of a space as one vector ``u`` [..., U], in units of their scales from their defaults."""
+
+    def __init__(self, space: LossSpace) -> None:
+        if not isinstance(space, LossSpace):
+            raise TypeError(f"Population: space must be a LossSpace, got {type(space).__name__}")
+        self.parameters = tuple(space.parameters)
+        if not self.parameters:
+            raise ValueError(
+                f"Population: space must have at least one parameter, {type(space).__name__} has none"
+            )
+        self.places: dict[str, slice] = {}
+        end = 0
+        for p in self.parameters:
+            self.places[p.name] = slice(end, end + p.count)
+            end += p.count
+        self.size = end
+        self.default = _vector([d for p in self.parameters for d in p.defaults])
+        self.scale, low, high = (
+            _vector([number for p in self.parameters for number in [getattr(p, what)] * p.count])
+            for what in ("scale", "low", "high")
+        )
+        self.low, self.high = (low - self.default) / self.scale, (high - self.default) / self.scale
+
+    def clip(self, u: Tensor) -> Tensor:
+        return u.clamp(self.low, self.high)
+
+    def values(self, u: Tensor) -> dict[str, Tensor]:
+        """By name ``[...]`` for a number, ``[..., size]`` for a vector, in float64."""
+        v = self.default + self.scale * u
+        return {
+            p.name: v[..., self.places[p.name]].squeeze(-1) if p.size is None else v[..., self.places[p.name]]
+            for p in self.parameters
+        }
+
+    def moved(self, u: Tensor, values: Mapping[str, object]) -> Tensor:
+        """``u`` with these parameters there."""
+        u = u.clone()
+        for name, value in values.items():
+            if name not in self.places:
+                known = ", ".join(self.places)
+                raise ValueError(f"Population: the space must have a parameter {name!r}, its own are {known}")
+            place = self.places[name]
+            given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+            if given.dim() and given.shape != self.default[place].shape:  # a number is for all of a vector
+                raise ValueError(
+                    f"Population: {name} must be {list(self.default[place].shape)}, got {list(given.shape)}"
+                )
+            found = (given - self.default[place]) / self.scale[place]
+            # As far as rounding may have moved what was read from the bounds.
+            if not bool(((found >= self.low[place] - 1e-6) & (found <= self.high[place] + 1e-6)).all()):
+                parameter = next(p for p in self.parameters if p.name == name)
+                raise ValueError(
+                    f"Population: {name} must lie in [{parameter.low}, {parameter.high}], got {value!r}"
+                )
+            u[place] = found
+        return self.clip(u)
+
+
+def _vector(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
