@@ -46,7 +46,12 @@ def value_and_slope(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> tuple
     x = logits.float() if logits.dtype != torch.float64 else logits
     if adjusted.shift is not None:
         x = x + adjusted.shift[:, None]
-    log_p = torch.log_softmax(x, 2)
+    # Not log_softmax, which is slow for few classes, and whose exponentials would be taken again.
+    x = x - x.amax(2, keepdim=True)
+    p = x.exp()
+    norm = p.sum(2, keepdim=True)
+    p /= norm
+    log_p = x - norm.log()
     counts = labels != IGNORED
     place = labels.where(counts, 0).expand(len(x), -1)[..., None]
     surprise = -log_p.gather(2, place)[..., 0]
@@ -55,8 +60,7 @@ def value_and_slope(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> tuple
         q = adjusted.exponent[:, None]
         weight = (-q * surprise).exp()
         losses = generalised(surprise, q)
-    slope = log_p.exp()
-    slope *= weight[..., None]
+    slope = p * weight[..., None]
     if adjusted.smoothing is not None:
         epsilon = adjusted.smoothing[:, None]
         losses = losses + epsilon * (-log_p.mean(2) - surprise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,17 +26,16 @@ class Alone:
 
     def train(self, inputs: Any, target: Tensor, values: Values) -> Tensor:
         """One step, with values of one child, ``[1, ...]``; the loss ``[1]``."""
-        own = {name: v[0] for name, v in values.items()}
         self.optimizer.zero_grad()
         prediction = _predicted(self.model, inputs, self.output)
         _refuse_half(prediction)
-        loss = self.space(prediction, target, own)
-        loss.backward()  # type: ignore[no-untyped-call]
-        before = _before(own, [p for g in self.optimizer.param_groups for p in g["params"]])
+        losses, slope = self.space.of_children(prediction.detach()[None], target, values)
+        prediction.backward(slope[0])  # type: ignore[no-untyped-call]
+        before = _before(values, [p for g in self.optimizer.param_groups for p in g["params"]])
         self.optimizer.step()
-        _scale_step(before, own)
+        _scale_step(before, {name: v[0] for name, v in values.items()})
         self.optimizer.zero_grad()
-        return loss.detach()[None]
+        return losses
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
@@ -90,6 +89,7 @@ class Children:
         for w in self.weights.values():
             w.requires_grad_()
         self.buffers = {name: self._stacked(b) for name, b in model.named_buffers()}
+        self.places = Places(model, {**self.trained, **dict(model.named_buffers())})
         self.device = next(iter(self.weights.values())).device
         self._own = {p: self.weights[name] for name, p in self.trained.items()}
         self.per_element = check_separable(self.optimizer)
@@ -162,14 +162,17 @@ class Children:
         return predictions
 
     def _together(self, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        def one(weights: Values, buffers: Values) -> tuple[Tensor, Values]:
-            tensors = {**weights, **buffers}
-            output = _call(self.model, tensors, inputs)
-            kept = {name: tensors[name] for name in buffers}
-            return prediction_of("Population", output, self.output), kept
+        stacked = {**self.weights, **self.buffers}
+
+        def one(*own: Tensor) -> tuple[Tensor, ...]:
+            tensors = dict(zip(stacked, own, strict=True))
+            output = self.places.call(tensors, inputs)
+            prediction = prediction_of("Population", output, self.output)
+            return prediction, *(tensors[name] for name in self.buffers)
 
         # The children draw the same random numbers, so that they differ in their loss alone.
-        return torch.func.vmap(one, randomness="same")(self.weights, self.buffers)  # type: ignore[no-any-return]
+        prediction, *buffers = torch.func.vmap(one, randomness="same")(*stacked.values())
+        return prediction, dict(zip(self.buffers, buffers, strict=True))
 
     def _one_by_one(self, inputs: Any, count: int) -> Tensor:
         start = RandomState(self.device, self.watch, everything=True)
@@ -178,7 +181,7 @@ class Children:
             start.bring_back()
             own = {name: b[i] for name, b in self.buffers.items()}
             tensors = {**{name: w[i] for name, w in self.weights.items()}, **own}
-            output = _call(self.model, tensors, inputs)
+            output = self.places.call(tensors, inputs)
             for name, b in self.buffers.items():
                 if tensors[name] is not own[name]:
                     b[i].copy_(tensors[name])
@@ -284,12 +287,35 @@ class Children:
                 del self.stacked.state[w]
 
 
-def _call(model: nn.Module, tensors: Values, inputs: Any) -> Any:
-    """The model with these weights and buffers; buffers that it puts in their place come back in ``tensors``."""
-    if isinstance(inputs, Mapping):
-        return torch.func.functional_call(model, tensors, (), dict(inputs))
-    arguments = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
-    return torch.func.functional_call(model, tensors, arguments)
+class Places:
+    """Where a model's modules keep their tensors, to put others there for a call.
+
+    As ``torch.func.functional_call``, at a tenth of its cost.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self.model = model
+        names = {id(t): name for name, t in tensors.items()}
+        self.found: list[tuple[dict[str, Any], str, str]] = [
+            (kept, key, names[id(t)])
+            for module in model.modules()
+            for kept in (module._parameters, module._buffers)
+            for key, t in kept.items()
+            if t is not None and id(t) in names
+        ]
+
+    def call(self, tensors: Values, inputs: Any) -> Any:
+        """The model with these tensors; those that it puts in their place come back in ``tensors``."""
+        before = [(kept, key, kept[key]) for kept, key, _ in self.found]
+        for kept, key, name in self.found:
+            kept[key] = tensors[name]
+        try:
+            return call_model(self.model, inputs)
+        finally:
+            for kept, key, name in self.found:
+                tensors[name] = kept[key]
+            for kept, key, t in before:
+                kept[key] = t
 
 
 def _predicted(model: nn.Module, inputs: Any, output: Output) -> Tensor:

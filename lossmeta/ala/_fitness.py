@@ -15,6 +15,7 @@ from lossmeta.metrics import Metric
 
 COPIES = 4  # of the predictions, with noise
 PROBE = 0.3  # of a logit
+AT_ONCE = 1 << 22  # predictions whose copies are judged in one call
 
 
 class Fitness:
@@ -90,12 +91,14 @@ class Fitness:
     def _smoothed(self, predictions: Tensor, target: Tensor) -> Tensor:
         finite = predictions.flatten(1).isfinite().all(1)
         scores = predictions.float().where(finite.view(-1, *[1] * (predictions.dim() - 1)), 0)
-        found = [self._value(scores, target)]
+        copies = [scores]
         if self.jitter > 0:
-            noise = self._noise(scores)
-            # Together they would take a multiple of the memory; metrics of ours are cheap next to the passes.
-            found += [self._value(scores + n, target) for n in noise]
-        return torch.stack(found).mean(0).masked_fill(~finite, torch.nan)
+            copies += [scores + n for n in self._noise(scores)]
+        if scores.numel() <= AT_ONCE:
+            found = self._value(torch.cat(copies), target).view(len(copies), -1)
+        else:
+            found = torch.stack([self._value(c, target) for c in copies])
+        return found.mean(0).masked_fill(~finite, torch.nan)
 
     def _value(self, scores: Tensor, target: Tensor) -> Tensor:
         value = self.each(scores, target)

@@ -73,7 +73,8 @@ class ClassCounts(Metric):
             )
         labels = class_labels(self.name, labels)
         bad = outside(self.name, "labels", labels, self.num_classes, self.ignore_index)
-        unknown = scores.isnan().any(2) & (labels != self.ignore_index)
+        top = scores.max(2)  # NaN where one of them is
+        unknown = top.values.isnan() & (labels != self.ignore_index)
         if may_look(scores) and unknown.any():
             raise ValueError(f"{self.name}: scores must not be NaN, which predicts no class")
         share = ((labels != self.ignore_index) & ~bad).double()
@@ -81,7 +82,7 @@ class ClassCounts(Metric):
         if weight is not None:
             share = share * weight.double().view(-1, *[1] * (labels.dim() - 1))
             unusable = unusable | is_no_weight(weight).any()
-        predicted = scores.argmax(2).flatten(1)
+        predicted = top.indices.flatten(1)
         true = labels.clamp(0, self.num_classes - 1).flatten().expand_as(predicted)
         share = share.flatten().expand_as(true)
         counts = share.new_zeros(len(scores), 3, self.num_classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from torch.optim import SGD, Adam
 
 from lossmeta._batches import Batch
 from lossmeta.adalfl import OnlineLearner
+from lossmeta.ala import Population, Robust
 from lossmeta.experiments import Method, Trial
 from lossmeta.experiments.trial import STREAM, seeded
 from lossmeta.losses import LossNetwork
+from lossmeta.metrics import ErrorRate
 from lossmeta.recipes._digits import CLASSES, digits, evaluate, network
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -28,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "batch": 64,
     "optimizer": "SGD, momentum 0.9",
 }
+WINDOW = 20  # steps, of the population
 # Streams of random numbers of a seed. Stream 0 draws the data.
 WEIGHTS, NOISY_ORDER, CLEAN_ORDER, LOSS = range(1, 5)
 
@@ -270,6 +274,41 @@ def learned(
         return evaluate(average.model, drawn.test)
 
     settings = {"rate": rate, "meta rate": meta_rate, "steps": steps, "clean weight": 1.0, "averaged": True}
+    return Method(label, train, settings)
+
+
+def adapted(label: str, *, rate: float, steps: int) -> Method:
+    """ALA: the exponent of generalised cross-entropy adapts to the error on the clean data, which trains nothing.
+
+    Args:
+        label: of the row.
+        rate: learning rate.
+        steps: of training.
+    """
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: NoisyDigits = trial.data
+        model = new_model(trial.seed, trial.device)
+        count = min(steps, trial.task.settings["steps"] or steps)
+        optimizer = SGD(model.parameters(), rate, momentum=0.9)
+        population = Population(
+            model,
+            optimizer,
+            Robust(),
+            ErrorRate(),
+            drawn.clean,
+            steps=max(count, WINDOW),
+            window=WINDOW,
+            seed=trial.random_seed(LOSS),
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Population: all children had the same fitness")
+            for inputs, target in batches(trial, steps):
+                noisy, _ = target
+                population.step((inputs[: len(noisy)], noisy))
+        return {**evaluate(model, drawn.test), "q": population.values["q"].item()}
+
+    settings = {"rate": rate, "steps": steps, "window": WINDOW, "adapted": "q"}
     return Method(label, train, settings)
 
 

@@ -16,6 +16,7 @@ from lossmeta.losses import LossNetwork
 from lossmeta.recipes._digits import CLASSES, ERROR, PRECISION
 from lossmeta.recipes._noisy_digits import (
     SETTINGS,
+    adapted,
     cross_entropy,
     draw,
     fixed,
@@ -46,6 +47,7 @@ TUNED: dict[str, dict[str, Any]] = {
     },
 }
 LEARNED = "learned loss, nothing tuned"
+ADAPTED = "generalised cross-entropy, q adapted, nothing tuned"
 FIGURE = "learned-loss.png"
 
 
@@ -99,6 +101,7 @@ METHODS = (
         symmetric_cross_entropy(TUNED["symmetric cross-entropy"]["beta"]),
         **TUNED["symmetric cross-entropy"],
     ),
+    adapted(ADAPTED, rate=RATE, steps=STEPS),
     learned(LEARNED, rate=RATE, meta_rate=META_RATE, steps=STEPS, finally_=draw_loss),
 )
 LEGEND = """\
@@ -106,18 +109,21 @@ LEGEND = """\
 batches": each step has a batch of those too. Tuned: rate, steps, weight of the clean batches, averaging of the weights
 and the loss's own parameter were chosen on other seeds, by held-out digits. The learned loss is cross-entropy plus a
 small network, which each step moves by what the step did to a clean batch; its settings are those of the first row and
-a meta rate found on other data, and its weights are averaged. Differences are to the learned loss, paired by seed.
+a meta rate found on other data, and its weights are averaged. Where q adapts, eight copies of the model find it by
+their error on the clean digits, which train nothing; rate and steps are those of the first row. Differences are to the
+learned loss, paired by seed.
 
 Measured with ten seeds: the learned loss is far ahead of plain training, and ahead of tuned cross-entropy and tuned
-generalised cross-entropy. With the best tuned robust loss, symmetric cross-entropy, it is level: 0.7 points ahead in
-error (p = 0.04), equal in average precision. Nothing was tuned for it."""
+generalised cross-entropy. With the best tuned robust loss, symmetric cross-entropy, it is level: 0.6 points ahead in
+error (p = 0.14), equal in average precision. The adapted q is 1.5 points ahead of tuned cross-entropy (p = 0.005), and
+level with tuned generalised cross-entropy, which has the clean batches too. Nothing was tuned for either."""
 
 
 class Quickstart:
     """The recipe."""
 
     name = "quickstart"
-    about = "Digits with 40 % of the labels redrawn: fixed losses, and one that learns from 100 clean digits"
+    about = "Digits with 40 % of the labels redrawn: fixed losses, and two that adapt to 100 clean digits"
 
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         status = experiments.run(
