@@ -16,7 +16,8 @@ from lossmeta._optimizers import unwrapped
 from lossmeta.ala._children import Alone, Children, check_separable
 from lossmeta.ala._fitness import Fitness
 from lossmeta.ala.records import PopulationReport
-from lossmeta.ala.space import Coordinates, LossSpace
+from lossmeta.ala.space import LEARNING_RATE, Coordinates, LossSpace
+from lossmeta.ala.spaces import LearningRate
 
 MetricLike = Any
 """A metric of :mod:`lossmeta.metrics` or of torchmetrics, or a function ``metric(prediction, target) -> number``."""
@@ -59,6 +60,8 @@ class Population:
         least_spread: below which it does not shrink.
         spread_decay: by which it shrinks with every window.
         tail: share of the steps, at the end, that the model trains alone.
+        learning_rate: whether the learning rate adapts too, as by a factor :class:`LearningRate` of the space; not with
+            one child. Where it does, start from the rate that suits the plain loss.
         higher_is_better: the metric's direction; asked of the metric where it is not given, for a function ``True``.
         output: what of the model's output is the prediction, see :func:`lossmeta.adalfl.meta_gradient`.
         seed: of the values that are tried.
@@ -91,7 +94,7 @@ class Population:
         >>> for _ in range(60):
         ...     report = population.step(train)
         >>> population.windows, list(population.values)
-        (2, ['q'])
+        (2, ['q', 'learning_rate'])
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Population:
         least_spread: float = 0.4,
         spread_decay: float = 0.9,
         tail: float = 0.05,
+        learning_rate: bool = True,
         higher_is_better: bool | None = None,
         output: Output = None,
         seed: int = 0,
@@ -133,6 +137,9 @@ class Population:
         if steps is not None and steps < window:
             raise ValueError(f"Population: steps must be at least the {window} of a window, got {steps}")
         self.coordinates = Coordinates(space)
+        if learning_rate and children > 1 and LEARNING_RATE not in self.coordinates.places:
+            space = space * LearningRate()
+            self.coordinates = Coordinates(space)
         check_separable(unwrapped(optimizer))
         if children == 1 and space.shift is None:
             raise ValueError(

@@ -18,6 +18,7 @@ MODULES = (
     "adalfl_table5",
     "adalfl_table6",
     "adalfl_table7",
+    "ala",
 )
 
 

@@ -34,6 +34,7 @@ def network() -> nn.Module:
 
 def made(space: LossSpace | None = None, metric: Any = None, valid: Any = None, **options: Any) -> Population:
     model = network()
+    options = {"learning_rate": False, **options}
     return Population(
         model,
         SGD(model.parameters(), 0.1, momentum=0.9),
@@ -109,6 +110,20 @@ def test_a_window_in_loops() -> None:
             torch.testing.assert_close(
                 population.optimizer.state[p]["momentum_buffer"], m, rtol=1e-3, atol=1e-5
             )
+
+
+def test_the_learning_rate_adapts_too() -> None:
+    """By default, and as the space that says so."""
+    population, other = made(learning_rate=True, metric=margin), made(Robust() * LearningRate(), margin)
+    run(population, 40)
+    run(other, 40)
+    assert list(population.values) == ["q", "learning_rate"] and population.values["learning_rate"] != 0
+    assert all(torch.equal(population.values[k], other.values[k]) for k in population.values)
+    assert same(other.model.state_dict(), population.model) == 4
+    assert made(LogitAdjustment(torch.ones(3)), children=1, learning_rate=True).values.keys() == {
+        "tau",
+        "margin",
+    }
 
 
 def test_the_end_is_trained_alone_at_the_mean_of_the_last_third() -> None:
@@ -384,7 +399,9 @@ def test_a_scheduler_of_the_users_optimizer_is_followed() -> None:
 def test_the_children_draw_what_one_model_would() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, CLASSES))
-    population = Population(model, SGD(model.parameters(), 0.0), Robust(), margin, data(9, 1), window=4)
+    population = Population(
+        model, SGD(model.parameters(), 0.0), Robust(), margin, data(9, 1), window=4, learning_rate=False
+    )
     torch.manual_seed(3)
     losses = [population.step(batch).loss for batch in batches(2)]
     torch.manual_seed(3)

@@ -1,0 +1,241 @@
+"""Ways to train for a metric: ALA's population, and its rivals."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import SGD
+
+from lossmeta.ala import LearningRate, LossSpace, Population
+from lossmeta.ala.space import LEARNING_RATE, Coordinates
+from lossmeta.experiments import Method, Task, Trial, Tuned
+from lossmeta.metrics import Metric
+from lossmeta.recipes._ala_tasks import CLASSES, SEARCH, SELECTION, Drawn, batches, new_model
+
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+TUNING_SEEDS = tuple(range(10_000, 10_003))
+WINDOW = 20
+EVERY = 20  # steps between the stops that are tried
+GRID = 24
+BIASES = (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)
+ROUNDS = 6  # through all classes' biases
+
+
+@dataclass
+class Fit:
+    """A training in progress.
+
+    Attributes:
+        trial: of it.
+        rate: learning rate.
+    """
+
+    trial: Trial
+    rate: float
+
+    def __post_init__(self) -> None:
+        self.drawn: Drawn = self.trial.data
+        self.steps: int = self.trial.task.settings["steps"]
+        self.model = new_model(self.trial.seed, self.drawn)
+        self.optimizer = SGD(self.model.parameters(), self.rate, momentum=0.9)
+
+    def batches(self, with_validation: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
+        part = self.drawn.train
+        if with_validation:
+            part = tuple(torch.cat(both) for both in zip(part, self.drawn.valid, strict=True))  # type: ignore[assignment]
+        for i, (x, y) in enumerate(batches(part, self.trial.seed, self.steps)):
+            self.trial.progress(i / self.steps)
+            yield i, x, y
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def of(self, part: tuple[Tensor, Tensor], biases: Tensor | float = 0.0) -> float:
+        metric = self.drawn.problem.new_metric()
+        return metric.each(self.model(part[0])[None] + biases, part[1]).item()
+
+    def selection(self, biases: Tensor | float = 0.0) -> float:
+        """The higher the better."""
+        sign = 1 if self.drawn.problem.measure.higher_is_better else -1
+        return sign * self.of(self.drawn.valid, biases)
+
+    def measures(self, biases: Tensor | float = 0.0) -> dict[str, float]:
+        return {
+            self.drawn.problem.measure.name: self.of(self.drawn.test, biases),
+            SELECTION.name: self.selection(biases),
+        }
+
+
+def plain(label: str, rate: float, *, with_validation: bool = False, biases: bool = False) -> Method:
+    """Cross-entropy; with biases of the logits that the validation part chooses afterwards, or trained on it too."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        fit = Fit(trial, rate)
+        for _, x, y in fit.batches(with_validation):
+            fit.step(F.cross_entropy(fit.model(x), y))
+        return fit.measures(_best_biases(fit) if biases else 0.0)
+
+    return Method(label, train, {"rate": rate, "with validation": with_validation, "biases": biases})
+
+
+def _best_biases(fit: Fit) -> Tensor:
+    """By coordinate search on the metric."""
+    found = torch.zeros(CLASSES, device=fit.drawn.train[0].device)
+    best = fit.selection(found)
+    for _ in range(ROUNDS):
+        for c in range(CLASSES):
+            for change in BIASES:
+                tried = found.clone()
+                tried[c] += change
+                if (value := fit.selection(tried)) > best:
+                    best, found = value, tried
+    return found
+
+
+def stopped(label: str) -> Method:
+    """Cross-entropy at the rate and the step that are best on this trial's validation part."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        best: tuple[float, dict[str, float]] | None = None
+        for rate in RATES:
+            fit = Fit(trial, rate)
+            for i, x, y in fit.batches():
+                fit.step(F.cross_entropy(fit.model(x), y))
+                if (i + 1) % EVERY == 0 or i + 1 == fit.steps:
+                    found = fit.measures()
+                    if best is None or found[SELECTION.name] > best[0]:
+                        best = (found[SELECTION.name], {**found, "rate": rate, "stop": i + 1})
+        assert best is not None
+        return best[1]
+
+    return Method(label, train, {"rates": RATES, "every": EVERY})
+
+
+def fixed_grid(label: str, rate: float) -> Method:
+    """The best on this trial's validation part of 24 losses of the space's tau and q that stay as they are."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: Drawn = trial.data
+        space = drawn.space()
+        coordinates = Coordinates(space)
+        generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
+        draws = {name: torch.rand(GRID, generator=generator) for name in ("tau", "q")}
+        best: dict[str, float] | None = None
+        for i in range(GRID):
+            given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
+            given = {name: v for name, v in given.items() if name in coordinates.places}
+            found = {**_under(Fit(trial, rate), space, coordinates, lambda _, given=given: given)}  # type: ignore[misc]
+            if best is None or found[SELECTION.name] > best[SELECTION.name]:
+                best = {**found, **{name: float(v) for name, v in given.items()}}
+        assert best is not None
+        return best
+
+    return Method(label, train, {"rate": rate, "losses": GRID})
+
+
+def _under(
+    fit: Fit, space: LossSpace, coordinates: Coordinates, given: Callable[[int], dict[str, Tensor]]
+) -> dict[str, float]:
+    """Training under the values of each window, the others at their defaults."""
+    values: dict[str, Tensor] = {}
+    u = torch.zeros(coordinates.size, dtype=torch.float64)
+    for i, x, y in fit.batches():
+        if i % WINDOW == 0:
+            u = coordinates.moved(u, given(i))
+            values = {k: v.to(x.device, torch.float32) for k, v in coordinates.values(u).items()}
+        for group in fit.optimizer.param_groups:
+            group["lr"] = fit.rate * math.exp(
+                values[LEARNING_RATE].item() if LEARNING_RATE in values else 0.0
+            )
+        fit.step(space(fit.model(x), y, values))
+    return fit.measures()
+
+
+def random_actions(label: str, rate: float) -> Method:
+    """Every parameter goes half a scale up, down or nowhere after each window, by chance."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: Drawn = trial.data
+        space = drawn.space() * LearningRate()
+        coordinates = Coordinates(space)
+        generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
+        u = torch.zeros(coordinates.size, dtype=torch.float64)
+
+        def given(step: int) -> dict[str, Tensor]:
+            nonlocal u
+            if step:
+                u = coordinates.clip(u + 0.5 * torch.randint(-1, 2, u.shape, generator=generator))
+            return coordinates.values(u)
+
+        return _under(Fit(trial, rate), space, coordinates, given)
+
+    return Method(label, train, {"rate": rate, "window": WINDOW})
+
+
+class Shuffled(Metric):
+    """Another metric's values, dealt out to the models by chance."""
+
+    def __init__(self, metric: Metric, seed: int) -> None:
+        self.metric, self.higher_is_better = metric, metric.higher_is_better
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def each(self, scores: Tensor, labels: Tensor) -> Tensor:
+        values = self.metric.each(scores, labels)
+        return values[torch.randperm(len(values), generator=self.generator).to(values.device)]
+
+
+def population(
+    label: str, rate: float, *, shuffled: bool = False, learning_rate: bool = True, children: int = 8
+) -> Method:
+    """ALA's population with its defaults."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        fit = Fit(trial, rate)
+        metric = fit.drawn.problem.new_metric()
+        if shuffled:
+            metric = Shuffled(metric, trial.random_seed(SEARCH) + 1)
+        controller = Population(
+            fit.model,
+            fit.optimizer,
+            fit.drawn.space(),
+            metric,
+            fit.drawn.valid,
+            steps=max(fit.steps, WINDOW),
+            window=WINDOW,
+            children=children,
+            learning_rate=learning_rate,
+            seed=trial.random_seed(SEARCH),
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Population: all children had the same fitness")
+            for _, x, y in fit.batches():
+                controller.step((x, y))
+        found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
+        return {**fit.measures(), **found}
+
+    settings = {"rate": rate, "shuffled": shuffled, "learning rate": learning_rate, "children": children}
+    return Method(label, train, {**settings, "window": WINDOW})
+
+
+def at_the_tuned_rate(make: Callable[[float], Method]) -> Tuned:
+    """The method at the rate that suits cross-entropy on other seeds, by the validation part."""
+
+    def candidates(task: Task) -> tuple[Method, ...]:
+        return tuple(plain(f"cross-entropy, rate {rate:g}", rate) for rate in RATES)
+
+    return Tuned(
+        make(RATES[0]).label,
+        candidates,
+        SELECTION.name,
+        TUNING_SEEDS,
+        lambda best: make(best.settings["rate"]),
+    )

@@ -1,0 +1,81 @@
+"""ALA's population against its rivals: rare classes, wrong labels, and both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lossmeta import experiments
+from lossmeta.recipes import _ala_methods as methods
+from lossmeta.recipes import _ala_tasks as tasks
+from lossmeta.recipes._ala_tasks import Problem
+
+POPULATION = "population, 8 children"
+ROWS = (
+    methods.at_the_tuned_rate(lambda rate: methods.plain("cross-entropy", rate)),
+    methods.stopped("cross-entropy, rate and stop tuned per seed"),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.plain("the first, biases chosen afterwards", rate, biases=True)
+    ),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.plain(
+            "the first, trained on the validation rows too", rate, with_validation=True
+        )
+    ),
+    methods.at_the_tuned_rate(lambda rate: methods.random_actions("random actions", rate)),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.population("population, shuffled metric", rate, shuffled=True)
+    ),
+    methods.at_the_tuned_rate(lambda rate: methods.fixed_grid("the best of 24 fixed losses", rate)),
+    methods.at_the_tuned_rate(lambda rate: methods.population("population, 4 children", rate, children=4)),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.population("population, learning rate fixed", rate, learning_rate=False)
+    ),
+    methods.at_the_tuned_rate(lambda rate: methods.population(POPULATION, rate)),
+)
+LEGEND = """\
+All rows train the same network on the same batches, at the learning rate that suits cross-entropy best on other seeds,
+but for the second, which has the best rate and stop of its own seed. Validation rows have right labels and are
+balanced; they choose rates, stops, biases and the best fixed loss, and are what the population adapts to. The test part
+decides nothing. Fixed losses: tau (rare classes) and q (wrong labels) drawn evenly from their ranges. Shuffled metric:
+the population with its children's fitness dealt out by chance. Differences are to the population of 8, paired by
+seed."""
+
+
+@dataclass(frozen=True)
+class Against:
+    """The recipe for one problem.
+
+    Attributes:
+        name: of the recipe.
+        problem: what is hard.
+    """
+
+    name: str
+    problem: Problem
+
+    @property
+    def about(self) -> str:
+        return f"ALA: {self.problem.name}; a loss that adapts to the {self.problem.metric}, and its rivals"
+
+    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
+        return experiments.run(
+            self.name,
+            [tasks.task(source, self.problem, steps) for source in (tasks.DIGITS, tasks.MNIST)],
+            ROWS,
+            seeds=seeds,
+            device=device,
+            folder=output,
+            settings={"steps": steps, "device": device},
+            reference=POPULATION,
+            about=self.about,
+            legend=LEGEND,
+            threads=1,  # the tensors are small: a second thread would cost more than it does
+        )
+
+
+RECIPES = (
+    Against("ala-imbalance", tasks.IMBALANCE),
+    Against("ala-noise", tasks.NOISE),
+    Against("ala-both", tasks.BOTH),
+)
