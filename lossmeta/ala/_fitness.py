@@ -42,7 +42,7 @@ class Fitness:
             )
         self.sign = 1.0 if higher_is_better else -1.0
         self.valid, self.jitter = valid, jitter
-        self.is_batch = isinstance(valid, tuple) and len(valid) == 2 and isinstance(valid[1], Tensor)
+        self.is_batch = isinstance(valid, (tuple, list)) and len(valid) == 2 and isinstance(valid[1], Tensor)
         if self.is_batch:
             checked("Population", "valid", valid)
         elif not isinstance(valid, Iterable) or isinstance(valid, Tensor):

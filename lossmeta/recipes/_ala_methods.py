@@ -120,26 +120,31 @@ def stopped(label: str) -> Method:
     return Method(label, train, {"rates": RATES, "every": EVERY})
 
 
-def fixed_grid(label: str, rate: float) -> Method:
-    """The best on this trial's validation part of 24 losses of the space's tau and q that stay as they are."""
+def fixed_grid(label: str, rate: float, *, rates: bool = False) -> Method:
+    """The best on this trial's validation part of 24 losses of the space's tau and q that stay as they are.
+
+    With ``rates``, each at a learning rate of its own, from a tenth of ``rate`` to ten times that.
+    """
 
     def train(trial: Trial) -> dict[str, float]:
         drawn: Drawn = trial.data
         space = drawn.space()
         coordinates = Coordinates(space)
         generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
-        draws = {name: torch.rand(GRID, generator=generator) for name in ("tau", "q")}
+        draws = {name: torch.rand(GRID, generator=generator) for name in ("tau", "q", "rate")}
         best: dict[str, float] | None = None
         for i in range(GRID):
             given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
             given = {name: v for name, v in given.items() if name in coordinates.places}
-            found = {**_under(Fit(trial, rate), space, coordinates, lambda _, given=given: given)}  # type: ignore[misc]
+            own = rate * 100 ** (float(draws["rate"][i]) - 0.5) if rates else rate
+            found = _under(Fit(trial, own), space, coordinates, lambda _, given=given: given)  # type: ignore[misc]
             if best is None or found[SELECTION.name] > best[SELECTION.name]:
-                best = {**found, **{name: float(v) for name, v in given.items()}}
+                best = {**found, "rate": own, **{name: float(v) for name, v in given.items()}}
         assert best is not None
         return best
 
-    return Method(label, train, {"rate": rate, "losses": GRID})
+    settings = {"rate": rate, "losses": GRID, **({"rates": "a tenth to ten times"} if rates else {})}
+    return Method(label, train, settings)
 
 
 def _under(

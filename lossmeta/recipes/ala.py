@@ -27,6 +27,9 @@ ROWS = (
         lambda rate: methods.population("population, shuffled metric", rate, shuffled=True)
     ),
     methods.at_the_tuned_rate(lambda rate: methods.fixed_grid("the best of 24 fixed losses", rate)),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.fixed_grid("the best of 24 fixed losses and rates", rate, rates=True)
+    ),
     methods.at_the_tuned_rate(lambda rate: methods.population("population, 4 children", rate, children=4)),
     methods.at_the_tuned_rate(
         lambda rate: methods.population("population, learning rate fixed", rate, learning_rate=False)
@@ -37,9 +40,9 @@ LEGEND = """\
 All rows train the same network on the same batches, at the learning rate that suits cross-entropy best on other seeds,
 but for the second, which has the best rate and stop of its own seed. Validation rows have right labels and are
 balanced; they choose rates, stops, biases and the best fixed loss, and are what the population adapts to. The test part
-decides nothing. Fixed losses: tau (rare classes) and q (wrong labels) drawn evenly from their ranges. Shuffled metric:
-the population with its children's fitness dealt out by chance. Differences are to the population of 8, paired by
-seed."""
+decides nothing. Fixed losses: tau (rare classes) and q (wrong labels) drawn evenly from their ranges; with rates, each
+at one from a tenth of the first row's to ten times that. Shuffled metric: the population with its children's fitness
+dealt out by chance. Differences are to the population of 8, paired by seed."""
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def test_a_child_that_diverges_is_left_out() -> None:
     assert all(w.isfinite().all() for w in population.children.weights.values())
 
 
-@pytest.mark.parametrize("kind", ["metric", "function", "number", "loader", "batches"])
+@pytest.mark.parametrize("kind", ["metric", "function", "number", "loader", "batches", "list"])
 def test_kinds_of_metrics_and_of_validation_data(kind: str) -> None:
     """All say the same, so that all end in the same bits."""
     x, y = data(40, 1)
@@ -262,6 +262,8 @@ def test_kinds_of_metrics_and_of_validation_data(kind: str) -> None:
     valid: Any = parts if kind == "batches" else (x, y)
     if kind == "loader":
         valid = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 15)
+    if kind == "list":
+        valid = [x, y]
     population, reference = made(metric=metric, valid=valid, window=5), made(window=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
