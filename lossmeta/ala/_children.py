@@ -94,7 +94,7 @@ class Children:
         self._own = {p: self.weights[name] for name, p in self.trained.items()}
         self.per_element = check_separable(self.optimizer)
         self.stacked = shadow(self.optimizer, self._groups(), {})
-        self._take_state()
+        self.spread()
         self.in_turn: str | None = None
         self.checked: Any = None  # the autocast context for which it is known
         self.watch = Watch(model, self.device)
@@ -110,6 +110,12 @@ class Children:
 
     def _groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups as they are now, a scheduler's doing included."""
+        now = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if now != self._own.keys():
+            raise ValueError(
+                "Population: the parameters that are trained must stay those of the start, got others in the "
+                "optimizer, or another requires_grad; make a new Population"
+            )
         return [
             {**group, "params": [self._own[p] for p in group["params"] if p in self._own]}
             for group in self.optimizer.param_groups
@@ -226,29 +232,42 @@ class Children:
 
     @torch.no_grad()
     def merge(self, weight: Tensor) -> None:
-        """Every child becomes the mean of all, by their weights ``[B]``, and so does the model with its optimizer.
+        """The model, with its optimizer's state, becomes the mean of the children, by their weights ``[B]``.
 
         A child of weight 0 has no part in it, whatever it holds. What is no floating-point number is the heaviest's.
+
+        Raises:
+            ValueError: where somebody else has changed the model's weights since :meth:`spread`.
         """
+        if self._versions != [p._version for p in self.trained.values()]:
+            raise ValueError(
+                "Population: the model's weights must stay as they are inside a window, whose end overwrites them; "
+                "change them when a report has a fitness"
+            )
         weight = weight.to(self.device)
         heaviest = int(weight.argmax())
+        # All is there before anything is overwritten.
+        weights = {name: _merged(w, weight, heaviest) for name, w in self.weights.items()}
+        buffers = {name: _merged(b, weight, heaviest) for name, b in self.buffers.items()}
+        states = {
+            p: {
+                key: _merged(value, weight, heaviest) if key in self.per_element else _copied(value)
+                for key, value in self.stacked.state.get(w, {}).items()
+            }
+            for p, w in self._own.items()
+        }
         for name, p in self.trained.items():
-            p.copy_(_merged(self.weights[name], weight, heaviest))
+            p.copy_(weights[name])
         for name, b in self.model.named_buffers():
-            b.copy_(_merged(self.buffers[name], weight, heaviest))
-        for p, w in self._own.items():
-            for key, value in self.stacked.state.get(w, {}).items():
-                state = self.optimizer.state[p]
-                new = _merged(value, weight, heaviest) if key in self.per_element else _copied(value)
-                if key in state and key in self.per_element:
-                    state[key].copy_(new)
-                else:
-                    state[key] = new
-        self.spread()
+            b.copy_(buffers[name])
+        for p, state in states.items():
+            if state:
+                self.optimizer.state[p].update(state)
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Every child becomes the model."""
+        """Every child becomes the model, as it is now, and so does its optimizer's state."""
+        self._versions = [p._version for p in self.trained.values()]
         for name, p in self.trained.items():
             self.weights[name].copy_(p.expand_as(self.weights[name]))
         for name, b in self.model.named_buffers():
@@ -285,6 +304,7 @@ class Children:
             }
             if not saved:
                 del self.stacked.state[w]
+        self._versions = [p._version for p in self.trained.values()]
 
 
 class Places:

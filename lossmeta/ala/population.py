@@ -36,8 +36,8 @@ class Population:
     steps into a slope.
 
     After every window the model that was given holds the mean, in the optimizer's state too, so that schedulers,
-    checkpoints and evaluation work on it as they are. Towards the end of ``steps`` the model trains alone, under the
-    mean of the values of the last third of the windows.
+    checkpoints and evaluation work on it as they are; the children of the next window set out from what it holds then.
+    Towards the end of ``steps`` the model trains alone, under the mean of the values of the last third of the windows.
 
     With one child there is no search: after every window the metric itself says, by moving the validation logits of
     each class up and down, which classes should gain, and the margins follow. That is for spaces with such margins, as
@@ -213,15 +213,30 @@ class Population:
         Args:
             batch: inputs and target. Several inputs are a sequence or a mapping.
 
+        Whatever raises, in the model, the loss or the metric: the window starts again with the next step, and the model
+        is as at its start.
+
         Raises:
             TypeError: for a batch that is no pair.
-            ValueError: for an empty batch, and a metric that is no number.
+            ValueError: for an empty batch, a metric that is no number, a model whose weights somebody else has changed
+                inside a window, and an optimizer of other parameters than at the start.
         """
         inputs, target = checked("Population", "batch", batch)
         # A window that would not be finished is not begun.
         at_its_start = self.windows > 0 and not self.step_of_window and not self.settled
         if at_its_start and self.steps is not None and self.steps - self.steps_done < self.window + self.tail:
             self.settle()
+        try:
+            return self._step(inputs, target)
+        except BaseException:
+            # What the children have done since the window's start is lost; the model was not touched.
+            if self.children is not None:
+                self._begin()
+            raise
+
+    def _step(self, inputs: Any, target: Tensor) -> PopulationReport:
+        if self.children is not None and not self.step_of_window:
+            self.children.spread()
         losses = (self.children or self.alone).train(inputs, target, self._placed(target))
         # Schedulers look at this to see that they come after a step.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -277,7 +292,6 @@ class Population:
         finite = fitness.isfinite()
         known = fitness[finite]
         if not len(known):
-            self.children.spread()
             self.draws = self._drawn()
             self.skipped += 1
             if self.skipped == 1:

@@ -188,6 +188,7 @@ def test_merging(optimizer: str) -> None:
         for name, w in children.weights.items()
     }
     children.merge(weight)
+    children.spread()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
         for b in range(4):

@@ -245,6 +245,7 @@ def test_a_child_that_diverges_is_left_out() -> None:
     (*_, report) = run(population, 4)
     assert report.fitness.isfinite().tolist() == [True, False, True, True]
     assert all(p.isfinite().all() for p in population.model.parameters())
+    run(population, 1)
     assert all(w.isfinite().all() for w in population.children.weights.values())
 
 
@@ -278,6 +279,57 @@ def test_a_metric_that_is_no_number_is_an_error_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"metric must give one number, got \[40\]"):
         run(population, 3)
     assert same(start, population.model) == len(start)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_whatever_raises_the_window_starts_again(at: int) -> None:
+    """The model is as at its start, and what follows as if nothing had been."""
+    population, reference = (made(metric=margin, window=5) for _ in range(2))
+    run(population, 5)
+    run(reference, 5)
+    start = copy.deepcopy(population.model.state_dict())
+    run(population, at - 1)
+    good = population.fitness.each
+    if at == 5:
+        population.fitness.each = lambda scores, target: 1 / 0  # type: ignore[assignment, return-value]
+        with pytest.raises(ZeroDivisionError):
+            run(population, 1)
+        population.fitness.each = good
+    else:
+        with pytest.raises(Exception, match="out of bounds"):
+            population.step((data(16)[0], torch.full((16,), 7)))
+    assert same(start, population.model) == len(start)
+    run(population, 5)
+    run(reference, 5)
+    assert population.windows == reference.windows == 2
+    assert torch.equal(population.values["q"], reference.values["q"])
+    assert same(reference.model.state_dict(), population.model) == len(start)
+
+
+def test_weights_that_somebody_else_has_changed() -> None:
+    """Between windows the children set out from them; inside of one they would be lost."""
+    population = made(metric=margin, window=4)
+    run(population, 4)
+    with torch.no_grad():
+        population.model[0].weight.zero_()  # type: ignore[index, union-attr, operator]
+    population.step(batches(1)[0])
+    assert population.children is not None
+    assert population.children.weights["0.weight"].abs().max() < 0.1
+    with torch.no_grad():
+        population.model[0].weight.fill_(3.0)  # type: ignore[index, union-attr, operator]
+    with pytest.raises(ValueError, match="must stay as they are inside a window"):
+        run(population, 3)
+    assert (population.model[0].weight == 3).all()  # type: ignore[index, union-attr]
+    run(population, 4)
+    assert population.windows == 2
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    population = made(metric=margin, window=4)
+    run(population, 1)
+    population.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(ValueError, match="must stay those of the start"):
+        run(population, 1)
 
 
 def test_validation_data_of_few_samples_or_classes() -> None:
