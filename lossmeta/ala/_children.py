@@ -264,6 +264,10 @@ class Children:
             if state:
                 self.optimizer.state[p].update(state)
 
+    def finite(self) -> Tensor:
+        """Of which children all weights are, ``[B]``."""
+        return torch.stack([w.flatten(1).isfinite().all(1) for w in self.weights.values()]).all(0).cpu()
+
     @torch.no_grad()
     def spread(self) -> None:
         """Every child becomes the model, as it is now, and so does its optimizer's state."""

@@ -195,12 +195,14 @@ class Population:
     def settle(self) -> None:
         """Ends the search: from here on the model trains alone, under the mean values of the last third of windows.
 
-        A window that is not finished ends with the plain mean of its children.
+        A window that is not finished ends with the plain mean of its children whose weights are finite.
         """
         if self.settled:
             return
         if self.children is not None and self.step_of_window:
-            self.children.merge(torch.full((self.count,), 1 / self.count, dtype=torch.float64))
+            alive = self.children.finite().double()
+            if alive.any():
+                self.children.merge(alive / alive.sum())
         last = self.trace[-max(1, round(len(self.trace) / 3)) :]
         if last:
             self.mean = torch.stack(last).mean(0)

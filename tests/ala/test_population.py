@@ -159,6 +159,19 @@ def test_a_window_that_would_not_be_finished_is_not_begun() -> None:
     population.step(batches(1)[0])
 
 
+def test_a_window_that_is_broken_off_leaves_out_who_diverged() -> None:
+    for lost in (1, 8):
+        population = made(metric=margin, window=10)
+        run(population, 3)
+        assert population.children is not None
+        start = copy.deepcopy(population.model.state_dict())
+        with torch.no_grad():
+            population.children.weights["0.bias"][:lost] = torch.nan
+        population.settle()
+        assert all(p.isfinite().all() for p in population.model.parameters())
+        assert same(start, population.model) == (4 if lost == 8 else 0)
+
+
 def digits() -> tuple[tuple[Tensor, Tensor], ...]:
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32) / 8 - 1, torch.tensor(labels)
