@@ -2,17 +2,21 @@
 
 from lossmeta.metrics._metric import Metric
 from lossmeta.metrics.average_precision import AveragePrecision
+from lossmeta.metrics.calibration_error import CalibrationError
 from lossmeta.metrics.class_counts import BalancedErrorRate, MacroF1, WorstClassRecall
 from lossmeta.metrics.error_rate import ErrorRate
 from lossmeta.metrics.recall_at_k import RecallAtK, recall_at_k
+from lossmeta.metrics.top_k import TopKErrorRate
 
 __all__ = [
     "AveragePrecision",
     "BalancedErrorRate",
+    "CalibrationError",
     "ErrorRate",
     "MacroF1",
     "Metric",
     "RecallAtK",
+    "TopKErrorRate",
     "WorstClassRecall",
     "recall_at_k",
 ]
