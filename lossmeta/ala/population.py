@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from lossmeta._batches import Batch, Output, checked
 from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite
 from lossmeta._optimizers import unwrapped
-from lossmeta.ala._children import Alone, Children, check_separable
+from lossmeta.ala._children import Alone, Children
 from lossmeta.ala._fitness import Fitness
+from lossmeta.ala._separable import check_separable
 from lossmeta.ala.records import PopulationReport
 from lossmeta.ala.space import LEARNING_RATE, Coordinates, LossSpace
 from lossmeta.ala.spaces import LearningRate

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from lossmeta.ala import LearningRate, LogitAdjustment, Robust
-from lossmeta.ala._children import Alone, Children, check_separable
+from lossmeta.ala._children import Alone, Children
+from lossmeta.ala._separable import check_separable
 from lossmeta.ala.space import Coordinates
 
 CLASSES = 3
