@@ -258,6 +258,18 @@ def copy_into(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
             tensor.copy_(value)
 
 
+def refuse_shards(where: str, model: nn.Module, remedy: str) -> None:
+    sharded = type(model).__name__ == "FullyShardedDataParallel"
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is not None:
+        sharded = sharded or any(isinstance(p, tensors.DTensor) for p in model.parameters())
+    if sharded:
+        raise ValueError(
+            f"{where}: model must have whole parameters, got one whose parameters are sharded (fully_shard, FSDP or "
+            f"tensor parallelism); {remedy}"
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model is in evaluation mode; afterwards every module of it is in the mode that it was in."""

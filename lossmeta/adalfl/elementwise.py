@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossmeta._optimizers import State, shadow
+from lossmeta._optimizers import State, plainest, shadow
 
 # Of a gradient's element: in float64 rounding and curvature then cost about 1e-10 each.
 DIFFERENCE = 1e-5
@@ -63,7 +63,7 @@ def _why_no_derivative(optimizer: Optimizer, group: dict[str, Any]) -> str | Non
 
     def trained(weights: list[Tensor], history: list[list[Tensor]]) -> tuple[Optimizer, list[nn.Parameter]]:
         parameters = [nn.Parameter(w.clone()) for w in weights]
-        tried = shadow(optimizer, [_plainest({**group, "params": parameters})], {})
+        tried = shadow(optimizer, [plainest({**group, "params": parameters})], {})
         for gradients in history:
             _step(tried, parameters, gradients)
         return tried, parameters
@@ -185,16 +185,8 @@ class NumericDerivative:
             {**group, "params": [copies[p] for p in group["params"] if p in copies]} for group in self.groups
         ]
         state = {copies[p]: {k: _in_float64(v, p) for k, v in self.saved.get(p, {}).items()} for p in copies}
-        type(self.optimizer).step(
-            shadow(self.optimizer, [_plainest(g) for g in groups if g["params"]], state)
-        )
+        type(self.optimizer).step(shadow(self.optimizer, [plainest(g) for g in groups if g["params"]], state))
         return {p: q.detach() for p, q in copies.items()}
-
-
-def _plainest(group: dict[str, Any]) -> dict[str, Any]:
-    """The group's options with the implementation that takes any tensor."""
-    plain = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
-    return {**group, **{k: v for k, v in plain.items() if k in group}}
 
 
 def _in_float64(value: Any, parameter: Tensor) -> Any:

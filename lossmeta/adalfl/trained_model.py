@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lossmeta._batches import Output, call_model, prediction_of
+from lossmeta._model_state import refuse_shards
 from lossmeta.adalfl.step_jacobian import parameters_of
 
 UNSCALED = ", whose gradients need no scaling (the backward passes here are none that a GradScaler would see)"
@@ -42,7 +42,7 @@ class TrainedModel:
         self, model: nn.Module, optimizer: Optimizer, autocast: torch.dtype | None, output: Output = None
     ) -> None:
         _check_autocast("autocast", autocast)
-        _refuse_shards(model)
+        refuse_shards("AdaLFL", model, "wrap it in DistributedDataParallel instead")
         self.wrapped = model
         self.autocast = self.dtype = autocast
         self.output = output
@@ -166,18 +166,6 @@ class TrainedModel:
 def _check_autocast(argument: str, dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype != torch.bfloat16:
         raise ValueError(f"AdaLFL: {argument} must be torch.bfloat16{UNSCALED}, got {dtype}")
-
-
-def _refuse_shards(model: nn.Module) -> None:
-    sharded = type(model).__name__ == "FullyShardedDataParallel"
-    tensors = sys.modules.get("torch.distributed.tensor")
-    if tensors is not None:
-        sharded = sharded or any(isinstance(p, tensors.DTensor) for p in model.parameters())
-    if sharded:
-        raise ValueError(
-            "AdaLFL: model must have whole parameters, got one whose parameters are sharded (fully_shard, FSDP or "
-            "tensor parallelism); wrap it in DistributedDataParallel instead"
-        )
 
 
 def is_distributed(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lossmeta._batches import Output, call_model, prediction_of
 from lossmeta._model_state import RandomState, Watch, evaluating
-from lossmeta._optimizers import shadow, unwrapped
+from lossmeta._optimizers import refuse_changed_steps, shadow, unwrapped
 from lossmeta.ala._places import Places
 from lossmeta.ala._separable import check_separable
 from lossmeta.ala.space import LEARNING_RATE, LossSpace
@@ -93,6 +93,7 @@ class Children:
         self.places = Places(model, {**self.trained, **dict(model.named_buffers())})
         self.device = next(iter(self.weights.values())).device
         self._own = {p: self.weights[name] for name, p in self.trained.items()}
+        refuse_changed_steps("Population", self.optimizer, self.trained.values())
         self.per_element = check_separable(self.optimizer)
         self.stacked = shadow(self.optimizer, self._groups(), {})
         self.spread()
@@ -297,6 +298,7 @@ class Children:
                 raise ValueError(
                     f"Population: the {kind} of the state must be those of this model's children"
                 )
+        for kind, own in (("weights", self.weights), ("buffers", self.buffers)):
             for name, t in own.items():
                 t.copy_(state[kind][name])
         for name, w in self.weights.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossmeta._optimizers import shadow
+from lossmeta._optimizers import plainest, shadow
 
 # Some optimizers look at the shapes of weights. These are of linear layers, biases and convolutions.
 SHAPES = ((6, 4), (5,), (4, 3, 2, 2))
@@ -24,10 +24,6 @@ def check_separable(optimizer: Optimizer) -> set[str]:
     Raises:
         TypeError: where they do not.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"Population: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
     generator = torch.Generator().manual_seed(0)
     per_element: set[str] = set()
 
@@ -39,7 +35,11 @@ def check_separable(optimizer: Optimizer) -> set[str]:
 
         def moved(pick: int | slice, group: dict[str, Any] = group) -> list[Tensor]:
             toys = [nn.Parameter(w[pick].clone()) for w in weights]  # noqa: B023
-            options = {**group, "fused": None} if "fused" in group else group
+            options = {
+                k: v.item() if isinstance(v, Tensor) else v
+                for k, v in plainest(group).items()
+                if k != "params"
+            }
             tried = shadow(optimizer, [{**options, "params": toys}], {})
             for step in gradients:  # noqa: B023
                 for toy, g in zip(toys, step, strict=True):

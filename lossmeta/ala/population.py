@@ -7,21 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossmeta._batches import Batch, Output, checked
 from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite
+from lossmeta._model_state import refuse_shards
 from lossmeta._optimizers import unwrapped
 from lossmeta.ala._children import Alone, Children
 from lossmeta.ala._fitness import Fitness
-from lossmeta.ala._separable import check_separable
 from lossmeta.ala.records import PopulationReport
 from lossmeta.ala.space import LEARNING_RATE, Coordinates, LossSpace
 from lossmeta.ala.spaces import LearningRate
-
-MetricLike = Any
-"""A metric of :mod:`lossmeta.metrics` or of torchmetrics, or a function ``metric(prediction, target) -> number``."""
 
 
 class Population:
@@ -103,7 +101,7 @@ class Population:
         model: nn.Module,
         optimizer: Optimizer,
         space: LossSpace,
-        metric: MetricLike,
+        metric: Any,
         valid: Batch | Iterable[Batch],
         *,
         steps: int | None = None,
@@ -124,6 +122,17 @@ class Population:
             raise TypeError(
                 f"Population: model must not be wrapped, got {type(model).__name__}; give its module, in one process"
             )
+        refuse_shards("Population", model, "the children must fit on one device")
+        if not isinstance(unwrapped(optimizer), Optimizer):
+            raise TypeError(
+                f"Population: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"Population: each of the {dist.get_world_size()} processes trains a model and values of its own; "
+                "nothing is shared among them",
+                stacklevel=2,
+            )
         if children != 1 and (children < 2 or children % 2):
             raise ValueError(f"Population: children must be even, or 1, got {children}")
         check_at_least_one("Population", "window", window)
@@ -141,7 +150,6 @@ class Population:
         if learning_rate and children > 1 and LEARNING_RATE not in self.coordinates.places:
             space = space * LearningRate()
             self.coordinates = Coordinates(space)
-        check_separable(unwrapped(optimizer))
         if children == 1 and space.shift is None:
             raise ValueError(
                 "Population: children must be 2 or more for a space without margins, such as LogitAdjustment has, got 1"

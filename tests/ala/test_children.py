@@ -298,6 +298,43 @@ def test_elementwise_optimizers_are_taken(optimizer: str) -> None:
     check_separable(OPTIMIZERS[optimizer]([{"params": [model.weight]}, {"params": [model.bias], "lr": 0.3}]))
 
 
+def test_what_a_step_of_other_weights_would_pass_by_is_refused() -> None:
+    """Hooks and replaced methods; a scheduler's is none."""
+    model = nn.Linear(6, CLASSES)
+    made = SGD(model.parameters(), 0.1)
+    torch.optim.lr_scheduler.StepLR(made, 1)
+    Children(model, made, SPACE, None, 2)
+    handle = made.register_step_pre_hook(lambda *arguments: None)
+    with pytest.raises(ValueError, match="got hooks on its step"):
+        Children(model, made, SPACE, None, 2)
+    handle.remove()
+    handle = model.weight.register_hook(lambda g: g.clamp(-1, 1))
+    with pytest.raises(ValueError, match="got hooks on its weights' gradients"):
+        Children(model, made, SPACE, None, 2)
+    handle.remove()
+    other = SGD(model.parameters(), 0.1)
+    other.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(ValueError, match="got a replaced step"):
+        Children(model, other, SPACE, None, 2)
+
+
+def test_options_of_a_gpu_are_no_reason_to_refuse() -> None:
+    """The trial's weights are on the CPU, whatever the optimizer's implementation is."""
+    for options in ({"capturable": True}, {"lr": torch.tensor(0.1), "foreach": False}, {"foreach": True}):
+        assert check_separable(Adam(nn.Linear(2, 2).parameters(), **options)) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_a_state_of_another_model_changes_nothing() -> None:
+    one, other = (nn.BatchNorm1d(6), nn.BatchNorm1d(6, track_running_stats=False))
+    states = [Children(m, SGD(m.parameters(), 0.1), SPACE, None, 2) for m in (one, other)]
+    before = {k: w.detach().clone() for k, w in states[0].weights.items()}
+    with torch.no_grad():
+        states[1].weights["weight"].fill_(7)
+    with pytest.raises(ValueError, match="the buffers of the state must be those"):
+        states[0].load_state_dict(states[1].state_dict())
+    assert all(torch.equal(w, before[k]) for k, w in states[0].weights.items())
+
+
 def test_refuses() -> None:
     model = nn.Linear(6, CLASSES)
     with pytest.raises(ValueError, match=r"parameters of the model alone, got one \[3\] that is not"):

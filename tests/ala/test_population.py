@@ -484,6 +484,13 @@ def test_the_children_draw_what_one_model_would() -> None:
 # ---- Refused.
 
 
+def test_several_processes_are_told_that_they_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="each of the 2 processes trains a model and values of its own"):
+        made()
+
+
 def endless_nothing() -> Iterator[Any]:
     return iter(())
 
@@ -522,6 +529,8 @@ def test_refuses() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             Population(wrong, SGD(model.parameters(), 0.1), Robust(), ErrorRate(), data(4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got int"):
+        Population(model, 3, Robust(), ErrorRate(), data(4))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must be a pair \(inputs, target\)"):
         made().step(torch.zeros(3))  # type: ignore[arg-type]
 
