@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_same_device, check_tensors, dtype_name, may_look, refuse
+from lossmeta._checks import check_same_device, check_tensors, dtype_name, may_look, outside, refuse
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -100,6 +100,19 @@ def refuse_weights(name: str, weight: Tensor) -> None:
 def check_ignore_index(name: str, ignore_index: int) -> None:
     if not isinstance(ignore_index, int):
         raise TypeError(f"{name}: ignore_index must be an integer, got {type(ignore_index).__name__}")
+
+
+def counted_samples(
+    name: str, labels: Tensor, classes: int, ignore_index: int, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels as int64, how much each counts, float64, and ``[]`` whether one of them or of the weights is unusable."""
+    labels = class_labels(name, labels)
+    bad = outside(name, "labels", labels, classes, ignore_index)
+    share, unusable = ((labels != ignore_index) & ~bad).double(), bad.any()
+    if weight is not None:
+        share = share * weight.double().view(-1, *[1] * (labels.dim() - 1))
+        unusable = unusable | is_no_weight(weight).any()
+    return labels, share, unusable
 
 
 def class_labels(name: str, labels: Tensor) -> Tensor:

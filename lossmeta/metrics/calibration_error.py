@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_at_least_one, may_look, outside, refuse
-from lossmeta.metrics._metric import Metric, check_batch, check_ignore_index, class_labels, is_no_weight
+from lossmeta._checks import check_at_least_one, may_look, refuse
+from lossmeta.metrics._metric import Metric, check_batch, check_ignore_index, counted_samples
 
 NAME = "CalibrationError"
 
@@ -87,21 +87,15 @@ class CalibrationError(Metric):
                 f"{NAME}: scores must be [N, C] or [N, C, d...] and labels of that shape without the classes, got "
                 f"{list(scores.shape[1:])} and {list(labels.shape)}"
             )
-        labels = class_labels(NAME, labels)
-        bad = outside(NAME, "labels", labels, scores.shape[2], self.ignore_index)
-        used = (labels != self.ignore_index) & ~bad
+        labels, share, unusable = counted_samples(NAME, labels, scores.shape[2], self.ignore_index, weight)
         outside_of_range = scores.isnan() if self.logits else ~((scores >= 0) & (scores <= 1))
         expected = "scores must not be NaN" if self.logits else "probabilities must lie in [0, 1]"
-        outside_of_range = outside_of_range & used[:, None]
+        outside_of_range = outside_of_range & (labels != self.ignore_index)[:, None]
         if may_look(scores):
             refuse(NAME, expected, scores, outside_of_range)
         p = scores.double().softmax(2) if self.logits else scores.double()
         confidence, predicted = p.max(2)
-        share = used.double()
-        unusable = outside_of_range.flatten(1).any(1) | bad.any()
-        if weight is not None:
-            share = share * weight.double().view(-1, *[1] * (labels.dim() - 1))
-            unusable = unusable | is_no_weight(weight).any()
+        unusable = outside_of_range.flatten(1).any(1) | unusable
         place = (confidence * self.bins).ceil().long().sub(1).clamp(0, self.bins - 1).flatten(1)
         share = share.expand_as(confidence).flatten(1)
         right = (predicted == labels).double().flatten(1)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_at_least_one, may_look, outside
-from lossmeta.metrics._metric import Metric, check_batch, check_ignore_index, class_labels, is_no_weight
+from lossmeta._checks import check_at_least_one, may_look
+from lossmeta.metrics._metric import Metric, check_batch, check_ignore_index, counted_samples
 
 
 class ClassCounts(Metric):
@@ -71,17 +71,14 @@ class ClassCounts(Metric):
                 f"{self.name}: scores must be [N, {self.num_classes}] or [N, {self.num_classes}, d...] and labels of "
                 f"that shape without the classes, got {list(scores.shape[1:])} and {list(labels.shape)}"
             )
-        labels = class_labels(self.name, labels)
-        bad = outside(self.name, "labels", labels, self.num_classes, self.ignore_index)
+        labels, share, unusable = counted_samples(
+            self.name, labels, self.num_classes, self.ignore_index, weight
+        )
         top = scores.max(2)  # NaN where one of them is
         unknown = top.values.isnan() & (labels != self.ignore_index)
         if may_look(scores) and unknown.any():
             raise ValueError(f"{self.name}: scores must not be NaN, which predicts no class")
-        share = ((labels != self.ignore_index) & ~bad).double()
-        unusable = unknown.flatten(1).any(1) | bad.any()
-        if weight is not None:
-            share = share * weight.double().view(-1, *[1] * (labels.dim() - 1))
-            unusable = unusable | is_no_weight(weight).any()
+        unusable = unknown.flatten(1).any(1) | unusable
         predicted = top.indices.flatten(1)
         true = labels.clamp(0, self.num_classes - 1).flatten().expand_as(predicted)
         share = share.flatten().expand_as(true)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossmeta._checks import check_at_least_one, may_look, outside
-from lossmeta.metrics._metric import Metric, check_batch, check_ignore_index, class_labels, is_no_weight
+from lossmeta._checks import check_at_least_one, may_look
+from lossmeta.metrics._metric import Metric, check_batch, check_ignore_index, counted_samples
 
 NAME = "TopKErrorRate"
 
@@ -79,9 +79,8 @@ class TopKErrorRate(Metric):
                 f"{NAME}: scores must be [N, C] or [N, C, d...] and labels of that shape without the classes, got "
                 f"{list(scores.shape[1:])} and {list(labels.shape)}"
             )
-        labels = class_labels(NAME, labels)
-        bad = outside(NAME, "labels", labels, scores.shape[2], self.ignore_index)
-        used = (labels != self.ignore_index) & ~bad
+        labels, share, unusable = counted_samples(NAME, labels, scores.shape[2], self.ignore_index, weight)
+        used = (labels >= 0) & (labels < scores.shape[2]) & (labels != self.ignore_index)
         unknown = scores.isnan().any(2) & used
         if may_look(scores) and unknown.any():
             raise ValueError(f"{NAME}: scores must not be NaN, which have no order")
@@ -90,11 +89,7 @@ class TopKErrorRate(Metric):
         )
         higher, as_high = (scores > own).sum(2), (scores == own).sum(2)
         right = ((self.k - higher).double() / as_high).clamp(0, 1)
-        share = used.double()
-        unusable = unknown.flatten(1).any(1) | bad.any()
-        if weight is not None:
-            share = share * weight.double().view(-1, *[1] * (labels.dim() - 1))
-            unusable = unusable | is_no_weight(weight).any()
+        unusable = unknown.flatten(1).any(1) | unusable
         errors = ((1 - right) * share).flatten(1).sum(1).masked_fill(unusable, torch.nan)
         return errors, share.sum()
 
