@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossmeta._batches import Batch, checked
+from lossmeta._batches import Batch
+from lossmeta.ala._validation import Validation
 from lossmeta.metrics import Metric
 
 COPIES = 4  # of the predictions, with noise
@@ -22,6 +23,7 @@ class Fitness:
     """A metric of children's predictions on the same data.
 
     Args:
+        where: who asks, for errors.
         metric: as for :class:`Population`.
         valid: a batch, or batches.
         higher_is_better: the metric's direction.
@@ -29,39 +31,40 @@ class Fitness:
     """
 
     def __init__(
-        self, metric: Any, valid: Batch | Iterable[Batch], higher_is_better: bool | None, jitter: float
+        self,
+        where: str,
+        metric: Any,
+        valid: Batch | Iterable[Batch],
+        higher_is_better: bool | None,
+        jitter: float,
     ) -> None:
-        self.each = _each(metric)
+        self.where, self.each = where, _each(where, metric)
         if higher_is_better is None:
             higher_is_better = getattr(
                 metric, "higher_is_better", True if not hasattr(metric, "update") else None
             )
         if higher_is_better is None:
             raise ValueError(
-                f"Population: higher_is_better must be given, {type(metric).__name__} does not say its direction"
+                f"{where}: higher_is_better must be given, {type(metric).__name__} does not say its direction"
             )
         self.sign = 1.0 if higher_is_better else -1.0
-        self.valid, self.jitter = valid, jitter
-        self.is_batch = isinstance(valid, (tuple, list)) and len(valid) == 2 and isinstance(valid[1], Tensor)
-        if self.is_batch:
-            checked("Population", "valid", valid)
-        elif not isinstance(valid, Iterable) or isinstance(valid, Tensor):
-            raise TypeError(
-                f"Population: valid must be a pair (inputs, target) or batches, got {type(valid).__name__}"
-            )
+        self.validation, self.jitter = Validation(where, valid), jitter
         self.noise: Tensor | None = None
 
     def of(self, predict: Callable[[Any], Tensor]) -> Tensor:
         """``[B]``; NaN where a prediction is not finite. ``predict(inputs)`` gives ``[B, N, ...]``."""
-        predictions, target = self._predicted(predict)
+        return self.of_predictions(*self.validation.predicted(predict))
+
+    def of_predictions(self, predictions: Tensor, target: Tensor) -> Tensor:
+        """The same, of predictions ``[B, N, ...]`` that are at hand."""
         return self.sign * self._smoothed(predictions, target)
 
     def slopes(self, predict: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
         """Of a single model: its fitness ``[]``, and what it would gain, ``[C]``, from a higher logit of each class."""
-        predictions, target = self._predicted(predict)
+        predictions, target = self.validation.predicted(predict)
         if predictions.dim() != 3:
             raise ValueError(
-                f"Population: with one child the prediction must be [N, C], got {list(predictions.shape[1:])}"
+                f"{self.where}: with one child the prediction must be [N, C], got {list(predictions.shape[1:])}"
             )
         shifts = (
             PROBE
@@ -72,20 +75,6 @@ class Fitness:
             self.sign * self._smoothed(predictions, target)[0].cpu(),
             (self.sign * (up - down)).cpu(),
         )
-
-    def _predicted(self, predict: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
-        batches: Iterable[Any] = [self.valid] if self.is_batch else self.valid  # type: ignore[assignment]
-        predictions, targets = [], []
-        for batch in batches:
-            inputs, target = checked("Population", "a batch of valid", batch)
-            predictions.append(predict(inputs))
-            targets.append(target)
-        if not targets:
-            raise ValueError(
-                "Population: valid must hold at least one batch each time it is gone through, got none; give a list or "
-                "a DataLoader"
-            )
-        return torch.cat(predictions, 1), torch.cat(targets)
 
     @torch.no_grad()
     def _smoothed(self, predictions: Tensor, target: Tensor) -> Tensor:
@@ -103,7 +92,7 @@ class Fitness:
     def _value(self, scores: Tensor, target: Tensor) -> Tensor:
         value = self.each(scores, target)
         if value.shape != (len(scores),):
-            raise ValueError(f"Population: metric must give one number, got {list(value.shape[1:])}")
+            raise ValueError(f"{self.where}: metric must give one number, got {list(value.shape[1:])}")
         return value.double()
 
     def _noise(self, scores: Tensor) -> Tensor:
@@ -116,7 +105,7 @@ class Fitness:
         return self.noise
 
 
-def _each(metric: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def _each(where: str, metric: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """``each(scores [B, N, ...], target) -> [B]``."""
     if isinstance(metric, Metric):
         return metric.each
@@ -125,13 +114,13 @@ def _each(metric: Any) -> Callable[[Tensor, Tensor], Tensor]:
     elif callable(metric):
         function = metric
     else:
-        raise TypeError(f"Population: metric must be a metric or a function, got {type(metric).__name__}")
+        raise TypeError(f"{where}: metric must be a metric or a function, got {type(metric).__name__}")
 
     def each(scores: Tensor, target: Tensor) -> Tensor:
         values = [function(s, target) for s in scores]
         for v in values:
             if isinstance(v, Tensor) and v.numel() != 1:
-                raise ValueError(f"Population: metric must give one number, got {list(v.shape)}")
+                raise ValueError(f"{where}: metric must give one number, got {list(v.shape)}")
         return torch.stack(
             [torch.as_tensor(v, dtype=torch.float64).reshape(()).to(scores.device) for v in values]
         )

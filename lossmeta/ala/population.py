@@ -159,7 +159,7 @@ class Population:
         self.spread, self.least_spread, self.spread_decay = spread, least_spread, spread_decay
         self.tail = 0 if steps is None else round(tail * steps)
         self.steps, self.output = steps, output
-        self.fitness = Fitness(metric, valid, higher_is_better, space.jitter)
+        self.fitness = Fitness("Population", metric, valid, higher_is_better, space.jitter)
         self.alone = Alone(model, optimizer, space, output)
         self.children = (
             None if children == 1 else Children(model, unwrapped(optimizer), space, output, children)

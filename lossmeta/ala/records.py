@@ -1,4 +1,4 @@
-"""What a step of a population says."""
+"""What a step of a population or a controller says."""
 
 from __future__ import annotations
 
@@ -18,3 +18,19 @@ class PopulationReport:
 
     loss: Tensor
     fitness: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ControllerReport:
+    """The end of a window.
+
+    Attributes:
+        metric: the means of the metrics over the window, with its weights, ``[metrics, children]``, the higher the
+            better.
+        reward: of the actions at the window's start, ``[children]``; ``None`` of the first window.
+        entropy: mean of the policy over entries, in nats; NaN where no entry moved.
+    """
+
+    metric: Tensor
+    reward: Tensor | None
+    entropy: float

@@ -30,6 +30,7 @@ class Parameter:
         low: smallest value.
         high: largest value.
         size: of a vector; ``None`` for a number.
+        policy: name of the policy of :class:`Controller` that moves it, which parameters may share; its own by default.
 
     Raises:
         ValueError: for bounds that do not hold the default, and a scale that is not positive.
@@ -41,6 +42,7 @@ class Parameter:
     low: float
     high: float
     size: int | None = None
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -113,6 +115,41 @@ class LossSpace:
     def adjusted(self, values: Values) -> Adjusted | None:
         """What the space does to the cross-entropy of logits ``[N, C]``, where that is all: it makes a step cheaper."""
         return None
+
+    def prepared(self, values: Values) -> Values:
+        """The values with what the loss would make of them for every batch, where they stay the same for many."""
+        return values
+
+    def statistics(self, prediction: Tensor, target: Tensor, values: Values) -> dict[str, Tensor]:
+        """What tells a policy how the parameters stand, from predictions on validation data.
+
+        By default two numbers of each: the derivative of the loss in it, and the loss.
+
+        Returns:
+            By name ``[size, S]`` (``[1, S]`` of a number). What is not finite keeps its entry from moving.
+        """
+        return self._slopes(prediction, target, values, [p.name for p in self.parameters])
+
+    def _slopes(
+        self, prediction: Tensor, target: Tensor, values: Values, names: list[str]
+    ) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            leaves = {name: values[name].detach().requires_grad_() for name in names}
+            loss = self(prediction.detach(), target, {**values, **leaves})
+            if not loss.requires_grad:
+                slopes: tuple[Tensor | None, ...] = (None,) * len(names)
+            else:
+                slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        loss = loss.detach()
+        return {
+            name: torch.stack(
+                torch.broadcast_tensors(
+                    (torch.zeros_like(leaf) if slope is None else slope).reshape(-1), loss.to(leaf.dtype)
+                ),
+                1,
+            )
+            for (name, leaf), slope in zip(leaves.items(), slopes, strict=True)
+        }
 
     def __call__(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
         """The whole loss under these values."""
@@ -187,6 +224,19 @@ class Product(LossSpace):
             found = None if found is None or own is None else found.joined(own)
         return found
 
+    def prepared(self, values: Values) -> Values:
+        for space in self.spaces:
+            values = space.prepared(values)
+        return values
+
+    def statistics(self, prediction: Tensor, target: Tensor, values: Values) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = {}
+        for space in self.spaces:
+            if type(space).statistics is not LossSpace.statistics:
+                own |= space.statistics(prediction, target, values)
+        left = [p.name for p in self.parameters if p.name not in own]
+        return {**own, **self._slopes(prediction, target, values, left)} if left else own
+
     def penalty(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor | None:
         found = [s.penalty(prediction, target, values) for s in self.spaces]
         return sum((p for p in found if p is not None), start=prediction.new_zeros(()))
@@ -195,13 +245,14 @@ class Product(LossSpace):
 class Coordinates:
     """The parameters of a space as one vector ``u`` [..., U], in units of their scales from their defaults."""
 
-    def __init__(self, space: LossSpace) -> None:
+    def __init__(self, space: LossSpace, where: str = "Population") -> None:
+        self.where = where
         if not isinstance(space, LossSpace):
-            raise TypeError(f"Population: space must be a LossSpace, got {type(space).__name__}")
+            raise TypeError(f"{where}: space must be a LossSpace, got {type(space).__name__}")
         self.parameters = tuple(space.parameters)
         if not self.parameters:
             raise ValueError(
-                f"Population: space must have at least one parameter, {type(space).__name__} has none"
+                f"{where}: space must have at least one parameter, {type(space).__name__} has none"
             )
         self.places: dict[str, slice] = {}
         end = 0
@@ -233,19 +284,21 @@ class Coordinates:
         for name, value in values.items():
             if name not in self.places:
                 known = ", ".join(self.places)
-                raise ValueError(f"Population: the space must have a parameter {name!r}, its own are {known}")
+                raise ValueError(
+                    f"{self.where}: the space must have a parameter {name!r}, its own are {known}"
+                )
             place = self.places[name]
             given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
             if given.dim() and given.shape != self.default[place].shape:  # a number is for all of a vector
                 raise ValueError(
-                    f"Population: {name} must be {list(self.default[place].shape)}, got {list(given.shape)}"
+                    f"{self.where}: {name} must be {list(self.default[place].shape)}, got {list(given.shape)}"
                 )
             found = (given - self.default[place]) / self.scale[place]
             # As far as rounding may have moved what was read from the bounds.
             if not bool(((found >= self.low[place] - 1e-6) & (found <= self.high[place] + 1e-6)).all()):
                 parameter = next(p for p in self.parameters if p.name == name)
                 raise ValueError(
-                    f"Population: {name} must lie in [{parameter.low}, {parameter.high}], got {value!r}"
+                    f"{self.where}: {name} must lie in [{parameter.low}, {parameter.high}], got {value!r}"
                 )
             u[place] = found
         return self.clip(u)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lossmeta._checks import check_at_least_one, check_fraction, check_tensors
 from lossmeta.ala._adjusted import IGNORED, Adjusted, generalised
 from lossmeta.ala.space import LEARNING_RATE, LossSpace, Parameter, Values
-from lossmeta.ops import parametric_cross_entropy
+from lossmeta.losses import DistanceMixtureLoss, FocalWeightedLoss
+from lossmeta.ops import class_confusion, parametric_cross_entropy
 
 
 class Robust(LossSpace):
@@ -181,8 +182,10 @@ class ClassCorrelation(LossSpace):
         self.num_classes, self.activation = num_classes, activation
         self.rows, self.columns = torch.triu_indices(num_classes, num_classes, 1, device="cpu")
         self.parameters = (
-            Parameter("diagonal", default=1.0, scale=0.1, low=floor, high=2.0, size=num_classes),
-            Parameter("pairs", default=0.0, scale=0.1, low=-1.0, high=1.0, size=len(self.rows)),
+            Parameter(
+                "diagonal", 1.0, scale=0.1, low=floor, high=2.0, size=num_classes, policy="class pairs"
+            ),
+            Parameter("pairs", 0.0, scale=0.1, low=-1.0, high=1.0, size=len(self.rows), policy="class pairs"),
         )
 
     def matrix(self, diagonal: Tensor, pairs: Tensor) -> Tensor:
@@ -191,10 +194,24 @@ class ClassCorrelation(LossSpace):
         upper = pairs.new_zeros(self.num_classes, self.num_classes).index_put((rows, columns), pairs)
         return upper + upper.T + torch.diag_embed(diagonal)
 
+    def prepared(self, values: Values) -> Values:
+        return {**values, "phi": self.matrix(values["diagonal"], values["pairs"])}
+
     def loss(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
-        return parametric_cross_entropy(
-            prediction, target, self.matrix(values["diagonal"], values["pairs"]), activation=self.activation
-        )
+        phi = values["phi"] if "phi" in values else self.matrix(values["diagonal"], values["pairs"])
+        return parametric_cross_entropy(prediction, target, phi, activation=self.activation)
+
+    def statistics(self, prediction: Tensor, target: Tensor, values: Values) -> dict[str, Tensor]:
+        """The confusions ``[C_ij, C_ji]`` of each pair of classes (ALA, Eq. 7)."""
+        logits = prediction.movedim(1, -1).reshape(-1, self.num_classes)
+        sums, counts = class_confusion(logits, target.reshape(-1), ignore_index=IGNORED)
+        confusion = (sums / counts[:, None]).to(prediction.device, torch.float32)
+        rows, columns = self.rows.to(confusion.device), self.columns.to(confusion.device)
+        own = confusion.diagonal()
+        return {
+            "diagonal": torch.stack([own, own], 1),
+            "pairs": torch.stack([confusion[rows, columns], confusion[columns, rows]], 1),
+        }
 
 
 class ContrastiveShape(LossSpace):
@@ -297,3 +314,42 @@ class ModuleSpace(LossSpace):
         tensors = {name: values[name].view(shape) for name, shape in self.shapes.items()}
         result: Any = torch.func.functional_call(self.module, tensors, (prediction, target))
         return result  # type: ignore[no-any-return]
+
+
+class DistanceMixture(ModuleSpace):
+    r"""The paper's ten weights of functions of a distance (ALA, Eq. 9), in [0, 1].
+
+    The prediction is embeddings ``[M, D]``, the target a class per sample ``[M]``; see
+    :class:`lossmeta.losses.DistanceMixtureLoss`, whose mean functions are the derivatives in the weights and so the
+    statistics.
+
+    Args:
+        options: of that loss.
+
+    Example:
+        >>> space = lossmeta.ala.DistanceMixture()
+        >>> space.parameters[0].defaults
+        (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(DistanceMixtureLoss(**options), {"phi": (0.0, 1.0)})
+
+
+class FocalWeighting(ModuleSpace):
+    r"""The paper's two temperatures of a soft hardest-pair loss (ALA, Eq. 10), in [0.1, 10] and 1 by default.
+
+    The prediction is embeddings ``[M, D]``, the target a class per sample ``[M]``; see
+    :class:`lossmeta.losses.FocalWeightedLoss`.
+
+    Args:
+        options: of that loss.
+
+    Example:
+        >>> space = lossmeta.ala.FocalWeighting(offset=0.5)
+        >>> space.parameters[0].defaults
+        (1.0, 1.0)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(FocalWeightedLoss(**options), {"phi": (0.1, 10.0)}, scale=0.1 / 9.9)

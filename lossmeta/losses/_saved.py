@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lossmeta._checks import FLOATS, dtype_name
-from lossmeta._files import replace_file
+from lossmeta._safetensors import read, write
 
 FORMAT = 1  # one more wherever what is there would be read as something else
 HEADER = "lossmeta"
@@ -56,15 +55,12 @@ class SavedLoss(nn.Module):
             >>> lossmeta.losses.FocalWeightedLoss.load("loss.safetensors").offset
             0.5
         """
-        from safetensors.torch import save
-
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _tensors(self).items()}
+        tensors = _tensors(self)
         description = _described(self, (*self.DEFINING, *self.APPLIED))
         like = _blank(type(self), json.loads(description)["options"], tensors)
         where = f"{type(self).__name__}.save: the loss"
         _check_tensors(where, like, tensors, "give them the shapes that its options ask for")
-        data = save(tensors, {HEADER: description})
-        replace_file(Path(path), lambda temporary: temporary.write_bytes(data))
+        write(path, tensors, HEADER, description)
 
     @classmethod
     def load(cls: type[Loss], path: str | os.PathLike[str]) -> Loss:
@@ -81,20 +77,9 @@ class SavedLoss(nn.Module):
                 damaged one.
             OSError: where there is no such file.
         """
-        from safetensors import SafetensorError, safe_open
-
         where = f"{cls.__name__}.load: {os.fspath(path)}"
-        with open(path, "rb"):  # its errors name the file
-            pass
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                options = _options(where, cls, (file.metadata() or {}).get(HEADER))
-                # Copied: the file may change behind a map of it.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{where} must be a file that save wrote, got one that cannot be read ({error}); save it again"
-            ) from error
+        description, tensors = read(where, path, HEADER, FORMAT)
+        options = _options(where, cls, description)
         try:
             loss = _blank(cls, options, tensors)
         except (TypeError, ValueError) as error:
@@ -190,17 +175,13 @@ def _blank(kind: type[Loss], options: dict[str, Any], tensors: dict[str, Tensor]
     return kind(**options, **weight, device="meta")
 
 
-def _options(where: str, kind: type[SavedLoss], header: str | None) -> dict[str, Any]:
+def _options(where: str, kind: type[SavedLoss], description: dict[str, Any]) -> dict[str, Any]:
     try:
-        description = json.loads(header or "")
-        version, newer = description["format"], description["format"] > FORMAT
-        name, options = ("", {}) if newer else (description["loss"], dict(description["options"]))
+        name, options = description["loss"], dict(description["options"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} must be a file that save wrote, got one without its header; save it again"
         ) from error
-    if newer:
-        raise ValueError(f"{where} must have format {FORMAT}, got {version}; update lossmeta")
     if name != _name(kind):
         raise ValueError(f"{where} must hold a {_name(kind)}, got a {name}; use {name}.load")
     unknown = sorted(options.keys() - {*kind.DEFINING, *kind.APPLIED})
