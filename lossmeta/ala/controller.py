@@ -403,11 +403,10 @@ class Controller:
         entropy, entries = 0.0, 0
         for name, members in self.groups.items():
             states, known = self.states[child][name].observe(statistics[name], places[name], progress)
-            with torch.no_grad():
-                logits = policy.of(name)(states)
-                uniform = torch.rand(len(states), generator=self.generator, device="cpu", dtype=torch.float32)
-                actions = choose(logits, uniform).where(known, 0)
-                entropy += float(torch.distributions.Categorical(logits=logits).entropy().sum())
+            uniform = torch.rand(len(states), generator=self.generator, device="cpu", dtype=torch.float32)
+            actions, spread = choose(policy.of(name), states, uniform)
+            actions = actions.where(known, 0)
+            entropy += spread
             entries += len(states)
             start = 0
             for p in members:
@@ -417,7 +416,7 @@ class Controller:
                 start += count
             whole = bool(known.all())
             seen[name] = states if whole else states[known]
-            done[name] = (actions if whole else actions[known]).to(torch.int8)
+            done[name] = actions if whole else actions[known]
         loss._set(u)
         return Experience(seen, done), entropy / entries
 

@@ -16,6 +16,7 @@ from lossmeta._safetensors import read, write
 FORMAT = 1  # one more wherever what is there would be read as something else
 HEADER = "lossmeta policy"
 ACTIONS = 3  # down, stay, up
+AT_ONCE = 4096  # entries, whose hidden layers stay in the cache
 PARTS = ("history", "change", "values", "progress")
 
 
@@ -136,9 +137,17 @@ def _network(inputs: int, hidden: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(inputs, ACTIONS))
 
 
-def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Actions -1, 0 and 1, ``[E]``, drawn from softmax(logits ``[E, 3]``) by uniform numbers ``[E]``."""
-    return (uniform[:, None] > logits.softmax(1).cumsum(1)[:, :2]).sum(1) - 1
+@torch.no_grad()
+def choose(network: nn.Module, states: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
+    """Actions -1, 0 and 1, ``[E]``, int8, drawn for states ``[E, sees]`` by uniform numbers ``[E]``; their entropies' sum."""
+    actions, entropy = [], 0.0
+    for rows, draws in zip(states.split(AT_ONCE), uniform.split(AT_ONCE), strict=True):
+        log_p = torch.log_softmax(network(rows), 1)
+        p = log_p.exp()
+        entropy -= float((p * log_p).sum())
+        down, stay = p[:, 0], p[:, 1]
+        actions.append((draws > down).to(torch.int8) + (draws > down + stay).to(torch.int8) - 1)
+    return torch.cat(actions), entropy
 
 
 def log_probability(logits: Tensor, actions: Tensor) -> Tensor:
