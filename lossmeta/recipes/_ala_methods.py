@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from lossmeta.ala import LearningRate, LossSpace, Population
 from lossmeta.ala.space import LEARNING_RATE, Coordinates
 from lossmeta.experiments import Method, Task, Trial, Tuned
 from lossmeta.metrics import Metric
-from lossmeta.recipes._ala_tasks import CLASSES, SEARCH, SELECTION, Drawn, batches, new_model
+from lossmeta.recipes._ala_tasks import BATCH, CLASSES, SEARCH, SELECTION, Drawn, batches, new_model
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 TUNING_SEEDS = tuple(range(10_000, 10_003))
@@ -38,6 +39,7 @@ class Fit:
 
     trial: Trial
     rate: float
+    batch: ClassVar[int] = BATCH
 
     def __post_init__(self) -> None:
         self.drawn: Drawn = self.trial.data
@@ -49,7 +51,7 @@ class Fit:
         part = self.drawn.train
         if with_validation:
             part = tuple(torch.cat(both) for both in zip(part, self.drawn.valid, strict=True))  # type: ignore[assignment]
-        for i, (x, y) in enumerate(batches(part, self.trial.seed, self.steps)):
+        for i, (x, y) in enumerate(batches(part, self.trial.seed, self.steps, self.batch)):
             self.trial.progress(i / self.steps)
             yield i, x, y
 
