@@ -58,4 +58,6 @@ def resnet32(classes: int = 10) -> nn.Module:
     for width, stride in ((16, 1), (32, 2), (64, 2)):
         blocks += [Block(channels, width, stride), *(Block(width, width, 1) for _ in range(4))]
         channels = width
-    return initialized(nn.Sequential(conv_norm_relu(3, 16), *blocks, *global_average(), nn.Linear(64, classes)))
+    return initialized(
+        nn.Sequential(conv_norm_relu(3, 16), *blocks, *global_average(), nn.Linear(64, classes))
+    )

@@ -49,6 +49,7 @@ class Setting:
         rates: learning rates to choose from, of cross-entropy.
         bounded_rates: the same for losses whose slope the sigmoid of Eq. 6 makes smaller.
         step_sizes: of Phi to choose from, in units of 0.1.
+        least_eases: of L-Softmax to choose from.
         weight_decay: of SGD with momentum 0.9.
         augment: random horizontal flips and crops.
         window: K.
@@ -66,6 +67,7 @@ class Setting:
     rates: tuple[float, ...]
     bounded_rates: tuple[float, ...]
     step_sizes: tuple[float, ...]
+    least_eases: tuple[float, ...]
     weight_decay: float
     augment: bool
     window: int
@@ -81,9 +83,10 @@ SMALL = Setting(
     test=2000,
     batch=64,
     steps=1000,
-    rates=(0.01, 0.03, 0.1, 0.3),
-    bounded_rates=(0.03, 0.1, 0.3, 1.0),
+    rates=(0.003, 0.01, 0.03, 0.1),
+    bounded_rates=(0.01, 0.03, 0.1, 0.3),
     step_sizes=(1.0, 0.2),
+    least_eases=(0.0, 5.0),
     weight_decay=0.0,
     augment=False,
     window=10,
@@ -102,6 +105,7 @@ PAPER = Setting(
     rates=(0.1,),
     bounded_rates=(0.1,),
     step_sizes=(1.0,),
+    least_eases=(0.0,),
     weight_decay=1e-4,
     augment=True,
     window=200,

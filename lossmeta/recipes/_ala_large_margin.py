@@ -35,9 +35,13 @@ def large_margin_logits(features: Tensor, weight: Tensor, labels: Tensor, ease: 
     return logits.scatter(1, labels[:, None], target[:, None])
 
 
-def ease(share: float) -> float:
-    r"""Of the training done: :math:`\lambda = 1000 (1 + 0.6 s)^{-45}`, 1 after a quarter and 0 in effect at the end.
+def ease(share: float, least: float = 0.0) -> float:
+    r"""By the share s of the training done: :math:`\lambda = 1000 (1 + 0.6 s)^{-45}`, 1 after a quarter, then towards 0.
 
     The authors' course for CIFAR-10 (``base`` 1000, ``gamma`` 2e-5, ``power`` 45 over 30,000 steps).
+
+    Args:
+        share: s.
+        least: below which it does not fall; the authors have such a floor for training that does not converge.
     """
-    return float(FIRST * (1 + GROWTH * share) ** -POWER)
+    return max(least, FIRST * (1 + GROWTH * share) ** -POWER)

@@ -109,8 +109,15 @@ class SelfPaced(Rule):
         return _ala_self_paced.chosen(losses, _ala_self_paced.threshold(self.first, share))
 
 
+@dataclass
 class LargeMargin(Rule):
-    """L-Softmax in the last layer, which has no bias then."""
+    """L-Softmax in the last layer, which has no bias then.
+
+    Attributes:
+        least_ease: of the margin.
+    """
+
+    least_ease: float = 0.0
 
     def __post_init__(self) -> None:
         *before, last = self.fit.model.children()
@@ -118,7 +125,7 @@ class LargeMargin(Rule):
         last.bias.requires_grad_(False)  # zero, as it was made
 
     def loss(self, step: int, x: Tensor, y: Tensor) -> Tensor:
-        ease = _ala_large_margin.ease(step / self.fit.steps)
+        ease = _ala_large_margin.ease(step / self.fit.steps, self.least_ease)
         logits = _ala_large_margin.large_margin_logits(self.body(x), self.last.weight, y, ease)
         return F.cross_entropy(logits, y)
 
@@ -178,8 +185,10 @@ class LikenessMatrix(Matrix):
 
 @dataclass
 class Bandit(Matrix):
-    """Attributes:
-    step_size: of a decision, in units of 0.1.
+    """Raises Phi of pairs that are confused, and lowers it for the others.
+
+    Attributes:
+        step_size: of a decision, in units of 0.1.
     """
 
     step_size: float = 1.0
@@ -403,7 +412,9 @@ def population_based_training(label: str, rate: float, networks: int) -> Method:
     return Method(label, train, {"kind": "PBT", "rate": rate, "networks": networks})
 
 
-def population(label: str, rate: float, *, children: int = 8, learning_rate: bool = True, shuffled: bool = False) -> Method:
+def population(
+    label: str, rate: float, *, children: int = 8, learning_rate: bool = True, shuffled: bool = False
+) -> Method:
     """Ours, which adapts q of the generalised cross-entropy and label smoothing."""
 
     def train(trial: Trial) -> dict[str, float]:
@@ -429,4 +440,3 @@ def population(label: str, rate: float, *, children: int = 8, learning_rate: boo
 
     settings = {"rate": rate, "children": children, "learning rate": learning_rate, "shuffled": shuffled}
     return Method(label, train, {"kind": "Population", **settings})
-

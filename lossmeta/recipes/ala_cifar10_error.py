@@ -14,7 +14,7 @@ PLAIN = "cross-entropy"
 SINGLE, MULTI = "ALA, single network", "ALA, several networks"
 LEGEND = """\
 All rows train the same network on the same batches. Settings of each row are chosen by the validation part of other \
-seeds: the learning rate, for the bandit and the controller also the step of Phi. Validation rows choose settings and \
+seeds: the learning rate, for the bandit and the controller also the step of Phi, for L-Softmax the floor of its lambda. Validation rows choose settings and \
 the best of several networks, and are what controller, bandit and populations see; one row trains on them too. Several \
 networks: each with other first weights, the best one on the validation part is reported, in four rows that may be \
 compared with each other. Random reward: the same controller, whose reward is drawn by chance. Random matrix: the \
@@ -52,7 +52,12 @@ def rows(setting: Setting) -> list[Method | Tuned]:
             lambda best: by_rule("", methods.CrossEntropy, best.settings["rate"], with_validation=True),
         ),
         tuned("self-paced learning", setting, rule(methods.SelfPaced), plain),
-        tuned("L-Softmax, m = 2", setting, rule(methods.LargeMargin), plain),
+        tuned(
+            "L-Softmax, m = 2",
+            setting,
+            rule(methods.LargeMargin),
+            plain | {"least_ease": setting.least_eases},
+        ),
         tuned("Phi = identity (Eq. 6)", setting, rule(methods.Matrix), bounded),
         tuned("random matrix Phi", setting, rule(methods.RandomMatrix), bounded),
         tuned("Phi = confusions", setting, rule(methods.ConfusionMatrix), bounded),
@@ -75,7 +80,9 @@ def rows(setting: Setting) -> list[Method | Tuned]:
             lambda best: methods.population_based_training("", best.settings["rate"], children),
         ),
         tuned(MULTI, setting, single, moving, several(Adaptive(children))),
-        tuned(f"{MULTI}, random reward", setting, chance, moving, several(Adaptive(children, reward="chance"))),
+        tuned(
+            f"{MULTI}, random reward", setting, chance, moving, several(Adaptive(children, reward="chance"))
+        ),
         tuned(
             "our Population: Robust * Smoothing",
             setting,
