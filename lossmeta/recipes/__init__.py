@@ -20,6 +20,8 @@ MODULES = (
     "adalfl_table7",
     "ala",
     "ala_cifar10_error",
+    "ala_cifar10_aucpr",
+    "ala_ablations",
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def pairwise_auc_roc(scores: Tensor, labels: Tensor) -> Tensor:
-    r"""Hinge of all pairs of a positive and a negative sample, an upper bound of one minus the area under the ROC curve.
+    r"""Hinge of all pairs of a positive and a negative sample, which bounds one minus the area under the ROC curve.
 
     .. math:: \frac{1}{|P| |N|} \sum_{i \in P} \sum_{j \in N} \max(0, 1 - (s_i - s_j))
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def confusing_pairs(confusion: Tensor) -> Tensor:
-    r"""+1 for pairs of classes that are confused more than the mean pair, -1 for the others, ``[C, C]``, 0 on the diagonal.
+    r"""+1 for pairs of classes that are confused more than the mean pair, -1 for the others, ``[C, C]``.
 
     With the confusions of Eq. 7, which are mean negative logarithms of probabilities, a pair is confused by
-    :math:`e^{-C_{ij}} + e^{-C_{ji}}`: the supplement's rule (section B) raises :math:`\Phi` for pairs that are confused and
-    lowers it for others, but does not say where the line is.
+    :math:`e^{-C_{ij}} + e^{-C_{ji}}`. The supplement (section B) raises :math:`\Phi` for pairs that are confused and
+    lowers it for others, and does not say where the line is. The diagonal is 0.
     """
     likeness = (-confusion).exp()
     likeness = likeness + likeness.T

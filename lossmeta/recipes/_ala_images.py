@@ -15,6 +15,7 @@ from torch.optim import SGD
 from lossmeta import data, models
 from lossmeta._batches import Batch
 from lossmeta._model_state import evaluating
+from lossmeta.ala import LossSpace, Robust, Smoothing
 from lossmeta.experiments import Diverged, Measure, Task
 from lossmeta.metrics import Metric
 from lossmeta.models._layers import conv, initialized
@@ -215,6 +216,13 @@ class ImageFit(Fit):
         )
         self.drops = [round(share * self.steps) for share in DROPS]
 
+    def space(self) -> LossSpace:
+        """What of the loss a population adapts."""
+        return Robust() * Smoothing()
+
+    def validation(self) -> list[Batch]:
+        return split(self.drawn.valid)
+
     def new_metric(self) -> Metric:
         metric = self.drawn.problem.new_metric()
         return metric if self.one_against_rest else OfProbabilities(metric)
@@ -245,3 +253,8 @@ class ImageFit(Fit):
     def measures(self, biases: Tensor | float = 0.0) -> dict[str, float]:
         wrong = self.predicted(self.drawn.train).argmax(1) != self.drawn.train[1]
         return {**super().measures(biases), TRAINING.name: wrong.double().mean().item()}
+
+
+def best_of(fits: list[ImageFit]) -> ImageFit:
+    """By the validation part."""
+    return max(fits, key=lambda fit: fit.selection())

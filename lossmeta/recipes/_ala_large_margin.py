@@ -36,7 +36,7 @@ def large_margin_logits(features: Tensor, weight: Tensor, labels: Tensor, ease: 
 
 
 def ease(share: float, least: float = 0.0) -> float:
-    r"""By the share s of the training done: :math:`\lambda = 1000 (1 + 0.6 s)^{-45}`, 1 after a quarter, then towards 0.
+    r"""By the share s of the training done: :math:`\lambda = 1000 (1 + 0.6 s)^{-45}`, 1 after a quarter of it.
 
     The authors' course for CIFAR-10 (``base`` 1000, ``gamma`` 2e-5, ``power`` 45 over 30,000 steps).
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,16 @@ class Fit:
             self.trial.progress(i / self.steps)
             yield i, x, y
 
+    def space(self) -> LossSpace:
+        """What of the loss a population adapts."""
+        return self.drawn.space()
+
+    def validation(self) -> Any:
+        return self.drawn.valid
+
+    def new_metric(self) -> Metric:
+        return self.drawn.problem.new_metric()
+
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -62,8 +72,7 @@ class Fit:
 
     @torch.no_grad()
     def of(self, part: tuple[Tensor, Tensor], biases: Tensor | float = 0.0) -> float:
-        metric = self.drawn.problem.new_metric()
-        return metric.each(self.model(part[0])[None] + biases, part[1]).item()
+        return self.new_metric().each(self.model(part[0])[None] + biases, part[1]).item()
 
     def selection(self, biases: Tensor | float = 0.0) -> float:
         """The higher the better."""
@@ -201,21 +210,27 @@ class Shuffled(Metric):
 
 
 def population(
-    label: str, rate: float, *, shuffled: bool = False, learning_rate: bool = True, children: int = 8
+    label: str,
+    rate: float,
+    *,
+    shuffled: bool = False,
+    learning_rate: bool = True,
+    children: int = 8,
+    new_fit: Callable[[Trial, float], Fit] | None = None,
 ) -> Method:
-    """ALA's population with its defaults."""
+    """ALA's population with its defaults; ``new_fit`` where it trains something else."""
 
     def train(trial: Trial) -> dict[str, float]:
-        fit = Fit(trial, rate)
-        metric = fit.drawn.problem.new_metric()
+        fit = (new_fit or Fit)(trial, rate)
+        metric = fit.new_metric()
         if shuffled:
             metric = Shuffled(metric, trial.random_seed(SEARCH) + 1)
         controller = Population(
             fit.model,
             fit.optimizer,
-            fit.drawn.space(),
+            fit.space(),
             metric,
-            fit.drawn.valid,
+            fit.validation(),
             steps=max(fit.steps, WINDOW),
             window=WINDOW,
             children=children,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossmeta.ala import LossSpace, SpaceLoss
+from lossmeta.ala import ClassCorrelation, LossSpace, SpaceLoss
 from lossmeta.ala.space import Coordinates
-from lossmeta.recipes._ala_images import ImageFit
+from lossmeta.experiments import Method, Trial
+from lossmeta.recipes._ala_images import ImageFit, best_of
+from lossmeta.recipes._ala_tasks import CLASSES, SEARCH
 
 WORST = 0.25  # share of the members that are replaced, by as many of the best
 FACTORS = (0.8, 1.2)  # of the learning rate
@@ -35,10 +37,10 @@ class Member:
 
 
 def exploit_and_explore(members: list[Member], scores: list[float], generator: torch.Generator) -> list[int]:
-    r"""The worst members take the best ones' weights, optimizer state, loss and rate, and change loss and rate by chance.
+    r"""The worst members take the best ones' weights, optimizer state, loss and rate, and change loss and rate.
 
-    The learning rate is multiplied by 0.8 or 1.2; each entry of :math:`\Phi`, which is 0 at first off the diagonal, moves
-    by -0.1, 0 or 0.1 (Jaderberg et al., "Population Based Training of Neural Networks", 2017: truncation selection and
+    By chance the learning rate is multiplied by 0.8 or 1.2, and each entry of :math:`\Phi` moves by -0.1, 0 or 0.1
+    (Jaderberg et al., "Population Based Training of Neural Networks", 2017: truncation selection and
     perturbation).
 
     Returns:
@@ -57,3 +59,26 @@ def exploit_and_explore(members: list[Member], scores: list[float], generator: t
         change = torch.randint(-1, 2, winner.place.shape, generator=generator)
         loser.place = Coordinates(loser.space).clip(winner.place + change)
     return replaced
+
+
+def population_based_training(label: str, rate: float, networks: int) -> Method:
+    """The best network on the validation part is reported."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
+        space = ClassCorrelation(CLASSES)
+        start = torch.zeros(Coordinates(space).size, dtype=torch.float64)
+        fits = [ImageFit(trial, rate, child) for child in range(networks)]
+        members = [Member(fit, space, start) for fit in fits]
+        losses = [member.loss() for member in members]
+        for i, x, y in fits[0].batches():
+            for fit, loss in zip(fits, losses, strict=True):
+                if fit is not fits[0]:
+                    fit.schedule(i)
+                fit.step(loss(fit.model(x), y))
+            if (i + 1) % fits[0].setting.window == 0 and i + 1 < fits[0].steps:
+                for replaced in exploit_and_explore(members, [fit.selection() for fit in fits], generator):
+                    losses[replaced] = members[replaced].loss()
+        return best_of(fits).measures()
+
+    return Method(label, train, {"kind": "PBT", "rate": rate, "networks": networks})

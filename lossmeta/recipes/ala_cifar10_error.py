@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from lossmeta.experiments import Method, Tuned
-from lossmeta.recipes import _ala_paper_methods as methods
-from lossmeta.recipes._ala_images import Setting
-from lossmeta.recipes._ala_paper_methods import Adaptive, by_rule, tuned
+from lossmeta.recipes import _ala_rules as rules
+from lossmeta.recipes._ala_controlled import Adaptive
+from lossmeta.recipes._ala_images import ImageFit, Setting
+from lossmeta.recipes._ala_methods import population
+from lossmeta.recipes._ala_pbt import population_based_training
+from lossmeta.recipes._ala_rules import by_rule
 from lossmeta.recipes._ala_tables import PaperTable
 from lossmeta.recipes._ala_tasks import CLEAN
+from lossmeta.recipes._ala_tuning import Make, Then, tuned
 from lossmeta.recipes.papers import ala as paper
 
 PLAIN = "cross-entropy"
 SINGLE, MULTI = "ALA, single network", "ALA, several networks"
 LEGEND = """\
 All rows train the same network on the same batches. Settings of each row are chosen by the validation part of other \
-seeds: the learning rate, for the bandit and the controller also the step of Phi, for L-Softmax the floor of its lambda. Validation rows choose settings and \
-the best of several networks, and are what controller, bandit and populations see; one row trains on them too. Several \
-networks: each with other first weights, the best one on the validation part is reported, in four rows that may be \
-compared with each other. Random reward: the same controller, whose reward is drawn by chance. Random matrix: the \
-identity with noise of 0.1, drawn anew after every window. Confusions: Eq. 7 as they stand, or the probabilities that \
-they stand for. The last row is this library's own population, which adapts the generalised cross-entropy's q, label \
-smoothing and the learning rate. Paper: ResNet-32 on 32 x 32 images and 40,000 rows, where rows without a controller \
-train on 50,000."""
+seeds: the learning rate, for the bandit and the controller also the step of Phi, for L-Softmax the floor of its \
+lambda. Validation rows choose settings and the best of several networks, and are what controller, bandit and \
+populations see; one row trains on them too. Several networks: each with other first weights, the best one on the \
+validation part is reported, in four rows that may be compared with each other. Random reward: the same controller, \
+whose reward is drawn by chance. Random matrix: the identity with noise of 0.1, drawn anew after every window. \
+Confusions: Eq. 7 as they stand, or the probabilities that they stand for. The last row is this library's own \
+population, which adapts the generalised cross-entropy's q, label smoothing and the learning rate. Paper: ResNet-32 \
+on 32 x 32 images and 40,000 rows, where rows without a controller train on 50,000."""
 
 
-def rows(setting: Setting) -> list[Method | Tuned]:
+def rows_of(setting: Setting) -> list[Method | Tuned]:
     plain, bounded = {"rate": setting.rates}, {"rate": setting.bounded_rates}
     moving = bounded | {"step_size": setting.step_sizes}
     children = setting.children
 
-    def rule(kind: type[methods.Rule]) -> methods.Make:
+    def rule(kind: type[rules.Rule]) -> Make:
         return lambda label, **given: by_rule(label, kind, **given)
 
     def single(label: str, **given: float) -> Method:
@@ -38,10 +42,10 @@ def rows(setting: Setting) -> list[Method | Tuned]:
     def chance(label: str, **given: float) -> Method:
         return Adaptive(reward="chance").method(label, **given)
 
-    def several(adaptive: Adaptive) -> methods.Then:
+    def several(adaptive: Adaptive) -> Then:
         return lambda best: adaptive.method("", best.settings["rate"], best.settings["step_size"])
 
-    entropy = rule(methods.CrossEntropy)
+    entropy = rule(rules.CrossEntropy)
     return [
         tuned(PLAIN, setting, entropy, plain),
         tuned(
@@ -49,20 +53,20 @@ def rows(setting: Setting) -> list[Method | Tuned]:
             setting,
             entropy,
             plain,
-            lambda best: by_rule("", methods.CrossEntropy, best.settings["rate"], with_validation=True),
+            lambda best: by_rule("", rules.CrossEntropy, best.settings["rate"], with_validation=True),
         ),
-        tuned("self-paced learning", setting, rule(methods.SelfPaced), plain),
+        tuned("self-paced learning", setting, rule(rules.SelfPaced), plain),
         tuned(
             "L-Softmax, m = 2",
             setting,
-            rule(methods.LargeMargin),
+            rule(rules.LargeMargin),
             plain | {"least_ease": setting.least_eases},
         ),
-        tuned("Phi = identity (Eq. 6)", setting, rule(methods.Matrix), bounded),
-        tuned("random matrix Phi", setting, rule(methods.RandomMatrix), bounded),
-        tuned("Phi = confusions", setting, rule(methods.ConfusionMatrix), bounded),
-        tuned("Phi = confusions, probabilities", setting, rule(methods.LikenessMatrix), bounded),
-        tuned("contextual bandit", setting, rule(methods.Bandit), moving),
+        tuned("Phi = identity (Eq. 6)", setting, rule(rules.Matrix), bounded),
+        tuned("random matrix Phi", setting, rule(rules.RandomMatrix), bounded),
+        tuned("Phi = confusions", setting, rule(rules.ConfusionMatrix), bounded),
+        tuned("Phi = confusions, probabilities", setting, rule(rules.LikenessMatrix), bounded),
+        tuned("contextual bandit", setting, rule(rules.Bandit), moving),
         tuned(SINGLE, setting, single, moving),
         tuned(f"{SINGLE}, random reward", setting, chance, moving),
         tuned(
@@ -70,14 +74,14 @@ def rows(setting: Setting) -> list[Method | Tuned]:
             setting,
             entropy,
             plain,
-            lambda best: by_rule("", methods.CrossEntropy, best.settings["rate"], networks=children),
+            lambda best: by_rule("", rules.CrossEntropy, best.settings["rate"], networks=children),
         ),
         tuned(
             "population-based training",
             setting,
-            rule(methods.Matrix),
+            rule(rules.Matrix),
             bounded,
-            lambda best: methods.population_based_training("", best.settings["rate"], children),
+            lambda best: population_based_training("", best.settings["rate"], children),
         ),
         tuned(MULTI, setting, single, moving, several(Adaptive(children))),
         tuned(
@@ -88,7 +92,7 @@ def rows(setting: Setting) -> list[Method | Tuned]:
             setting,
             entropy,
             plain,
-            lambda best: methods.population("", best.settings["rate"]),
+            lambda best: population("", best.settings["rate"], new_fit=ImageFit),
         ),
     ]
 
@@ -110,7 +114,7 @@ RECIPES = (
         "ala-cifar10-error",
         "ALA, Table 1: the classification error on CIFAR-10",
         CLEAN,
-        rows,
+        rows_of,
         (SINGLE, MULTI),
         LEGEND,
         REPORTED,
