@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,22 @@ from lossmeta.recipes._ala_methods import Fit
 from lossmeta.recipes._ala_tasks import CLASSES, CLEAN, DIGITS, SEARCH, Drawn, draw, task
 
 FIRST_RUN = 50  # the child whose network only serves to learn a policy
+
+
+class Merging(ClassCorrelation):
+    """The paper's matrix with nothing negative off the diagonal.
+
+    A negative entry rewards a probability that goes to 0, whose logarithm has no bound: it saturates the sigmoid of Eq. 6
+    and leaves the true class nothing to gain.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        diagonal, pairs = self.parameters
+        self.parameters = diagonal, replace(pairs, low=0.0)
+
+
+SPACES = {"paper": ClassCorrelation, "merging": Merging}
 
 
 class Chance(Metric):
@@ -43,6 +59,7 @@ class Adaptive:
     """Training under the controller.
 
     Attributes:
+        space: a key of ``SPACES``.
         children: networks that share the policy.
         best: whether the network that is best on the validation part is reported, or the first one.
         reward: ``"metric"``, ``"loss"``, which is the cross-entropy, or ``"chance"``.
@@ -53,6 +70,7 @@ class Adaptive:
         options: further ones of the controller.
     """
 
+    space: str = "paper"
     children: int = 1
     best: bool = True
     reward: str = "metric"
@@ -73,7 +91,8 @@ class Adaptive:
             return {**chosen.measures(), "distance from the identity": far, "ties": controller.ties}
 
         described = {k: v for k, v in vars(self).items() if k != "options"} | dict(self.options)
-        kind = "Controller, random reward" if self.reward == "chance" else "Controller"
+        kind = "Controller" + (", random reward" if self.reward == "chance" else "")
+        kind += ", Phi >= 0" if self.space == "merging" else ""
         return Method(label, train, {"kind": kind, "rate": rate, "step_size": step_size, **described})
 
     def _controller(self, fit: ImageFit, step_size: float, policy: Policy | None) -> Controller:
@@ -86,7 +105,7 @@ class Adaptive:
         if self.rewarded_on == "train":
             options["rewarded_on"] = split(fit.drawn.train)
         return Controller(
-            ClassCorrelation(CLASSES),
+            SPACES[self.space](CLASSES),
             metric,
             split(fit.drawn.valid),
             steps=fit.steps,
@@ -104,14 +123,14 @@ class Adaptive:
         """Learned once for all methods of a seed that begin with it, who get copies."""
         if self.policy is None:
             return None
-        key = self.policy, rate, step_size
+        key = self.policy, self.space, rate, step_size
         if key not in trial.scratch:
             with trial.seeded(SEARCH):
                 if self.policy == "digits":
-                    trial.scratch[key] = digits_policy(trial, step_size)
+                    trial.scratch[key] = digits_policy(trial, self.space, step_size)
                 else:
                     fit = ImageFit(trial, rate, FIRST_RUN)
-                    controller = Adaptive()._controller(fit, step_size, None)
+                    controller = Adaptive(self.space)._controller(fit, step_size, None)
                     run_controlled(controller, [fit])
                     trial.scratch[key] = controller.policy
         known: Policy = trial.scratch[key]
@@ -132,14 +151,14 @@ def run_controlled(controller: Controller, fits: list[Any]) -> None:
             controller.step([fit.model for fit in fits])
 
 
-def digits_policy(trial: Trial, step_size: float) -> Policy | None:
+def digits_policy(trial: Trial, space: str, step_size: float) -> Policy | None:
     """Of a network of one hidden layer on the digits, at a learning rate of 0.1."""
     digits = task(DIGITS, CLEAN, min(trial.task.settings["steps"], DIGITS.steps))
     drawn: Drawn = draw(DIGITS, CLEAN, trial.seed, trial.device)
     fit = Fit(Trial(digits, trial.seed, trial.device, drawn, {}, lambda share: None, trial.folder), 0.1)
     window = min(5, fit.steps)
     controller = Controller(
-        ClassCorrelation(CLASSES),
+        SPACES[space](CLASSES),
         ErrorRate(),
         drawn.valid,
         steps=fit.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -84,9 +85,9 @@ SMALL = Setting(
     test=2000,
     batch=64,
     steps=1000,
-    rates=(0.003, 0.01, 0.03, 0.1),
-    bounded_rates=(0.01, 0.03, 0.1, 0.3),
-    step_sizes=(1.0, 0.2),
+    rates=(0.003, 0.01, 0.03),
+    bounded_rates=(0.03, 0.1, 0.3),
+    step_sizes=(1.0, 0.1, 0.01),
     least_eases=(0.0, 5.0),
     weight_decay=0.0,
     augment=False,
@@ -256,5 +257,15 @@ class ImageFit(Fit):
 
 
 def best_of(fits: list[ImageFit]) -> ImageFit:
-    """By the validation part."""
-    return max(fits, key=lambda fit: fit.selection())
+    """By the validation part; those that diverged are the worst.
+
+    Raises:
+        Diverged: where all have.
+    """
+    known = []
+    for fit in fits:
+        with suppress(Diverged):
+            known.append((fit.selection(), fit))
+    if not known:
+        raise Diverged
+    return max(known, key=lambda pair: pair[0])[1]

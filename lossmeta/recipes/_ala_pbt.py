@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lossmeta.ala import ClassCorrelation, LossSpace, SpaceLoss
 from lossmeta.ala.space import Coordinates
-from lossmeta.experiments import Method, Trial
+from lossmeta.experiments import Diverged, Method, Trial
 from lossmeta.recipes._ala_images import ImageFit, best_of
 from lossmeta.recipes._ala_tasks import CLASSES, SEARCH
 
@@ -61,6 +62,13 @@ def exploit_and_explore(members: list[Member], scores: list[float], generator: t
     return replaced
 
 
+def selection_of(fit: ImageFit) -> float:
+    try:
+        return fit.selection()
+    except Diverged:
+        return -math.inf
+
+
 def population_based_training(label: str, rate: float, networks: int) -> Method:
     """The best network on the validation part is reported."""
 
@@ -77,7 +85,7 @@ def population_based_training(label: str, rate: float, networks: int) -> Method:
                     fit.schedule(i)
                 fit.step(loss(fit.model(x), y))
             if (i + 1) % fits[0].setting.window == 0 and i + 1 < fits[0].steps:
-                for replaced in exploit_and_explore(members, [fit.selection() for fit in fits], generator):
+                for replaced in exploit_and_explore(members, [selection_of(fit) for fit in fits], generator):
                     losses[replaced] = members[replaced].loss()
         return best_of(fits).measures()
 

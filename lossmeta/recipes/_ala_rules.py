@@ -111,6 +111,20 @@ class Matrix(Rule):
         return (sums / counts[:, None]).to(self.phi)
 
 
+@dataclass
+class OffDiagonal(Matrix):
+    """The identity, with one number everywhere else.
+
+    Attributes:
+        entry: that number.
+    """
+
+    entry: float = 0.0
+
+    def fixed(self) -> Tensor:
+        return super().fixed() * (1 - self.entry) + self.entry
+
+
 class RandomMatrix(Matrix):
     """The identity with noise of standard deviation 0.1 on every entry, drawn anew after every window."""
 

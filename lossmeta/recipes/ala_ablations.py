@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from lossmeta.ala.policy import PARTS
 from lossmeta.experiments import Method, Tuned
 from lossmeta.recipes._ala_controlled import Adaptive
@@ -14,24 +17,27 @@ from lossmeta.recipes.papers import ala as paper
 
 DEFAULT = "ALA, default"
 LEGEND = """\
-The default: one network, a policy of two hidden layers of 32 units, which sees 10 time steps, T = 1, rewarded by the \
-validation error. Every other row of the controller differs in what it is called by, and trains at the learning rate \
-and the step of Phi that suit the default best on other seeds; cross-entropy and the fixed identity have rates of \
-their own. Several networks share a policy: the first one of them, so that only the policy can be better, or the best \
-one on the validation part. Policy not trained: as it is drawn at first. Second run: begins with the policy that a \
-first run with another network on the same rows has learned, frozen or learning on. From digits: a frozen policy \
-learned on 8 x 8 digits. Paper: ResNet-32, 10 networks; Table S4 only has what a row adds to the default's error."""
+The default: one network, a policy of two hidden layers of 32 units, which sees 10 time steps, T = 1, rewarded by \
+the validation error. Every other row of the controller differs in what it is called by, and trains at the learning \
+rate and the step of Phi that suit the default best on other seeds; cross-entropy and the fixed identity have rates \
+of their own. Several networks share a policy: the first one of them, so that only the policy can be better, or the \
+best one on the validation part. In ala-ablations-merging Phi cannot go below 0 off the diagonal. Policy not \
+trained: as it is drawn at first. Second run: begins with the policy that a first run with another network on the \
+same rows has learned, frozen or learning on. From digits: a frozen policy learned on 8 x 8 digits. Paper: \
+ResNet-32, 10 networks; Table S4 only has what a row adds to the default's error."""
 
 
-def rows_of(setting: Setting) -> list[Method | Tuned]:
+def rows_of(space: str, setting: Setting) -> list[Method | Tuned]:
     grid = {"rate": setting.bounded_rates, "step_size": setting.step_sizes}
 
     def default(label: str, **given: float) -> Method:
-        return Adaptive().method(label, **given)
+        return Adaptive(space).method(label, **given)
 
     def row(label: str, adaptive: Adaptive) -> Method | Tuned:
         def then(best: Method) -> Method:
-            return adaptive.method("", best.settings["rate"], best.settings["step_size"])
+            return replace(adaptive, space=space).method(
+                "", best.settings["rate"], best.settings["step_size"]
+            )
 
         return tuned(label, setting, default, grid, then)
 
@@ -62,8 +68,8 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
         row("without progress", without("progress")),
         row("T = 2", Adaptive(options={"episode": 2})),
         row("T = 5", Adaptive(options={"episode": 5})),
-        row(f"{several} networks, the first", Adaptive(several, best=False)),
-        row(f"{several} networks, the best", Adaptive(several)),
+        row(f"{several} networks, the first", Adaptive(children=several, best=False)),
+        row(f"{several} networks, the best", Adaptive(children=several)),
         row("rewarded by validation loss", Adaptive(reward="loss")),
         row("rewarded by training error", Adaptive(rewarded_on="train")),
         row("rewarded by training loss", Adaptive(reward="loss", rewarded_on="train")),
@@ -87,15 +93,19 @@ REPORTED = {
     DEFAULT: paper.ABLATIONS["default"],
 }
 
-RECIPES = (
+RECIPES = tuple(
     PaperTable(
-        "ala-ablations",
-        "ALA, Tables 4, 5, S4 and Figures 3, S1: what the controller needs",
+        name,
+        f"ALA, Tables 4, 5, S4 and Figures 3, S1: what the controller needs{remark}",
         CLEAN,
-        rows_of,
+        partial(rows_of, space),
         (DEFAULT,),
         LEGEND,
         REPORTED,
         (TRAINING,),
-    ),
+    )
+    for name, space, remark in (
+        ("ala-ablations", "paper", ""),
+        ("ala-ablations-merging", "merging", ", with no negative Phi"),
+    )
 )

@@ -18,10 +18,11 @@ SINGLE, MULTI = "ALA, single network", "ALA, several networks"
 LEGEND = """\
 AUCPR: average precision of each class against the rest, and of the classes the mean. The two losses for areas under \
 curves rank by their scores, the others by probabilities. Settings of each row are chosen by the validation part of \
-other seeds: the learning rate, for the controller also the step of Phi. Validation rows choose settings and the best \
-of several networks, and are what controller and population see. Random reward: the same controller, whose reward is \
-drawn by chance. The last row is this library's own population, which adapts the generalised cross-entropy's q, label \
-smoothing and the learning rate. Paper: the model of Eban et al. (2017), 40,000 rows."""
+other seeds: the learning rate, for the controller also the step of Phi. Validation rows choose settings and the \
+best of several networks, and are what controller and population see. Random reward: the same controller, whose \
+reward is drawn by chance. Phi >= 0: the same controller, which cannot go below 0 off the diagonal. The last row is \
+this library's own population, which adapts the generalised cross-entropy's q, label smoothing and the learning \
+rate. Paper: the model of Eban et al. (2017), 40,000 rows."""
 
 
 def rows_of(setting: Setting) -> list[Method | Tuned]:
@@ -38,6 +39,9 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
     def chance(label: str, **given: float) -> Method:
         return Adaptive(reward="chance").method(label, **given)
 
+    def merging(label: str, **given: float) -> Method:
+        return Adaptive("merging").method(label, **given)
+
     entropy = rule(rules.CrossEntropy)
     return [
         tuned(PLAIN, setting, entropy, plain),
@@ -53,12 +57,15 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
         tuned("Phi = identity (Eq. 6)", setting, rule(rules.Matrix), bounded),
         tuned(SINGLE, setting, single, moving),
         tuned(f"{SINGLE}, random reward", setting, chance, moving),
+        tuned(f"{SINGLE}, Phi >= 0", setting, merging, moving),
         tuned(
             MULTI,
             setting,
             single,
             moving,
-            lambda best: Adaptive(children).method("", best.settings["rate"], best.settings["step_size"]),
+            lambda best: Adaptive(children=children).method(
+                "", best.settings["rate"], best.settings["step_size"]
+            ),
         ),
         tuned(
             "our Population: Robust * Smoothing",

@@ -18,14 +18,15 @@ PLAIN = "cross-entropy"
 SINGLE, MULTI = "ALA, single network", "ALA, several networks"
 LEGEND = """\
 All rows train the same network on the same batches. Settings of each row are chosen by the validation part of other \
-seeds: the learning rate, for the bandit and the controller also the step of Phi, for L-Softmax the floor of its \
-lambda. Validation rows choose settings and the best of several networks, and are what controller, bandit and \
-populations see; one row trains on them too. Several networks: each with other first weights, the best one on the \
-validation part is reported, in four rows that may be compared with each other. Random reward: the same controller, \
-whose reward is drawn by chance. Random matrix: the identity with noise of 0.1, drawn anew after every window. \
-Confusions: Eq. 7 as they stand, or the probabilities that they stand for. The last row is this library's own \
-population, which adapts the generalised cross-entropy's q, label smoothing and the learning rate. Paper: ResNet-32 \
-on 32 x 32 images and 40,000 rows, where rows without a controller train on 50,000."""
+seeds: the learning rate, for the bandit and the controller also the step of Phi (0.1 in the paper, 0.01 or 0.001), \
+for L-Softmax the floor of its lambda. Validation rows choose settings and the best of several networks, and are \
+what controller, bandit and populations see; one row trains on them too. Several networks: each with other first \
+weights, the best one on the validation part is reported, in four rows that may be compared with each other. Random \
+reward: the same controller, whose reward is drawn by chance. Phi >= 0: the same controller, which cannot go below 0 \
+off the diagonal. Random matrix: the identity with noise of 0.1, drawn anew after every window. Confusions: Eq. 7 as \
+they stand, or the probabilities that they stand for. The last row is this library's own population, which adapts \
+the generalised cross-entropy's q, label smoothing and the learning rate. Paper: ResNet-32 on 32 x 32 images and \
+40,000 rows, where rows without a controller train on 50,000."""
 
 
 def rows_of(setting: Setting) -> list[Method | Tuned]:
@@ -41,6 +42,9 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
 
     def chance(label: str, **given: float) -> Method:
         return Adaptive(reward="chance").method(label, **given)
+
+    def merging(label: str, **given: float) -> Method:
+        return Adaptive("merging").method(label, **given)
 
     def several(adaptive: Adaptive) -> Then:
         return lambda best: adaptive.method("", best.settings["rate"], best.settings["step_size"])
@@ -63,12 +67,23 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
             plain | {"least_ease": setting.least_eases},
         ),
         tuned("Phi = identity (Eq. 6)", setting, rule(rules.Matrix), bounded),
+        *(
+            tuned(
+                f"the same, {entry:+g} elsewhere",
+                setting,
+                rule(rules.OffDiagonal),
+                bounded | {"entry": (entry,)},
+            )
+            for entry in (-0.03, 0.03)
+        ),
         tuned("random matrix Phi", setting, rule(rules.RandomMatrix), bounded),
         tuned("Phi = confusions", setting, rule(rules.ConfusionMatrix), bounded),
         tuned("Phi = confusions, probabilities", setting, rule(rules.LikenessMatrix), bounded),
         tuned("contextual bandit", setting, rule(rules.Bandit), moving),
         tuned(SINGLE, setting, single, moving),
+        tuned(f"{SINGLE}, step 0.1", setting, single, bounded | {"step_size": (1.0,)}),
         tuned(f"{SINGLE}, random reward", setting, chance, moving),
+        tuned(f"{SINGLE}, Phi >= 0", setting, merging, moving),
         tuned(
             f"{PLAIN}, several networks",
             setting,
@@ -83,9 +98,13 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
             bounded,
             lambda best: population_based_training("", best.settings["rate"], children),
         ),
-        tuned(MULTI, setting, single, moving, several(Adaptive(children))),
+        tuned(MULTI, setting, single, moving, several(Adaptive(children=children))),
         tuned(
-            f"{MULTI}, random reward", setting, chance, moving, several(Adaptive(children, reward="chance"))
+            f"{MULTI}, random reward",
+            setting,
+            chance,
+            moving,
+            several(Adaptive(children=children, reward="chance")),
         ),
         tuned(
             "our Population: Robust * Smoothing",
