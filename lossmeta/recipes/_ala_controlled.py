@@ -24,8 +24,8 @@ FIRST_RUN = 50  # the child whose network only serves to learn a policy
 class Merging(ClassCorrelation):
     """The paper's matrix with nothing negative off the diagonal.
 
-    A negative entry rewards a probability that goes to 0, whose logarithm has no bound: it saturates the sigmoid of Eq. 6
-    and leaves the true class nothing to gain.
+    A negative entry rewards a probability that goes to 0, whose logarithm has no bound: it saturates the sigmoid of
+    Eq. 6, and the true class has nothing left to gain.
     """
 
     def __init__(self, num_classes: int) -> None:

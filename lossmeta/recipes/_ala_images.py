@@ -19,7 +19,6 @@ from lossmeta._model_state import evaluating
 from lossmeta.ala import LossSpace, Robust, Smoothing
 from lossmeta.experiments import Diverged, Measure, Task
 from lossmeta.metrics import Metric
-from lossmeta.models._layers import conv, initialized
 from lossmeta.recipes._adalfl_tasks import augmented
 from lossmeta.recipes._ala_methods import Fit
 from lossmeta.recipes._ala_tasks import CLASSES, SELECTION, WEIGHTS, Problem
@@ -31,10 +30,9 @@ CHILD = 100  # streams of random numbers of two children lie this far apart
 TRAINING = Measure("training error", higher_is_better=False, percent=True, digits=2)
 
 
-def strided_cnn() -> nn.Module:
-    """Two convolutions of 16 and 32 channels with stride 2, for images of 16×16; 10,218 parameters."""
-    layers = conv(3, 16, stride=2, bias=True), nn.ReLU(), conv(16, 32, stride=2, bias=True), nn.ReLU()
-    return initialized(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, CLASSES)))
+def small_mlp() -> nn.Module:
+    """One hidden layer of 128 units, for images of 8×8; 25,994 parameters."""
+    return models.mlp(192, CLASSES, width=128, layers=1)
 
 
 @dataclass(frozen=True)
@@ -79,22 +77,22 @@ class Setting:
 
 
 SMALL = Setting(
-    model=strided_cnn,
-    shrink=2,
+    model=small_mlp,
+    shrink=4,
     rows=(4000, 1000),
     test=2000,
     batch=64,
-    steps=1000,
+    steps=2000,
     rates=(0.003, 0.01, 0.03),
     bounded_rates=(0.03, 0.1, 0.3),
     step_sizes=(1.0, 0.1, 0.01),
     least_eases=(0.0, 5.0),
     weight_decay=0.0,
     augment=False,
-    window=10,
+    window=20,
     evaluations=2,
     children=4,
-    tuning_seeds=2,
+    tuning_seeds=3,
 )
 # 300 epochs of 40,000 rows.
 PAPER = Setting(
@@ -173,7 +171,7 @@ def task(problem: Problem, setting: Setting, steps: int | None, *more: Measure) 
     def prepare(seed: int, device: torch.device) -> Images:
         return draw(problem, setting, seed, device)
 
-    name = "CIFAR-10 + ResNet-32" if setting.shrink == 1 else "CIFAR-10, 16 x 16 + small CNN"
+    name = "CIFAR-10 + ResNet-32" if setting.shrink == 1 else "CIFAR-10, 8 x 8 + MLP"
     return Task(name, prepare, (problem.measure, *more, SELECTION), settings)
 
 
