@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD
 
-from lossmeta.ala import LearningRate, LossSpace, Population
+from lossmeta.ala import Controller, LearningRate, LossSpace, Population
 from lossmeta.ala.space import LEARNING_RATE, Coordinates
 from lossmeta.experiments import Method, Task, Trial, Tuned
 from lossmeta.metrics import Metric
@@ -198,6 +198,29 @@ class Shuffled(Metric):
         return values[torch.randperm(len(values), generator=self.generator).to(values.device)]
 
 
+def _population(fit: Fit, **options: object) -> Population:
+    """Trained on the training part."""
+    metric = fit.drawn.problem.new_metric()
+    if options.pop("shuffled", False):
+        metric = Shuffled(metric, fit.trial.random_seed(SEARCH) + 1)
+    found = Population(
+        fit.model,
+        fit.optimizer,
+        fit.drawn.space(),
+        metric,
+        fit.drawn.valid,
+        steps=max(fit.steps, WINDOW),
+        window=WINDOW,
+        seed=fit.trial.random_seed(SEARCH),
+        **options,  # type: ignore[arg-type]
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Population: all children had the same fitness")
+        for _, x, y in fit.batches():
+            found.step((x, y))
+    return found
+
+
 def population(
     label: str, rate: float, *, shuffled: bool = False, learning_rate: bool = True, children: int = 8
 ) -> Method:
@@ -205,30 +228,50 @@ def population(
 
     def train(trial: Trial) -> dict[str, float]:
         fit = Fit(trial, rate)
-        metric = fit.drawn.problem.new_metric()
-        if shuffled:
-            metric = Shuffled(metric, trial.random_seed(SEARCH) + 1)
-        controller = Population(
-            fit.model,
-            fit.optimizer,
-            fit.drawn.space(),
-            metric,
-            fit.drawn.valid,
-            steps=max(fit.steps, WINDOW),
-            window=WINDOW,
-            children=children,
-            learning_rate=learning_rate,
-            seed=trial.random_seed(SEARCH),
-        )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Population: all children had the same fitness")
-            for _, x, y in fit.batches():
-                controller.step((x, y))
+        controller = _population(fit, shuffled=shuffled, children=children, learning_rate=learning_rate)
         found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
         return {**fit.measures(), **found}
 
     settings = {"rate": rate, "shuffled": shuffled, "learning rate": learning_rate, "children": children}
     return Method(label, train, {**settings, "window": WINDOW})
+
+
+def refitted(label: str, rate: float) -> Method:
+    """A network trained from its start on training and validation rows, under the schedule that a population found."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        schedule = _population(Fit(trial, rate)).schedule()
+        fit = Fit(trial, rate)
+        for _, x, y in fit.batches(with_validation=True):
+            fit.optimizer.zero_grad()
+            schedule(fit.model(x), y).backward()  # type: ignore[no-untyped-call]
+            schedule.step(fit.optimizer)
+        return fit.measures()
+
+    return Method(label, train, {"rate": rate, "window": WINDOW})
+
+
+def controller(label: str, rate: float) -> Method:
+    """The paper's controller of the same loss, with windows as long as the population's."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        fit = Fit(trial, rate)
+        found = Controller(
+            fit.drawn.space(),
+            fit.drawn.problem.new_metric(),
+            fit.drawn.valid,
+            steps=fit.steps,
+            window=WINDOW,
+            seed=trial.random_seed(SEARCH),
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Controller: the metric has not changed")
+            for _, x, y in fit.batches():
+                fit.step(found(fit.model(x), y))
+                found.step(fit.model)
+        return {**fit.measures(), **{name: v.item() for name, v in found.values.items() if not v.dim()}}
+
+    return Method(label, train, {"rate": rate, "window": WINDOW})
 
 
 def at_the_tuned_rate(make: Callable[[float], Method]) -> Tuned:
