@@ -8,7 +8,7 @@ Xavier-uniform (Glorot & Bengio, 2010), biases zero. Convolutions that BatchNorm
 
 from lossmeta.models.allcnn import allcnn_c
 from lossmeta.models.mlp import logistic, mlp
-from lossmeta.models.resnet import resnet18
+from lossmeta.models.resnet import resnet18, resnet32
 from lossmeta.models.small import lenet5, small_cnn
 from lossmeta.models.squeezenet import squeezenet
 from lossmeta.models.vgg import vgg16
@@ -20,6 +20,7 @@ __all__ = [
     "logistic",
     "mlp",
     "resnet18",
+    "resnet32",
     "small_cnn",
     "squeezenet",
     "vgg16",

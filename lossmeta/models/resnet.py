@@ -1,4 +1,4 @@
-"""ResNet-18."""
+"""ResNet-18 and ResNet-32."""
 
 from __future__ import annotations
 
@@ -41,3 +41,23 @@ def resnet18(classes: int = 10) -> nn.Module:
         channels = width
     head = global_average(), nn.Linear(512, classes)
     return initialized(nn.Sequential(conv_norm_relu(3, 64), *blocks, *head))
+
+
+def resnet32(classes: int = 10) -> nn.Module:
+    """ResNet-32 (He et al., 2016) for small images: three stages of five blocks, 16, 32 and 64 channels wide.
+
+    Where the width changes the shortcut is a 1×1 convolution, while He et al. pad it with zeros on these images. Takes
+    ``[N, 3, 32, 32]``; 466,906 parameters for 10 classes.
+
+    Example:
+        >>> resnet32(10)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    blocks = []
+    channels = 16
+    for width, stride in ((16, 1), (32, 2), (64, 2)):
+        blocks += [Block(channels, width, stride), *(Block(width, width, 1) for _ in range(4))]
+        channels = width
+    return initialized(
+        nn.Sequential(conv_norm_relu(3, 16), *blocks, *global_average(), nn.Linear(64, classes))
+    )

@@ -19,6 +19,9 @@ MODULES = (
     "adalfl_table6",
     "adalfl_table7",
     "ala",
+    "ala_cifar10_error",
+    "ala_cifar10_aucpr",
+    "ala_ablations",
 )
 
 

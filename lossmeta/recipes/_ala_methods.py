@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from lossmeta.ala import Controller, LearningRate, LossSpace, Population
 from lossmeta.ala.space import LEARNING_RATE, Coordinates
 from lossmeta.experiments import Method, Task, Trial, Tuned
 from lossmeta.metrics import Metric
-from lossmeta.recipes._ala_tasks import CLASSES, SEARCH, SELECTION, Drawn, batches, new_model
+from lossmeta.recipes._ala_tasks import BATCH, CLASSES, SEARCH, SELECTION, Drawn, batches, new_model
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 TUNING_SEEDS = tuple(range(10_000, 10_003))
@@ -38,6 +39,7 @@ class Fit:
 
     trial: Trial
     rate: float
+    batch: ClassVar[int] = BATCH
 
     def __post_init__(self) -> None:
         self.drawn: Drawn = self.trial.data
@@ -49,9 +51,19 @@ class Fit:
         part = self.drawn.train
         if with_validation:
             part = tuple(torch.cat(both) for both in zip(part, self.drawn.valid, strict=True))  # type: ignore[assignment]
-        for i, (x, y) in enumerate(batches(part, self.trial.seed, self.steps)):
+        for i, (x, y) in enumerate(batches(part, self.trial.seed, self.steps, self.batch)):
             self.trial.progress(i / self.steps)
             yield i, x, y
+
+    def space(self) -> LossSpace:
+        """What of the loss a population adapts."""
+        return self.drawn.space()
+
+    def validation(self) -> Any:
+        return self.drawn.valid
+
+    def new_metric(self) -> Metric:
+        return self.drawn.problem.new_metric()
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -60,8 +72,7 @@ class Fit:
 
     @torch.no_grad()
     def of(self, part: tuple[Tensor, Tensor], biases: Tensor | float = 0.0) -> float:
-        metric = self.drawn.problem.new_metric()
-        return metric.each(self.model(part[0])[None] + biases, part[1]).item()
+        return self.new_metric().each(self.model(part[0])[None] + biases, part[1]).item()
 
     def selection(self, biases: Tensor | float = 0.0) -> float:
         """The higher the better."""
@@ -200,15 +211,15 @@ class Shuffled(Metric):
 
 def _population(fit: Fit, **options: object) -> Population:
     """Trained on the training part."""
-    metric = fit.drawn.problem.new_metric()
+    metric = fit.new_metric()
     if options.pop("shuffled", False):
         metric = Shuffled(metric, fit.trial.random_seed(SEARCH) + 1)
     found = Population(
         fit.model,
         fit.optimizer,
-        fit.drawn.space(),
+        fit.space(),
         metric,
-        fit.drawn.valid,
+        fit.validation(),
         steps=max(fit.steps, WINDOW),
         window=WINDOW,
         seed=fit.trial.random_seed(SEARCH),
@@ -222,12 +233,18 @@ def _population(fit: Fit, **options: object) -> Population:
 
 
 def population(
-    label: str, rate: float, *, shuffled: bool = False, learning_rate: bool = True, children: int = 8
+    label: str,
+    rate: float,
+    *,
+    shuffled: bool = False,
+    learning_rate: bool = True,
+    children: int = 8,
+    new_fit: Callable[[Trial, float], Fit] | None = None,
 ) -> Method:
-    """ALA's population with its defaults."""
+    """ALA's population with its defaults; ``new_fit`` where it trains something else."""
 
     def train(trial: Trial) -> dict[str, float]:
-        fit = Fit(trial, rate)
+        fit = (new_fit or Fit)(trial, rate)
         controller = _population(fit, shuffled=shuffled, children=children, learning_rate=learning_rate)
         found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
         return {**fit.measures(), **found}
@@ -257,9 +274,9 @@ def controller(label: str, rate: float) -> Method:
     def train(trial: Trial) -> dict[str, float]:
         fit = Fit(trial, rate)
         found = Controller(
-            fit.drawn.space(),
-            fit.drawn.problem.new_metric(),
-            fit.drawn.valid,
+            fit.space(),
+            fit.new_metric(),
+            fit.validation(),
             steps=fit.steps,
             window=WINDOW,
             seed=trial.random_seed(SEARCH),

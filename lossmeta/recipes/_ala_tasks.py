@@ -17,7 +17,7 @@ from lossmeta._batches import Batch
 from lossmeta.ala import LogitAdjustment, LossSpace, Robust
 from lossmeta.experiments import Measure, Task
 from lossmeta.experiments.trial import STREAM, seeded
-from lossmeta.metrics import BalancedErrorRate, ErrorRate, Metric, WorstClassRecall
+from lossmeta.metrics import AveragePrecision, BalancedErrorRate, ErrorRate, Metric, WorstClassRecall
 
 CLASSES, HIDDEN, BATCH = 10, 64, 64
 # What chooses among rates, stops and fixed losses: the same metric on the validation part.
@@ -59,6 +59,7 @@ METRICS: dict[str, Any] = {
     "error": ErrorRate,
     "worst-class recall": lambda: WorstClassRecall(CLASSES),
     "balanced error": lambda: BalancedErrorRate(CLASSES),
+    "AUCPR": AveragePrecision,
 }
 
 
@@ -70,6 +71,8 @@ IMBALANCE = Problem(
     "rare classes, 20 : 1", "worst-class recall", _measure("worst-class recall", True), ratio=20
 )
 NOISE = Problem("40 % wrong labels", "error", _measure("error", False), noise=0.4)
+CLEAN = Problem("right labels", "error", _measure("error", False))
+AUCPR = Problem("right labels, AUCPR", "AUCPR", _measure("AUCPR", True))
 BOTH = Problem(
     "20 : 1 and 30 % wrong labels", "balanced error", _measure("balanced error", False), ratio=20, noise=0.3
 )
@@ -95,7 +98,11 @@ class Source:
 
 
 DIGITS = Source(
-    "digits", {IMBALANCE.name: 100, NOISE.name: 100, BOTH.name: 100}, valid=20, test=50, steps=500
+    "digits",
+    dict.fromkeys((IMBALANCE.name, NOISE.name, BOTH.name, CLEAN.name), 100),
+    valid=20,
+    test=50,
+    steps=500,
 )
 MNIST = Source("mnist", {IMBALANCE.name: 400, NOISE.name: 150, BOTH.name: 400}, valid=30, test=200, steps=800)
 
@@ -193,10 +200,10 @@ def new_model(seed: int, drawn: Drawn) -> nn.Module:
         return nn.Sequential(layers[0], nn.ReLU(), layers[1]).to(inputs.device)
 
 
-def batches(part: Batch, seed: int, steps: int) -> Iterator[Batch]:
+def batches(part: Batch, seed: int, steps: int, size: int = BATCH) -> Iterator[Batch]:
     """Rows drawn with replacement."""
     inputs, labels = part
     generator = torch.Generator().manual_seed(seed + STREAM * ORDER)
     for _ in range(steps):
-        rows = torch.randint(len(labels), (BATCH,), generator=generator).to(labels.device)
+        rows = torch.randint(len(labels), (size,), generator=generator).to(labels.device)
         yield inputs[rows], labels[rows]

@@ -48,6 +48,7 @@ CASES: dict[str, Case] = {
     "vgg16": (lambda: models.vgg16(10), IMAGE, 10, VGG + 5_130),
     "allcnn_c": (lambda: models.allcnn_c(10), IMAGE, 10, ALLCNN),
     "resnet18": (lambda: models.resnet18(10), IMAGE, 10, 11_173_962),
+    "resnet32": (lambda: models.resnet32(10), IMAGE, 10, 464_154 + 512 + 64 + 2_048 + 128),
     "squeezenet": (
         lambda: models.squeezenet(10),
         IMAGE,

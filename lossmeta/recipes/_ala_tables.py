@@ -1,0 +1,56 @@
+"""The tables of the ALA paper on CIFAR-10: which rows, and what the paper has beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lossmeta import experiments
+from lossmeta.experiments import Measure, Method, Tuned
+from lossmeta.recipes._ala_images import SETTINGS, Setting, task
+from lossmeta.recipes._ala_tasks import Problem
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A recipe: one table of the paper.
+
+    Attributes:
+        name: for ``lossmeta run``.
+        about: one line for ``lossmeta list``.
+        problem: by what models are judged.
+        rows: of a size, by their labels.
+        reference: labels of the rows that the others are compared with.
+        legend: below the table.
+        reported: the paper's figures by the rows' labels; they are those of the paper's size and model.
+        measures: further ones.
+    """
+
+    name: str
+    about: str
+    problem: Problem
+    rows: Callable[[Setting], list[Method | Tuned]]
+    reference: tuple[str, ...]
+    legend: str
+    reported: Mapping[str, str]
+    measures: tuple[Measure, ...] = ()
+
+    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
+        setting = SETTINGS[size]
+        table = task(self.problem, setting, steps, *self.measures)
+        return experiments.run(
+            self.name,
+            [table],
+            self.rows(setting),
+            seeds=seeds,
+            device=device,
+            folder=output,
+            settings={"size": size, "steps": steps, "device": device},
+            reference=self.reference,
+            about=self.about,
+            legend=self.legend,
+            reported={"paper": {table.name: dict(self.reported)}},
+            # The small model is small: a second thread would cost more than it does.
+            threads=1 if size == "small" else None,
+        )
