@@ -131,10 +131,11 @@ def stopped(label: str) -> Method:
     return Method(label, train, {"rates": RATES, "every": EVERY})
 
 
-def fixed_grid(label: str, rate: float, *, rates: bool = False) -> Method:
+def fixed_grid(label: str, rate: float, *, rates: bool = False, refitted: bool = False) -> Method:
     """The best on this trial's validation part of 24 losses of the space's tau and q that stay as they are.
 
-    With ``rates``, each at a learning rate of its own, from a tenth of ``rate`` to ten times that.
+    With ``rates``, each at a learning rate of its own, from a tenth of ``rate`` to ten times that. With ``refitted``
+    the best is trained once more, on the validation part too.
     """
 
     def train(trial: Trial) -> dict[str, float]:
@@ -144,27 +145,42 @@ def fixed_grid(label: str, rate: float, *, rates: bool = False) -> Method:
         generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
         draws = {name: torch.rand(GRID, generator=generator) for name in ("tau", "q", "rate")}
         best: dict[str, float] | None = None
+        chosen: tuple[float, dict[str, Tensor]] = rate, {}
+
+        def fixed(own: float, given: dict[str, Tensor], with_validation: bool = False) -> dict[str, float]:
+            return _under(Fit(trial, own), space, coordinates, lambda _: given, with_validation)
+
         for i in range(GRID):
             given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
             given = {name: v for name, v in given.items() if name in coordinates.places}
             own = rate * 100 ** (float(draws["rate"][i]) - 0.5) if rates else rate
-            found = _under(Fit(trial, own), space, coordinates, lambda _, given=given: given)  # type: ignore[misc]
+            found = fixed(own, given)
             if best is None or found[SELECTION.name] > best[SELECTION.name]:
                 best = {**found, "rate": own, **{name: float(v) for name, v in given.items()}}
+                chosen = own, given
         assert best is not None
-        return best
+        return {**best, **fixed(*chosen, with_validation=True)} if refitted else best
 
-    settings = {"rate": rate, "losses": GRID, **({"rates": "a tenth to ten times"} if rates else {})}
+    settings = {
+        "rate": rate,
+        "losses": GRID,
+        **({"rates": "a tenth to ten times"} if rates else {}),
+        **({"refitted": True} if refitted else {}),
+    }
     return Method(label, train, settings)
 
 
 def _under(
-    fit: Fit, space: LossSpace, coordinates: Coordinates, given: Callable[[int], dict[str, Tensor]]
+    fit: Fit,
+    space: LossSpace,
+    coordinates: Coordinates,
+    given: Callable[[int], dict[str, Tensor]],
+    with_validation: bool = False,
 ) -> dict[str, float]:
     """Training under the values of each window, the others at their defaults."""
     values: dict[str, Tensor] = {}
     u = torch.zeros(coordinates.size, dtype=torch.float64)
-    for i, x, y in fit.batches():
+    for i, x, y in fit.batches(with_validation):
         if i % WINDOW == 0:
             u = coordinates.moved(u, given(i))
             values = {k: v.to(x.device, torch.float32) for k, v in coordinates.values(u).items()}

@@ -30,6 +30,11 @@ ROWS = (
     methods.at_the_tuned_rate(
         lambda rate: methods.fixed_grid("the best of 24 fixed losses and rates", rate, rates=True)
     ),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.fixed_grid(
+            "that one, trained on the validation rows too", rate, rates=True, refitted=True
+        )
+    ),
     methods.at_the_tuned_rate(lambda rate: methods.controller("controller, the paper's policy", rate)),
     methods.at_the_tuned_rate(lambda rate: methods.population("population, 4 children", rate, children=4)),
     methods.at_the_tuned_rate(
