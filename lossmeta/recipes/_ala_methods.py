@@ -148,7 +148,7 @@ def fixed_grid(label: str, rate: float, *, rates: bool = False, refitted: bool =
         chosen: tuple[float, dict[str, Tensor]] = rate, {}
 
         def fixed(own: float, given: dict[str, Tensor], with_validation: bool = False) -> dict[str, float]:
-            return _under(Fit(trial, own), space, coordinates, lambda _: given, with_validation)
+            return under(Fit(trial, own), space, coordinates, lambda _: given, with_validation)
 
         for i in range(GRID):
             given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
@@ -170,7 +170,7 @@ def fixed_grid(label: str, rate: float, *, rates: bool = False, refitted: bool =
     return Method(label, train, settings)
 
 
-def _under(
+def under(
     fit: Fit,
     space: LossSpace,
     coordinates: Coordinates,
@@ -192,12 +192,14 @@ def _under(
     return fit.measures()
 
 
-def random_actions(label: str, rate: float) -> Method:
+def random_actions(
+    label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] | None = None
+) -> Method:
     """Every parameter goes half a scale up, down or nowhere after each window, by chance."""
 
     def train(trial: Trial) -> dict[str, float]:
-        drawn: Drawn = trial.data
-        space = drawn.space() * LearningRate()
+        fit = (new_fit or Fit)(trial, rate)
+        space = fit.space() * LearningRate()
         coordinates = Coordinates(space)
         generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
         u = torch.zeros(coordinates.size, dtype=torch.float64)
@@ -208,7 +210,7 @@ def random_actions(label: str, rate: float) -> Method:
                 u = coordinates.clip(u + 0.5 * torch.randint(-1, 2, u.shape, generator=generator))
             return coordinates.values(u)
 
-        return _under(Fit(trial, rate), space, coordinates, given)
+        return under(fit, space, coordinates, given)
 
     return Method(label, train, {"rate": rate, "window": WINDOW})
 
@@ -269,12 +271,12 @@ def population(
     return Method(label, train, {**settings, "window": WINDOW})
 
 
-def refitted(label: str, rate: float) -> Method:
+def refitted(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] | None = None) -> Method:
     """A network trained from its start on training and validation rows, under the schedule that a population found."""
 
     def train(trial: Trial) -> dict[str, float]:
-        schedule = _population(Fit(trial, rate)).schedule()
-        fit = Fit(trial, rate)
+        schedule = _population((new_fit or Fit)(trial, rate)).schedule()
+        fit = (new_fit or Fit)(trial, rate)
         for _, x, y in fit.batches(with_validation=True):
             fit.optimizer.zero_grad()
             schedule(fit.model(x), y).backward()  # type: ignore[no-untyped-call]
@@ -284,11 +286,11 @@ def refitted(label: str, rate: float) -> Method:
     return Method(label, train, {"rate": rate, "window": WINDOW})
 
 
-def controller(label: str, rate: float) -> Method:
+def controller(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] | None = None) -> Method:
     """The paper's controller of the same loss, with windows as long as the population's."""
 
     def train(trial: Trial) -> dict[str, float]:
-        fit = Fit(trial, rate)
+        fit = (new_fit or Fit)(trial, rate)
         found = Controller(
             fit.space(),
             fit.new_metric(),
