@@ -4,6 +4,7 @@ from lossmeta.ala.controller import Controller
 from lossmeta.ala.policy import Policy
 from lossmeta.ala.population import Population
 from lossmeta.ala.records import ControllerReport, PopulationReport
+from lossmeta.ala.schedule import Schedule
 from lossmeta.ala.space import LossSpace, Parameter
 from lossmeta.ala.space_loss import SpaceLoss
 from lossmeta.ala.spaces import (
@@ -34,6 +35,7 @@ __all__ = [
     "Population",
     "PopulationReport",
     "Robust",
+    "Schedule",
     "Smoothing",
     "SpaceLoss",
 ]

@@ -14,7 +14,8 @@ from lossmeta._model_state import RandomState, Watch, evaluating
 from lossmeta._optimizers import refuse_changed_steps, shadow, unwrapped
 from lossmeta.ala._places import Places
 from lossmeta.ala._separable import check_separable
-from lossmeta.ala.space import LEARNING_RATE, LossSpace
+from lossmeta.ala._step_length import before_step, scale_step
+from lossmeta.ala.space import LossSpace
 
 Values = dict[str, Tensor]
 
@@ -32,9 +33,9 @@ class Alone:
         _refuse_half(prediction)
         losses, slope = self.space.of_children(prediction.detach()[None], target, values)
         prediction.backward(slope[0])  # type: ignore[no-untyped-call]
-        before = _before(values, [p for g in self.optimizer.param_groups for p in g["params"]])
+        before = before_step(values, [p for g in self.optimizer.param_groups for p in g["params"]])
         self.optimizer.step()
-        _scale_step(before, {name: v[0] for name, v in values.items()})
+        scale_step(before, {name: v[0] for name, v in values.items()})
         self.optimizer.zero_grad()
         return losses
 
@@ -143,10 +144,10 @@ class Children:
         for w in self.weights.values():
             w.grad = None
         predictions.backward(slope)  # type: ignore[no-untyped-call]
-        before = _before(values, list(self.weights.values()))
+        before = before_step(values, list(self.weights.values()))
         self.stacked.param_groups = self._groups()
         self.stacked.step()
-        _scale_step(before, values)
+        scale_step(before, values)
         for w in self.weights.values():
             w.grad = None
         return losses.detach()
@@ -336,20 +337,3 @@ def _merged(t: Tensor, weight: Tensor, heaviest: int) -> Tensor:
     part = t.where(weight.view(-1, *[1] * (t.dim() - 1)) > 0, 0)
     dtype = torch.promote_types(t.dtype, torch.float32)
     return torch.tensordot(weight.to(dtype), part.to(dtype), 1).to(t.dtype)
-
-
-@torch.no_grad()
-def _before(values: Values, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The parameters and what they are before a step, where its length is adapted."""
-    return [(p, p.clone()) for p in parameters] if LEARNING_RATE in values else []
-
-
-@torch.no_grad()
-def _scale_step(before: list[tuple[Tensor, Tensor]], values: Values) -> None:
-    for p, start in before:
-        factor = values[LEARNING_RATE].exp().to(p.dtype)
-        p.copy_(
-            start + factor.view(-1, *[1] * (p.dim() - 1)) * (p - start)
-            if factor.dim()
-            else start + factor * (p - start)
-        )

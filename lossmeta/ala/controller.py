@@ -22,6 +22,7 @@ from lossmeta.ala._states import States
 from lossmeta.ala._validation import Validation
 from lossmeta.ala.policy import PARTS, Policy, choose
 from lossmeta.ala.records import ControllerReport
+from lossmeta.ala.schedule import Schedule
 from lossmeta.ala.space import LEARNING_RATE, Coordinates, LossSpace
 from lossmeta.ala.space_loss import SpaceLoss
 
@@ -68,6 +69,7 @@ class Controller:
         policy: to start from: a :class:`Policy`, which then learns in place, or the path of a file. ``hidden``,
             ``history`` and ``parts`` are then the policy's own.
         learn: whether the policy learns.
+        record: whether the values of each window are kept for :meth:`schedule`: 4 bytes an entry and window.
         higher_is_better: the metric's direction; asked of the metric where it is not given, for a function ``True``.
         output: what of the model's output is the prediction, see :func:`lossmeta.adalfl.meta_gradient`.
         seed: of the policy's first weights, its actions and its memory.
@@ -127,6 +129,7 @@ class Controller:
         rewarded_on: Batch | Iterable[Batch] | None = None,
         policy: Policy | str | os.PathLike[str] | None = None,
         learn: bool = True,
+        record: bool = True,
         higher_is_better: bool | None = None,
         output: Output = None,
         seed: int = 0,
@@ -188,6 +191,8 @@ class Controller:
         self.states: list[dict[str, States]] = []
         self.episodes = [Episode() for _ in range(children)]
         self.pending: list[Experience | None] = [None] * children
+        # The first step of windows, and the coordinates that hold in each.
+        self.paths: list[list[tuple[int, Tensor]]] | None = [[] for _ in range(children)] if record else None
         self.before: Tensor | None = None  # the metrics of the last window, [metrics, children]
         self.sum: Tensor | None = None  # of this one so far
         self.steps_done = self.windows = self.ties = self.skipped = 0
@@ -226,7 +231,12 @@ class Controller:
             raise ValueError(
                 f"Controller.save_policy: a window of {self.window} steps must have ended, got {self.steps_done} steps"
             )
-        policy.record = {
+        policy.record = self._record()
+        policy.save(path)
+
+    def _record(self) -> dict[str, Any]:
+        """How policy and values came about."""
+        return {
             "lossmeta": lossmeta.__version__,
             "space": [[p.name, p.count, p.low, p.high, p.scale] for p in self.coordinates.parameters],
             "metric": [type(m).__name__ if hasattr(m, "update") else _name(m) for m in self.metrics],
@@ -238,7 +248,19 @@ class Controller:
             "children": len(self.losses),
             "learned": self.learns,
         }
-        policy.save(path)
+
+    def schedule(self, child: int = 0) -> Schedule:
+        """The values of a child's loss by training step, to train under once more.
+
+        Raises:
+            ValueError: before the first window has ended, and where they were not recorded.
+        """
+        if self.paths is None:
+            raise ValueError("Controller: record must be True for a schedule, got False")
+        described = self._record()
+        return Schedule.of_path(
+            "Controller", self.space, self.paths[child], {"controller": "Controller", **described}
+        )
 
     def step(self, model: nn.Module | Sequence[nn.Module]) -> ControllerReport | None:
         """To be called after every step of the optimizer; measures the metric now and then, and moves the loss.
@@ -347,6 +369,9 @@ class Controller:
                 )
                 entropies.append(entropy)
         self._agree()
+        if self.paths is not None:
+            for path, loss in zip(self.paths, self.losses, strict=True):
+                path.append((self.steps_done + 1, loss._u.float()))
         self.before = found.where(finite, found if self.before is None else self.before)
         if not self.before.isfinite().all():
             self.before = None
@@ -459,6 +484,7 @@ class Controller:
             "states": [{name: s.state_dict() for name, s in states.items()} for states in self.states],
             "episodes": [[vars(e) for e in episode.steps] for episode in self.episodes],
             "pending": [None if e is None else vars(e) for e in self.pending],
+            "paths": None if self.paths is None else [list(path) for path in self.paths],
             "before": self.before,
             "sum": self.sum,
             "generator": self.generator.get_state(),
@@ -489,6 +515,7 @@ class Controller:
             loss._set(u.clone())
         self.episodes = [Episode([Experience(**e) for e in steps]) for steps in state["episodes"]]
         self.pending = [None if e is None else Experience(**e) for e in state["pending"]]
+        self.paths = None if state["paths"] is None else [list(path) for path in state["paths"]]
         self.before, self.sum = state["before"], state["sum"]
         self.generator.set_state(state["generator"])
         for name in _NUMBERS:

@@ -139,7 +139,13 @@ def _network(inputs: int, hidden: tuple[int, ...]) -> nn.Module:
 
 @torch.no_grad()
 def choose(network: nn.Module, states: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
-    """Actions -1, 0 and 1, ``[E]``, int8, drawn for states ``[E, sees]`` by uniform numbers ``[E]``; their entropies' sum."""
+    """Actions -1, 0 and 1, ``[E]``, int8, and the sum of their distributions' entropies.
+
+    Args:
+        network: of a policy.
+        states: ``[E, sees]``.
+        uniform: numbers that draw the actions, ``[E]``.
+    """
     actions, entropy = [], 0.0
     for rows, draws in zip(states.split(AT_ONCE), uniform.split(AT_ONCE), strict=True):
         log_p = torch.log_softmax(network(rows), 1)

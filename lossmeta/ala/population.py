@@ -18,6 +18,7 @@ from lossmeta._optimizers import unwrapped
 from lossmeta.ala._children import Alone, Children
 from lossmeta.ala._fitness import Fitness
 from lossmeta.ala.records import PopulationReport
+from lossmeta.ala.schedule import Schedule
 from lossmeta.ala.space import LEARNING_RATE, Coordinates, LossSpace
 from lossmeta.ala.spaces import LearningRate
 
@@ -166,7 +167,7 @@ class Population:
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.mean = torch.zeros(self.coordinates.size, dtype=torch.float64, device="cpu")
-        self.trace: list[Tensor] = []
+        self.path: list[tuple[int, Tensor]] = []  # since which step, and where the mean was
         self.steps_done = self.windows = self.ties = self.skipped = 0
         self.step_of_window = 0
         self.settled = False
@@ -201,6 +202,22 @@ class Population:
         self.mean = moved
         self._begin()
 
+    def schedule(self) -> Schedule:
+        """The values that were found, by training step: of each window those that it ended with (of one child, began).
+
+        A run of its own under them can have all data, those of the validation too.
+
+        Raises:
+            ValueError: before the first window has ended.
+        """
+        record = {
+            "controller": "Population",
+            "children": self.count,
+            "window": self.window,
+            "steps": self.steps,
+        }
+        return Schedule.of_path("Population", self.space, self.path, record)
+
     def settle(self) -> None:
         """Ends the search: from here on the model trains alone, under the mean values of the last third of windows.
 
@@ -212,9 +229,10 @@ class Population:
             alive = self.children.finite().double()
             if alive.any():
                 self.children.merge(alive / alive.sum())
-        last = self.trace[-max(1, round(len(self.trace) / 3)) :]
+        last = self.path[-max(1, round(len(self.path) / 3)) :]
         if last:
-            self.mean = torch.stack(last).mean(0)
+            self.mean = torch.stack([mean for _, mean in last]).mean(0)
+        self.path.append((self.steps_done, self.mean))
         self.settled, self.children = True, None
         self._begin()
 
@@ -328,7 +346,7 @@ class Population:
                     stacklevel=3,
                 )
         self.children.merge(weight)
-        self.trace.append(self.mean)
+        self.path.append((self.steps_done - self.window, self.mean))
         self.draws = self._drawn()
         return fitness
 
@@ -347,7 +365,7 @@ class Population:
             moved = self.mean.clone()
             moved[place] -= slope / largest
             self.mean = self.coordinates.clip(moved)
-        self.trace.append(self.mean)
+        self.path.append((self.steps_done, self.mean))
         return fitness[None]
 
     # ---- State.
@@ -361,7 +379,7 @@ class Population:
             "mean": self.mean.clone(),
             "draws": self.draws.clone(),
             "moves": dict(self._moves),
-            "trace": [m.clone() for m in self.trace],
+            "path": [(step, mean.clone()) for step, mean in self.path],
             "found": [f.clone() for f in self.found],
             "generator": self.generator.get_state(),
             **{name: getattr(self, name) for name in _NUMBERS},
@@ -388,7 +406,7 @@ class Population:
             children.load_state_dict(state["children"])
             self.children = children
         self.mean, self.draws = state["mean"].clone(), state["draws"].clone()
-        self.trace = [m.clone() for m in state["trace"]]
+        self.path = [(step, mean.clone()) for step, mean in state["path"]]
         self.generator.set_state(state["generator"])
         for name in _NUMBERS:
             setattr(self, name, state[name])

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from lossmeta.data._cifar import load_cifar
 from lossmeta.data._dataset import Dataset
+from lossmeta.data._features import load_features
 from lossmeta.data._files import MissingDataError
 from lossmeta.data._idx import load_idx
+from lossmeta.data._omniglot import load_omniglot
 from lossmeta.data._svhn import load_svhn
 from lossmeta.data._tabular import (
     load_california,
@@ -32,6 +34,9 @@ READERS: dict[str, Callable[[str, Path | str | None, bool], Dataset]] = {
     "digits": load_digits,
     "wine": load_table,
     "breast-cancer": load_table,
+    "omniglot": load_omniglot,
+    "cars196-features": load_features,
+    "flowers-features": load_features,
 }
 
 
@@ -59,13 +64,20 @@ def load(name: str, folder: Path | str | None = None, *, download: bool = True) 
     ``digits``        uint8 [1, 8, 8]   10      1797    with scikit-learn
     ``wine``          float32 [13]      3       178     with scikit-learn
     ``breast-cancer`` float32 [30]      2       569     with scikit-learn
+    ``omniglot``      uint8             1623    19 280  ``images_{background,evaluation}.zip`` in ``omniglot-py``,
+                      [1, 105, 105]                     ``omniglot`` or flat; or ``omniglot/omniglot.npz``
+    ``cars196-``      float32 [D]       196     8144    ``features/cars196half_efflite0.npz``: ``features`` [N, D] and
+    ``features``                                        ``labels`` [N] of any network
+    ``flowers-``      float32 [D]       5       4317    ``features/flowers5_efflite0.npz``, the same
+    ``features``
     ================= ================= ======= ======= ==========================================================
 
-    N is the size of ``train``. The first five have an official test split (``svhn`` 26 032, the others 10 000). Choices
-    of ours: ``communities`` leaves out the five columns that are not predictive and the 23 that have missing values;
-    its target is ViolentCrimesPerPop as published, scaled to [0, 1]; ``california`` has the features of scikit-learn's
-    ``fetch_california_housing`` and a target in dollars; ``diabetes`` is not scaled; the grey levels 0 to 16 of
-    ``digits`` are stretched to 0 to 255.
+    N is the size of ``train``. The first five have an official test split (``svhn`` 26 032, the others 10 000), and so
+    has ``omniglot`` (13 180 drawings of 659 characters that are not among the 964 of ``train``; ink is 255). Features
+    are never downloaded. Choices of ours: ``communities`` leaves out the five columns that are not predictive and the
+    23 that have missing values; its target is ViolentCrimesPerPop as published, scaled to [0, 1]; ``california`` has
+    the features of scikit-learn's ``fetch_california_housing`` and a target in dollars; ``diabetes`` is not scaled; the
+    grey levels 0 to 16 of ``digits`` are stretched to 0 to 255.
 
     Args:
         name: one of :func:`available`.

@@ -7,6 +7,7 @@ from lossmeta.metrics.class_counts import BalancedErrorRate, MacroF1, WorstClass
 from lossmeta.metrics.error_rate import ErrorRate
 from lossmeta.metrics.recall_at_k import RecallAtK, recall_at_k
 from lossmeta.metrics.top_k import TopKErrorRate
+from lossmeta.metrics.verification import VerificationAccuracy, verification_accuracy, verification_pairs
 
 __all__ = [
     "AveragePrecision",
@@ -17,6 +18,9 @@ __all__ = [
     "Metric",
     "RecallAtK",
     "TopKErrorRate",
+    "VerificationAccuracy",
     "WorstClassRecall",
     "recall_at_k",
+    "verification_accuracy",
+    "verification_pairs",
 ]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossmeta._checks import check_at_least_one, choice, may_look, refuse
-from lossmeta.metrics._metric import Metric, check_batch, check_ignore_index, class_labels
+from lossmeta._checks import check_at_least_one, choice
+from lossmeta.metrics._embeddings import DISTANCES, EmbeddingMetric
+from lossmeta.metrics._metric import check_batch, check_ignore_index, class_labels
 
-DISTANCES = {"cosine": True, "euclidean": False}  # whether only the direction counts
 BLOCK = 1 << 22  # similarities that are looked at together; fewer make the products slower
 
 
@@ -124,7 +123,7 @@ def _chance(nearer: Tensor, right: Tensor, wrong: Tensor, ks: tuple[int, ...]) -
     return torch.where(places <= 0, 0, torch.where(places > wrong, 1, 1 - missed))
 
 
-class RecallAtK(Metric):
+class RecallAtK(EmbeddingMetric):
     """Recall@k of all embeddings since the start; see :func:`recall_at_k`.
 
     Args:
@@ -140,57 +139,13 @@ class RecallAtK(Metric):
     """
 
     higher_is_better = True
-    joined: ClassVar[dict[str, str]] = {"embeddings": "cat", "labels": "cat"}
 
     def __init__(self, k: int = 1, *, distance: str = "cosine", ignore_index: int = -100) -> None:
         check_at_least_one("RecallAtK", "k", k)
         check_ignore_index("RecallAtK", ignore_index)
         choice("RecallAtK", "distance", distance, DISTANCES)
+        super().__init__()
         self.k, self.distance, self.ignore_index = k, distance, ignore_index
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets every sample."""
-        self.embeddings: list[Tensor] = []
-        self.labels: list[Tensor] = []
-
-    @torch.no_grad()
-    def update(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
-        """Adds a batch.
-
-        Args:
-            scores: the embeddings, ``[N, D]``.
-            labels: integers ``[N]``.
-            weight: must be ``None``.
-
-        Raises:
-            TypeError: for something that is not a tensor.
-            ValueError: for shapes, dtypes or devices that do not fit, weights, and embeddings that are not finite.
-        """
-        if weight is not None:
-            raise ValueError("RecallAtK: weight must be None, samples have none here")
-        check_batch("RecallAtK", scores, labels, None)
-        if scores.dim() != 2 or labels.shape != scores.shape[:1]:
-            raise ValueError(
-                f"RecallAtK: embeddings must be [N, D] and labels [N], got {list(scores.shape)} and "
-                f"{list(labels.shape)}"
-            )
-        if self.embeddings and scores.shape[1] != self.embeddings[0].shape[1]:
-            raise ValueError(
-                f"RecallAtK: embeddings must be [N, {self.embeddings[0].shape[1]}] as before, got {list(scores.shape)}"
-            )
-        labels = class_labels("RecallAtK", labels)
-        if may_look(scores):
-            refuse("RecallAtK", "embeddings must be finite", scores, ~scores.isfinite())
-        # Copies: the caller may reuse its buffers.
-        self.embeddings.append(scores.detach().clone())
-        self.labels.append(labels.detach().clone())
-
-    def compute(self) -> Tensor:
-        """The recall in [0, 1], a float64 scalar; NaN where no class has two samples."""
-        if not self.embeddings:
-            return torch.full((), torch.nan, dtype=torch.float64, device="cpu")
-        return self._of(torch.cat(self.embeddings), torch.cat(self.labels))
 
     def each(self, scores: Tensor, labels: Tensor) -> Tensor:
         return self._of(scores, labels)
@@ -200,9 +155,3 @@ class RecallAtK(Metric):
             embeddings, labels, (self.k,), distance=self.distance, ignore_index=self.ignore_index
         )
         return found[..., 0]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"embeddings": list(self.embeddings), "labels": list(self.labels)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.embeddings, self.labels = list(state["embeddings"]), list(state["labels"])

@@ -19,6 +19,7 @@ MODULES = (
     "adalfl_table6",
     "adalfl_table7",
     "ala",
+    "ala_retrieval",
     "ala_cifar10_error",
     "ala_cifar10_aucpr",
     "ala_ablations",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD
 
-from lossmeta.ala import LearningRate, LossSpace, Population
+from lossmeta.ala import Controller, LearningRate, LossSpace, Population
 from lossmeta.ala.space import LEARNING_RATE, Coordinates
 from lossmeta.experiments import Method, Task, Trial, Tuned
 from lossmeta.metrics import Metric
@@ -131,10 +131,11 @@ def stopped(label: str) -> Method:
     return Method(label, train, {"rates": RATES, "every": EVERY})
 
 
-def fixed_grid(label: str, rate: float, *, rates: bool = False) -> Method:
+def fixed_grid(label: str, rate: float, *, rates: bool = False, refitted: bool = False) -> Method:
     """The best on this trial's validation part of 24 losses of the space's tau and q that stay as they are.
 
-    With ``rates``, each at a learning rate of its own, from a tenth of ``rate`` to ten times that.
+    With ``rates``, each at a learning rate of its own, from a tenth of ``rate`` to ten times that. With ``refitted``
+    the best is trained once more, on the validation part too.
     """
 
     def train(trial: Trial) -> dict[str, float]:
@@ -144,27 +145,42 @@ def fixed_grid(label: str, rate: float, *, rates: bool = False) -> Method:
         generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
         draws = {name: torch.rand(GRID, generator=generator) for name in ("tau", "q", "rate")}
         best: dict[str, float] | None = None
+        chosen: tuple[float, dict[str, Tensor]] = rate, {}
+
+        def fixed(own: float, given: dict[str, Tensor], with_validation: bool = False) -> dict[str, float]:
+            return under(Fit(trial, own), space, coordinates, lambda _: given, with_validation)
+
         for i in range(GRID):
             given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
             given = {name: v for name, v in given.items() if name in coordinates.places}
             own = rate * 100 ** (float(draws["rate"][i]) - 0.5) if rates else rate
-            found = _under(Fit(trial, own), space, coordinates, lambda _, given=given: given)  # type: ignore[misc]
+            found = fixed(own, given)
             if best is None or found[SELECTION.name] > best[SELECTION.name]:
                 best = {**found, "rate": own, **{name: float(v) for name, v in given.items()}}
+                chosen = own, given
         assert best is not None
-        return best
+        return {**best, **fixed(*chosen, with_validation=True)} if refitted else best
 
-    settings = {"rate": rate, "losses": GRID, **({"rates": "a tenth to ten times"} if rates else {})}
+    settings = {
+        "rate": rate,
+        "losses": GRID,
+        **({"rates": "a tenth to ten times"} if rates else {}),
+        **({"refitted": True} if refitted else {}),
+    }
     return Method(label, train, settings)
 
 
-def _under(
-    fit: Fit, space: LossSpace, coordinates: Coordinates, given: Callable[[int], dict[str, Tensor]]
+def under(
+    fit: Fit,
+    space: LossSpace,
+    coordinates: Coordinates,
+    given: Callable[[int], dict[str, Tensor]],
+    with_validation: bool = False,
 ) -> dict[str, float]:
     """Training under the values of each window, the others at their defaults."""
     values: dict[str, Tensor] = {}
     u = torch.zeros(coordinates.size, dtype=torch.float64)
-    for i, x, y in fit.batches():
+    for i, x, y in fit.batches(with_validation):
         if i % WINDOW == 0:
             u = coordinates.moved(u, given(i))
             values = {k: v.to(x.device, torch.float32) for k, v in coordinates.values(u).items()}
@@ -176,12 +192,14 @@ def _under(
     return fit.measures()
 
 
-def random_actions(label: str, rate: float) -> Method:
+def random_actions(
+    label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] | None = None
+) -> Method:
     """Every parameter goes half a scale up, down or nowhere after each window, by chance."""
 
     def train(trial: Trial) -> dict[str, float]:
-        drawn: Drawn = trial.data
-        space = drawn.space() * LearningRate()
+        fit = (new_fit or Fit)(trial, rate)
+        space = fit.space() * LearningRate()
         coordinates = Coordinates(space)
         generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
         u = torch.zeros(coordinates.size, dtype=torch.float64)
@@ -192,7 +210,7 @@ def random_actions(label: str, rate: float) -> Method:
                 u = coordinates.clip(u + 0.5 * torch.randint(-1, 2, u.shape, generator=generator))
             return coordinates.values(u)
 
-        return _under(Fit(trial, rate), space, coordinates, given)
+        return under(fit, space, coordinates, given)
 
     return Method(label, train, {"rate": rate, "window": WINDOW})
 
@@ -209,6 +227,29 @@ class Shuffled(Metric):
         return values[torch.randperm(len(values), generator=self.generator).to(values.device)]
 
 
+def _population(fit: Fit, **options: object) -> Population:
+    """Trained on the training part."""
+    metric = fit.new_metric()
+    if options.pop("shuffled", False):
+        metric = Shuffled(metric, fit.trial.random_seed(SEARCH) + 1)
+    found = Population(
+        fit.model,
+        fit.optimizer,
+        fit.space(),
+        metric,
+        fit.validation(),
+        steps=max(fit.steps, WINDOW),
+        window=WINDOW,
+        seed=fit.trial.random_seed(SEARCH),
+        **options,  # type: ignore[arg-type]
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Population: all children had the same fitness")
+        for _, x, y in fit.batches():
+            found.step((x, y))
+    return found
+
+
 def population(
     label: str,
     rate: float,
@@ -222,30 +263,50 @@ def population(
 
     def train(trial: Trial) -> dict[str, float]:
         fit = (new_fit or Fit)(trial, rate)
-        metric = fit.new_metric()
-        if shuffled:
-            metric = Shuffled(metric, trial.random_seed(SEARCH) + 1)
-        controller = Population(
-            fit.model,
-            fit.optimizer,
-            fit.space(),
-            metric,
-            fit.validation(),
-            steps=max(fit.steps, WINDOW),
-            window=WINDOW,
-            children=children,
-            learning_rate=learning_rate,
-            seed=trial.random_seed(SEARCH),
-        )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Population: all children had the same fitness")
-            for _, x, y in fit.batches():
-                controller.step((x, y))
+        controller = _population(fit, shuffled=shuffled, children=children, learning_rate=learning_rate)
         found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
         return {**fit.measures(), **found}
 
     settings = {"rate": rate, "shuffled": shuffled, "learning rate": learning_rate, "children": children}
     return Method(label, train, {**settings, "window": WINDOW})
+
+
+def refitted(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] | None = None) -> Method:
+    """A network trained from its start on training and validation rows, under the schedule that a population found."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        schedule = _population((new_fit or Fit)(trial, rate)).schedule()
+        fit = (new_fit or Fit)(trial, rate)
+        for _, x, y in fit.batches(with_validation=True):
+            fit.optimizer.zero_grad()
+            schedule(fit.model(x), y).backward()  # type: ignore[no-untyped-call]
+            schedule.step(fit.optimizer)
+        return fit.measures()
+
+    return Method(label, train, {"rate": rate, "window": WINDOW})
+
+
+def controller(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] | None = None) -> Method:
+    """The paper's controller of the same loss, with windows as long as the population's."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        fit = (new_fit or Fit)(trial, rate)
+        found = Controller(
+            fit.space(),
+            fit.new_metric(),
+            fit.validation(),
+            steps=fit.steps,
+            window=WINDOW,
+            seed=trial.random_seed(SEARCH),
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Controller: the metric has not changed")
+            for _, x, y in fit.batches():
+                fit.step(found(fit.model(x), y))
+                found.step(fit.model)
+        return {**fit.measures(), **{name: v.item() for name, v in found.values.items() if not v.dim()}}
+
+    return Method(label, train, {"rate": rate, "window": WINDOW})
 
 
 def at_the_tuned_rate(make: Callable[[float], Method]) -> Tuned:

@@ -30,11 +30,20 @@ ROWS = (
     methods.at_the_tuned_rate(
         lambda rate: methods.fixed_grid("the best of 24 fixed losses and rates", rate, rates=True)
     ),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.fixed_grid(
+            "that one, trained on the validation rows too", rate, rates=True, refitted=True
+        )
+    ),
+    methods.at_the_tuned_rate(lambda rate: methods.controller("controller, the paper's policy", rate)),
     methods.at_the_tuned_rate(lambda rate: methods.population("population, 4 children", rate, children=4)),
     methods.at_the_tuned_rate(
         lambda rate: methods.population("population, learning rate fixed", rate, learning_rate=False)
     ),
     methods.at_the_tuned_rate(lambda rate: methods.population(POPULATION, rate)),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.refitted("its schedule, on the validation rows too", rate)
+    ),
 )
 LEGEND = """\
 All rows train the same network on the same batches, at the learning rate that suits cross-entropy best on other seeds,
@@ -42,7 +51,9 @@ but for the second, which has the best rate and stop of its own seed. Validation
 balanced; they choose rates, stops, biases and the best fixed loss, and are what the population adapts to. The test part
 decides nothing. Fixed losses: tau (rare classes) and q (wrong labels) drawn evenly from their ranges; with rates, each
 at one from a tenth of the first row's to ten times that. Shuffled metric: the population with its children's fitness
-dealt out by chance. Differences are to the population of 8, paired by seed."""
+dealt out by chance. Controller: the paper's policy of the same loss, with windows of 20 steps. Its schedule: the values
+that the population of 8 found, by training step, in a second training, from the same weights, on training and
+validation rows. Differences are to the population of 8, paired by seed."""
 
 
 @dataclass(frozen=True)

@@ -105,13 +105,15 @@ def test_only_idx_files_may_be_gzipped(tmp_path: Path) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"load: name must be one of mnist, .*breast-cancer, got 'imagenet'"):
+    with pytest.raises(ValueError, match=r"load: name must be one of mnist, .*features, got 'imagenet'"):
         load("imagenet")
 
 
 def test_available() -> None:
     names = {"mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "communities", "california", "diabetes"}
-    assert set(available()) == names | {"digits", "wine", "breast-cancer"}
+    assert set(available()) == names | {
+        *("digits", "wine", "breast-cancer", "omniglot", "cars196-features", "flowers-features")
+    }
 
 
 # ---- Downloads, from a network that is a dictionary.
