@@ -166,6 +166,8 @@ def task(problem: Problem, setting: Setting, steps: int | None, *more: Measure) 
         "steps": steps or setting.steps,
         "weight decay": setting.weight_decay,
         "augment": setting.augment,
+        "window": setting.window,
+        "evaluations": setting.evaluations,
     }
 
     def prepare(seed: int, device: torch.device) -> Images:

@@ -32,7 +32,8 @@ from lossmeta.recipes._ala_images import (
     best_of,
     draw,
 )
-from lossmeta.recipes._ala_pbt import Member, exploit_and_explore
+from lossmeta.recipes._ala_methods import population
+from lossmeta.recipes._ala_pbt import Member, exploit_and_explore, population_based_training
 from lossmeta.recipes._ala_rules import by_rule
 from lossmeta.recipes._ala_tables import PaperTable
 from lossmeta.recipes._ala_tasks import CLEAN, Problem
@@ -142,6 +143,8 @@ def test_the_paper_s_size(make_trial: MakeTrial) -> None:
         by_rule("", _ala_rules.LargeMargin, 0.1, least_ease=0.0),
         by_rule("", _ala_rules.SelfPaced, 0.1),
         Adaptive(children=2).method("", 0.1, 1.0),
+        population_based_training("", 0.1, 2),
+        population("", 0.1, children=2, new_fit=ImageFit),
     ):
         assert 0 <= method.train(trial)["error"] <= 1  # type: ignore[operator]
 

@@ -114,7 +114,7 @@ def test_area_under_precision_recall(scores: Tensor, labels: Tensor) -> None:
         for k in range(3):
             pi = float(shares[c])
             alpha = pi + (1 - pi) * (k + 1) / 4
-            b = float(loss.threshold[c, k])
+            b = loss.threshold[c, k].item()
             missed = sum(log2(float(scores[i, c]) - b) for i in range(N) if labels[i] == c) / N
             false = sum(log2(b - float(scores[i, c])) for i in range(N) if labels[i] != c) / N
             violations[c, k] = alpha * false + (1 - alpha) * (missed - pi)
