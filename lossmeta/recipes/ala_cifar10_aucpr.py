@@ -90,7 +90,7 @@ RECIPES = (
         "ALA, Table 2: the area under the precision-recall curve on CIFAR-10",
         AUCPR,
         rows_of,
-        (SINGLE, MULTI),
+        (PLAIN, SINGLE, MULTI),
         LEGEND,
         REPORTED,
     ),

@@ -24,7 +24,7 @@ what controller, bandit and populations see; one row trains on them too. Several
 weights, the best one on the validation part is reported, in four rows that may be compared with each other. Random \
 reward: the same controller, whose reward is drawn by chance. Phi >= 0: the same controller, which cannot go below 0 \
 off the diagonal. Random matrix: the identity with noise of 0.1, drawn anew after every window. Confusions: Eq. 7 as \
-they stand, or the probabilities that they stand for. The last row is this library's own population, which adapts \
+they stand, or the probabilities that they stand for. The last rows are this library's own population, which adapts \
 the generalised cross-entropy's q, label smoothing and the learning rate. Paper: ResNet-32 on 32 x 32 images and \
 40,000 rows, where rows without a controller train on 50,000."""
 
@@ -113,6 +113,13 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
             plain,
             lambda best: population("", best.settings["rate"], new_fit=ImageFit),
         ),
+        tuned(
+            "the same, learning rate fixed",
+            setting,
+            entropy,
+            plain,
+            lambda best: population("", best.settings["rate"], learning_rate=False, new_fit=ImageFit),
+        ),
     ]
 
 
@@ -134,7 +141,7 @@ RECIPES = (
         "ALA, Table 1: the classification error on CIFAR-10",
         CLEAN,
         rows_of,
-        (SINGLE, MULTI),
+        (PLAIN, SINGLE, MULTI),
         LEGEND,
         REPORTED,
     ),
