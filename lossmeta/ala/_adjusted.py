@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lossmeta.ops.adjusted_cross_entropy import with_slope
+from lossmeta.ops.adjusted_cross_entropy import adjusted_cross_entropy, with_slope
 
 IGNORED = -100
 
@@ -35,6 +35,18 @@ class Adjusted:
                 return None
             found[field.name] = theirs if mine is None else mine
         return Adjusted(**found)
+
+
+def fused(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> Tensor:
+    """The mean loss of logits ``[N, C]`` with labels ``[N]``, in one pass."""
+    return adjusted_cross_entropy(
+        logits,
+        labels,
+        shift=adjusted.shift,
+        exponent=adjusted.exponent,
+        smoothing=adjusted.smoothing,
+        ignore_index=IGNORED,
+    )
 
 
 def value_and_slope(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> tuple[Tensor, Tensor]:
