@@ -162,7 +162,7 @@ class LossSpace:
         return loss if penalty is None else loss + penalty
 
     def _fused(self, predictions: Tensor, target: Tensor, values: Values, dim: int) -> Adjusted | None:
-        """What the space does, where the predictions are logits ``[..., N, C]`` with classes ``[N]`` and that is all."""
+        """What the space does to logits ``[..., N, C]`` of classes ``[N]``, where these are such and that is all."""
         shape = predictions.shape
         if len(shape) != dim or target.shape != shape[-2:-1] or target.dtype != torch.int64:
             return None
