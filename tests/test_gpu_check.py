@@ -312,8 +312,8 @@ def test_every_case_can_be_made() -> None:
             if "misaligned" in case.name:
                 assert all(t.data_ptr() % 16 and t.is_contiguous() for t in inputs.values())
     assert {operator for operator, _, _ in seen} == {
-        "class_confusion", "distance_mixture", "focal_weighting", "gaussian_curvature", "loss_network",
-        "parametric_cross_entropy", "perturb", "pwl_statistics",
+        "adjusted_cross_entropy", "class_confusion", "distance_mixture", "focal_weighting", "gaussian_curvature",
+        "loss_network", "parametric_cross_entropy", "perturb", "pwl_statistics",
     }  # fmt: skip
 
 

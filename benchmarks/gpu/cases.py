@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from gpu.case import ALL, FLOAT32, USUAL, Case, Draw, misaligned
 from lossmeta.ops import (
     LowRankPhi,
+    adjusted_cross_entropy,
     class_confusion,
     distance_mixture,
     focal_weighting,
@@ -34,6 +35,7 @@ def all_cases() -> list[Case]:
     """Cheap ones of every operator first, then the large ones."""
     cases = [
         *_parametric_cross_entropy(),
+        *_adjusted_cross_entropy(),
         *_class_confusion(),
         *_loss_network(),
         *_distance_mixture(),
@@ -295,6 +297,80 @@ def _parametric_cross_entropy() -> list[Case]:
             gibibytes=56,
         ),
     ]  # fmt: skip
+
+
+# ---- Adjusted cross-entropy.
+
+ADJUSTMENTS = ("shift", "exponent", "smoothing")
+
+
+def _adjusted(
+    *shape: int, names: Sequence[str] = ADJUSTMENTS, ignored: bool = False, scale: float = 2.0
+) -> Make:
+    """Logits of models [B, N, C], or [N, C], their labels and the parameters ``names``."""
+
+    def make(draw: Draw) -> dict[str, Tensor]:
+        *batch, samples, classes = (draw.size(n) for n in shape)
+        labels = draw.labels(classes, samples)
+        if ignored:
+            labels = labels.where(draw.uniform(samples, dtype=torch.float32) > 0.1, -100)
+        parameters = {
+            "shift": draw.normal(*batch, classes, dtype=draw.wide),
+            "exponent": draw.uniform(*batch, dtype=draw.wide),
+            "smoothing": draw.uniform(*batch, dtype=draw.wide) / 2,
+        }
+        return {
+            "logits": draw.normal(*batch, samples, classes, scale=scale).requires_grad_(),
+            "labels": labels,
+            **{name: parameters[name].requires_grad_() for name in names},
+        }
+
+    return make
+
+
+def _rounded_slopes(dtype: torch.dtype) -> Mapping[str, float]:
+    """The gradient of the shift is the sum of slopes that were rounded to bfloat16, and may cancel."""
+    return {"gradient of shift": 5e-2} if dtype == torch.bfloat16 else {}
+
+
+def _adjusted_cross_entropy() -> list[Case]:
+    operator = "adjusted_cross_entropy"
+
+    def case(
+        name: str, *shape: int, names: Sequence[str] = ADJUSTMENTS, more: Any = None, **kind: Any
+    ) -> Case:
+        def ours(x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
+            return adjusted_cross_entropy(x, y, **dict(zip(names, values, strict=True)))
+
+        def theirs(x: Tensor, y: Tensor, *values: Tensor) -> Any:
+            given = dict(zip(names, values, strict=True))
+            return OPERATORS[operator].reference(x, y, *(given.get(n) for n in ADJUSTMENTS), -100, False)
+
+        make = _adjusted(*shape, names=names, **kind)
+        return Case(operator, name, make, ours, theirs, ("loss",), floors=_rounded_slopes, **(more or {}))
+
+    everywhere = {"dtypes": ALL}
+    return [
+        case("8 models, 64×10", 8, 64, 10, more=everywhere),
+        case("8 models, 64×10, shift", 8, 64, 10, names=("shift",), more=everywhere),
+        case("20000×10, ignored", 20000, 10, ignored=True, more=everywhere),
+        case("3 models, 9000×33", 3, 9000, 33, ignored=True),
+        case("4 models, 500×100", 4, 500, 100, more=everywhere),
+        case("300×1001, exponent", 300, 1001, names=("exponent",), more=everywhere),
+        case("512×200, logits to ±100", 512, 200, scale=30.0),
+        misaligned(case("300×1000", 300, 1000, more=everywhere)),
+        misaligned(case("8 models, 64×12", 8, 64, 12)),
+        case("64×5001", 64, 5001, more=everywhere),
+        case("8192×1000, no parameters", 8192, 1000, names=()),
+        case("8192×1000", 8192, 1000),
+        case("10⁶×10", 1_000_000, 10, more={"large": True, "gibibytes": 4}),
+        case(
+            "8192×32000",
+            8192,
+            32000,
+            more={"dtypes": FLOAT32, "large": True, "checks": False, "gibibytes": 40},
+        ),
+    ]
 
 
 # ---- Class confusion.

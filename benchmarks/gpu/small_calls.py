@@ -63,6 +63,26 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[str]:
         cross_entropy(None, draw(4, classes), draw(4, classes, dtype=wide), 0, (4,))
     yield "parametric_cross_entropy, a block per row"
 
+    def adjusted(models: int, samples: int, classes: int) -> None:
+        fractions = (torch.full((models,), 0.3).to(device) for _ in range(2))
+        arguments = (
+            draw(models, samples, classes),
+            indices(device, classes, samples),
+            draw(models, classes, dtype=wide),
+            *fractions,
+            -100,
+            True,
+        )
+        _, slope, derivatives = operators.adjusted_cross_entropy(*arguments)
+        needs = True, True, True, True
+        pull = draw(models, dtype=wide)
+        operators.adjusted_cross_entropy_backward(pull, *arguments, slope, derivatives, *needs)
+
+    # More than 8192 samples are counted, and their losses summed, in parts; many rows' slopes, the shift's gradient.
+    for models, samples, classes in ((2, 9000, 10), (3, 600, 40), (1, 600, 37), (1, 4, 5000), (1, 4, 5001)):
+        adjusted(models, samples, classes)
+    yield "adjusted_cross_entropy"
+
     for samples, classes in ((3000, 10), (600, 40), (600, 37), (40, 2000)):
         operators.class_confusion(draw(samples, classes), indices(device, classes, samples), -100)
     sums = draw(10, 10, dtype=torch.float64)

@@ -102,16 +102,5 @@ __device__ int64_t for_each_batch(const SortedLabels& sorted, int32_t k, int64_t
   return total;
 }
 
-// True in every thread of the last block that comes here for a counter, which then sees what the others wrote before.
-__device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(counter, 1u) == blocks - 1;
-  __syncthreads();
-  __threadfence();
-  return last;
-}
-
 }  // namespace
 }  // namespace lossmeta::cuda

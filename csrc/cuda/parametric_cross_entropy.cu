@@ -137,18 +137,6 @@ __global__ __launch_bounds__(block_threads, forward_blocks<T>) void forward_lane
   p.keep(i, row, losses);
 }
 
-// A sum that remembers what its roundings lost.
-template <class A>
-struct CompensatedSum {
-  A sum = 0, lost = 0;
-  __device__ __forceinline__ void add(A x) {
-    const A y = x - lost, next = sum + y;
-    // An infinite or NaN sum has lost nothing that could come back.
-    lost = next - next == A(0) ? (next - sum) - y : A(0);
-    sum = next;
-  }
-};
-
 // Grid: (part, model). The sums of losses and class weights in a fixed order; the last block of a model adds up the parts.
 template <class T>
 __global__ __launch_bounds__(block_threads) void reduce_losses(Problem<T> p,

@@ -1,4 +1,5 @@
-// Softmax sums over rows of logits, by a few threads, a warp or a block per row: read once, 16 bytes at a time.
+// Softmax sums over rows of logits, by a few threads, a warp or a block per row: read once, 16 bytes at a time. And what
+// sums over the rows need.
 #pragma once
 
 #include "base/dtype.h"
@@ -62,6 +63,29 @@ __device__ __forceinline__ A lanes_add(A x) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(whole_warp, x, offset);
   return x;
 }
+
+// True in every thread of the last block that comes here for a counter, which then sees what the others wrote before.
+__device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(counter, 1u) == blocks - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// A sum that remembers what its roundings lost.
+template <class A>
+struct CompensatedSum {
+  A sum = 0, lost = 0;
+  __device__ __forceinline__ void add(A x) {
+    const A y = x - lost, next = sum + y;
+    // An infinite or NaN sum has lost nothing that could come back.
+    lost = next - next == A(0) ? (next - sum) - y : A(0);
+    sum = next;
+  }
+};
 
 // Sums over the part of a row seen so far, relative to its maximum m (NaN left out): sum exp(x - m) and, weighted by q,
 // sum q (x - m) and sum q. A class of logit -infinity and q = 0 contributes nothing.

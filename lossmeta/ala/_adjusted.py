@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lossmeta.ops.adjusted_cross_entropy import adjusted_cross_entropy, with_slope
+
 IGNORED = -100
 
 
@@ -35,41 +37,29 @@ class Adjusted:
         return Adjusted(**found)
 
 
-@torch.no_grad()
-def value_and_slope(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> tuple[Tensor, Tensor]:
-    r"""The mean losses ``[B]`` of logits ``[B, N, C]`` with labels ``[N]``, and their derivative.
+def fused(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> Tensor:
+    """The mean loss of logits ``[N, C]`` with labels ``[N]``, in one pass."""
+    return adjusted_cross_entropy(
+        logits,
+        labels,
+        shift=adjusted.shift,
+        exponent=adjusted.exponent,
+        smoothing=adjusted.smoothing,
+        ignore_index=IGNORED,
+    )
 
-    With :math:`p = \mathrm{softmax}(x + \mathrm{shift})` and :math:`s = -\log p_y` a sample costs
-    :math:`(1 - e^{-qs}) / q + \varepsilon (\frac1C \sum_c -\log p_c - s)`, and its derivative in the logits is
-    :math:`e^{-qs} p - (e^{-qs} - \varepsilon) 1_y - \varepsilon / C`.
-    """
-    x = logits.float() if logits.dtype != torch.float64 else logits
-    if adjusted.shift is not None:
-        x = x + adjusted.shift[:, None]
-    # Not log_softmax, which is slow for few classes, and whose exponentials would be taken again.
-    x = x - x.amax(2, keepdim=True)
-    p = x.exp()
-    norm = p.sum(2, keepdim=True)
-    p /= norm
-    log_p = x - norm.log()
-    counts = labels != IGNORED
-    place = labels.where(counts, 0).expand(len(x), -1)[..., None]
-    surprise = -log_p.gather(2, place)[..., 0]
-    losses, weight = surprise, torch.ones_like(surprise)
-    if adjusted.exponent is not None:
-        q = adjusted.exponent[:, None]
-        weight = (-q * surprise).exp()
-        losses = generalised(surprise, q)
-    slope = p * weight[..., None]
-    if adjusted.smoothing is not None:
-        epsilon = adjusted.smoothing[:, None]
-        losses = losses + epsilon * (-log_p.mean(2) - surprise)
-        weight = weight - epsilon
-        slope -= epsilon[..., None] / x.shape[2]
-    slope.scatter_add_(2, place, -weight[..., None])
-    share = counts / counts.sum()
-    slope *= share[:, None]
-    return (losses.where(counts, 0) * share).sum(1), slope.to(logits.dtype)
+
+def value_and_slope(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> tuple[Tensor, Tensor]:
+    """The mean losses ``[B]`` of logits ``[B, N, C]`` with labels ``[N]``, and their derivative, in one pass."""
+    losses, slope = with_slope(
+        logits,
+        labels,
+        shift=adjusted.shift,
+        exponent=adjusted.exponent,
+        smoothing=adjusted.smoothing,
+        ignore_index=IGNORED,
+    )
+    return losses, slope.to(logits.dtype)
 
 
 def generalised(surprise: Tensor, q: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lossmeta._batches import Output, call_model, prediction_of
 from lossmeta._model_state import RandomState, Watch, evaluating
 from lossmeta._optimizers import refuse_changed_steps, shadow, unwrapped
 from lossmeta.ala._places import Places
+from lossmeta.ala._ranks import Ranks
 from lossmeta.ala._separable import check_separable
 from lossmeta.ala._step_length import before_step, scale_step
 from lossmeta.ala.space import LossSpace
@@ -49,6 +50,8 @@ class Alone:
 class Children:
     """B copies. Weights, buffers and the optimizer's state are one tensor each, ``[B, ...]``.
 
+    Where several processes share the children, B are those of this one.
+
     Attributes:
         in_turn: why the children run one after the other, or ``None`` where they run as one.
 
@@ -58,10 +61,10 @@ class Children:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, space: LossSpace, output: Output, count: int
+        self, model: nn.Module, optimizer: Optimizer, space: LossSpace, output: Output, ranks: Ranks
     ) -> None:
         self.model, self.optimizer, self.space, self.output = model, unwrapped(optimizer), space, output
-        self.count = count
+        self.ranks, self.count = ranks, ranks.children
         named = dict(model.named_parameters())
         names = {id(p): name for name, p in named.items()}
         self.trained: dict[str, nn.Parameter] = {}
@@ -235,7 +238,9 @@ class Children:
 
     @torch.no_grad()
     def merge(self, weight: Tensor) -> None:
-        """The model, with its optimizer's state, becomes the mean of the children, by their weights ``[B]``.
+        """The model, with its optimizer's state, becomes the mean of all children, those of other processes too.
+
+        ``weight`` is of all of them.
 
         A child of weight 0 has no part in it, whatever it holds. What is no floating-point number is the heaviest's.
 
@@ -250,11 +255,11 @@ class Children:
         weight = weight.to(self.device)
         heaviest = int(weight.argmax())
         # All is there before anything is overwritten.
-        weights = {name: _merged(w, weight, heaviest) for name, w in self.weights.items()}
-        buffers = {name: _merged(b, weight, heaviest) for name, b in self.buffers.items()}
+        weights = {name: self._merged(w, weight, heaviest) for name, w in self.weights.items()}
+        buffers = {name: self._merged(b, weight, heaviest) for name, b in self.buffers.items()}
         states = {
             p: {
-                key: _merged(value, weight, heaviest) if key in self.per_element else _copied(value)
+                key: self._merged(value, weight, heaviest) if key in self.per_element else _copied(value)
                 for key, value in self.stacked.state.get(w, {}).items()
             }
             for p, w in self._own.items()
@@ -267,9 +272,18 @@ class Children:
             if state:
                 self.optimizer.state[p].update(state)
 
+    def _merged(self, t: Tensor, weight: Tensor, heaviest: int) -> Tensor:
+        if not t.is_floating_point():
+            return self.ranks.of_child(t, heaviest)
+        own = self.ranks.own(weight)
+        part = t.where(own.view(-1, *[1] * (t.dim() - 1)) > 0, 0)
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        return self.ranks.total(torch.tensordot(own.to(dtype), part.to(dtype), 1)).to(t.dtype)
+
     def finite(self) -> Tensor:
-        """Of which children all weights are, ``[B]``."""
-        return torch.stack([w.flatten(1).isfinite().all(1) for w in self.weights.values()]).all(0).cpu()
+        """Of which children, those of other processes too, all weights are."""
+        own = torch.stack([w.flatten(1).isfinite().all(1) for w in self.weights.values()]).all(0)
+        return self.ranks.gathered(own.to(torch.uint8)).bool().cpu()
 
     @torch.no_grad()
     def spread(self) -> None:
@@ -329,11 +343,3 @@ def _refuse_half(prediction: Tensor) -> None:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
-def _merged(t: Tensor, weight: Tensor, heaviest: int) -> Tensor:
-    if not t.is_floating_point():
-        return t[heaviest]
-    part = t.where(weight.view(-1, *[1] * (t.dim() - 1)) > 0, 0)
-    dtype = torch.promote_types(t.dtype, torch.float32)
-    return torch.tensordot(weight.to(dtype), part.to(dtype), 1).to(t.dtype)

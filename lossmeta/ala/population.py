@@ -17,6 +17,7 @@ from lossmeta._model_state import refuse_shards
 from lossmeta._optimizers import unwrapped
 from lossmeta.ala._children import Alone, Children
 from lossmeta.ala._fitness import Fitness
+from lossmeta.ala._ranks import Ranks
 from lossmeta.ala.records import PopulationReport
 from lossmeta.ala.schedule import Schedule
 from lossmeta.ala.space import LEARNING_RATE, Coordinates, LossSpace
@@ -65,6 +66,10 @@ class Population:
         higher_is_better: the metric's direction; asked of the metric where it is not given, for a function ``True``.
         output: what of the model's output is the prediction, see :func:`lossmeta.adalfl.meta_gradient`.
         seed: of the values that are tried.
+        process_group: processes of ``torch.distributed`` that share the children, each of them B over their number. All
+            make the same population and call :meth:`step` with the same batches; the weights of the first one hold at
+            the start. ``torch.distributed.group.WORLD`` are all processes. Where a step raises in one of them, the
+            others wait. ``None`` for this one alone.
 
     Attributes:
         values: the mean, by name, on the CPU.
@@ -78,7 +83,8 @@ class Population:
     Raises:
         TypeError: for arguments of another type, and an optimizer whose step for one weight depends on others.
         ValueError: for options out of range, an optimizer with parameters that are not the model's, a space without
-            parameters, one child where the space has no margins, and validation data without samples.
+            parameters, one child where the space has no margins, children that the processes cannot share evenly, and
+            validation data without samples.
 
     Sources:
         Huang et al., "Addressing the Loss-Metric Mismatch with Adaptive Loss Alignment" (2019), has the aim. Its
@@ -116,22 +122,25 @@ class Population:
         higher_is_better: bool | None = None,
         output: Output = None,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Population: model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise TypeError(
-                f"Population: model must not be wrapped, got {type(model).__name__}; give its module, in one process"
+                f"Population: model must not be wrapped, got {type(model).__name__}; give its module, and as "
+                "process_group the processes that are to share the children"
             )
         refuse_shards("Population", model, "the children must fit on one device")
         if not isinstance(unwrapped(optimizer), Optimizer):
             raise TypeError(
                 f"Population: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and process_group is None:
             warnings.warn(
                 f"Population: each of the {dist.get_world_size()} processes trains a model and values of its own; "
-                "nothing is shared among them",
+                "nothing is shared among them, unless they are given as process_group",
                 stacklevel=2,
             )
         if children != 1 and (children < 2 or children % 2):
@@ -162,9 +171,9 @@ class Population:
         self.steps, self.output = steps, output
         self.fitness = Fitness("Population", metric, valid, higher_is_better, space.jitter)
         self.alone = Alone(model, optimizer, space, output)
-        self.children = (
-            None if children == 1 else Children(model, unwrapped(optimizer), space, output, children)
-        )
+        self.ranks = Ranks(process_group, children)
+        self.ranks.agree(t.detach() for t in (*model.parameters(), *model.buffers()))
+        self.children = self._new_children() if children > 1 else None
         self.generator = torch.Generator().manual_seed(seed)
         self.mean = torch.zeros(self.coordinates.size, dtype=torch.float64, device="cpu")
         self.path: list[tuple[int, Tensor]] = []  # since which step, and where the mean was
@@ -175,6 +184,9 @@ class Population:
         self.draws = self._drawn()
         self._moves: dict[str, object] = {}
         self._begin()
+
+    def _new_children(self) -> Children:
+        return Children(self.model, unwrapped(self.optimizer), self.space, self.output, self.ranks)
 
     # ---- What the user sees.
 
@@ -310,14 +322,16 @@ class Population:
     def _placed(self, target: Tensor) -> dict[str, Tensor]:
         """What the children train under."""
         if not self._on_device:
-            values = self.coordinates.values(self.tried)
+            values = self.coordinates.values(
+                self.tried if self.children is None else self.ranks.own(self.tried)
+            )
             self._on_device = {name: v.to(target.device, torch.float32) for name, v in values.items()}
         return self._on_device
 
     def _search(self) -> Tensor:
         """Recombines the children; their fitness."""
         assert self.children is not None
-        fitness = torch.stack(self.found).mean(0).cpu()
+        fitness = self.ranks.gathered(torch.stack(self.found).mean(0)).cpu()
         finite = fitness.isfinite()
         known = fitness[finite]
         if not len(known):
@@ -400,9 +414,7 @@ class Population:
         if state["children"] is None:
             self.children = None
         else:
-            children = self.children or Children(
-                self.model, unwrapped(self.optimizer), self.space, self.output, self.count
-            )
+            children = self.children or self._new_children()
             children.load_state_dict(state["children"])
             self.children = children
         self.mean, self.draws = state["mean"].clone(), state["draws"].clone()

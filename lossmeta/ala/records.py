@@ -12,7 +12,8 @@ class PopulationReport:
     """One step.
 
     Attributes:
-        loss: on the training batch before the step, the mean over the children, each under its own values.
+        loss: on the training batch before the step, the mean over the children (of this process), each under its
+            own values.
         fitness: of each child, ``[B]``, the higher the better, after the last step of a window; else ``None``.
     """
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossmeta.ala._adjusted import Adjusted, value_and_slope
+from lossmeta.ala._adjusted import Adjusted, fused, value_and_slope
 
 Values = Mapping[str, Tensor]
 """What the parameters of a space are, by name."""
@@ -153,20 +153,32 @@ class LossSpace:
 
     def __call__(self, prediction: Tensor, target: Tensor, values: Values) -> Tensor:
         """The whole loss under these values."""
+        adjusted = self._fused(prediction, target, values, 2)
+        if adjusted is not None:
+            return fused(prediction, target, adjusted)
         prediction = self.transform(prediction, target, values)
         loss = self.loss(prediction, target, values)
         penalty = self.penalty(prediction, target, values)
         return loss if penalty is None else loss + penalty
+
+    def _fused(self, predictions: Tensor, target: Tensor, values: Values, dim: int) -> Adjusted | None:
+        """What the space does to logits ``[..., N, C]`` of classes ``[N]``, where these are such and that is all."""
+        shape = predictions.shape
+        if len(shape) != dim or target.shape != shape[-2:-1] or target.dtype != torch.int64:
+            return None
+        found = self.adjusted(values)
+        # Shapes that do not fit are refused by the parts, which know why.
+        fits = found is None or found.shift is None or found.shift.shape[-1:] == shape[-1:]
+        return found if fits else None
 
     def of_children(self, predictions: Tensor, target: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         """The losses ``[B]`` of all children, and their derivative in the predictions ``[B, N, ...]``.
 
         ``values`` are ``[B]`` and ``[B, size]``.
         """
-        if predictions.dim() == 3 and target.shape == predictions.shape[1:2] and target.dtype == torch.int64:
-            adjusted = self.adjusted(values)
-            if adjusted is not None:
-                return value_and_slope(predictions, target, adjusted)
+        adjusted = self._fused(predictions, target, values, 3)
+        if adjusted is not None:
+            return value_and_slope(predictions, target, adjusted)
         with torch.enable_grad():
             leaves = predictions.detach().requires_grad_()
             losses = torch.func.vmap(lambda p, v: self(p, target, v), randomness="same")(leaves, dict(values))

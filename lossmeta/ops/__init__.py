@@ -2,6 +2,7 @@
 
 from lossmeta._checks import debug
 from lossmeta.ops._operator import FallbackWarning
+from lossmeta.ops.adjusted_cross_entropy import adjusted_cross_entropy
 from lossmeta.ops.class_confusion import class_confusion
 from lossmeta.ops.distance_mixture import distance_mixture
 from lossmeta.ops.focal_weighting import focal_weighting
@@ -14,6 +15,7 @@ from lossmeta.ops.pwl_statistics import pwl_statistics
 __all__ = [
     "FallbackWarning",
     "LowRankPhi",
+    "adjusted_cross_entropy",
     "class_confusion",
     "debug",
     "distance_mixture",

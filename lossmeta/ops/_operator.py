@@ -179,35 +179,43 @@ class Operator:
         num_arguments = len(self.op._schema.arguments)
         return grads, rest[:num_arguments], rest[len(rest) - len(self.differentiable) :]
 
-    def _primals(self, arguments: Sequence[Any]) -> list[Tensor]:
-        return [arguments[i] for i in self.differentiable]
+    def _given(self, arguments: Sequence[Any]) -> list[int]:
+        """The positions of the differentiable arguments that are not left out."""
+        return [i for i in self.differentiable if arguments[i] is not None]
 
     def _reference_at(self, arguments: Sequence[Any], primals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         arguments = list(arguments)
-        for i, primal in zip(self.differentiable, primals, strict=True):
+        for i, primal in zip(self._given(arguments), primals, strict=True):
             arguments[i] = primal
         outputs = self.reference(*arguments)
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
-    def reference_backward(self, *args: Any) -> tuple[Tensor, ...]:
-        """The backward operator by differentiating the reference: itself differentiable."""
+    def reference_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
+        """The backward operator by differentiating the reference: itself differentiable. None for what is left out."""
         grads, arguments, _ = self._split_backward(args)
+        given = self._given(arguments)
         outputs, pullback = torch.func.vjp(  # type: ignore[misc]  # its stub names the form with aux
-            lambda *primals: self._reference_at(arguments, primals), *self._primals(arguments)
+            lambda *primals: self._reference_at(arguments, primals), *(arguments[i] for i in given)
         )
-        return pullback(
+        values = pullback(
             tuple(
                 torch.zeros_like(o) if g is None else g.to(o.dtype)
                 for o, g in zip(outputs, grads, strict=True)
             )
         )
+        found = dict(zip(given, values, strict=True))
+        return tuple(found.get(i) for i in self.differentiable)
 
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         _, arguments, needs = self._split_backward(args)
         accumulated = accumulation_dtype(arguments[0].dtype)
+        like = arguments[0]
         return tuple(
-            p.new_empty(p.shape if need else (0,), dtype=p.dtype if i == 0 else accumulated)
-            for i, (p, need) in enumerate(zip(self._primals(arguments), needs, strict=True))
+            like.new_empty(
+                arguments[i].shape if need else (0,),
+                dtype=arguments[i].dtype if i == self.differentiable[0] else accumulated,
+            )
+            for i, need in zip(self.differentiable, needs, strict=True)
         )
 
     # ---- Devices without a kernel.
@@ -227,7 +235,7 @@ class Operator:
         needs = self._split_backward(args)[2]
         fakes = self._fake_backward(*args)
         return tuple(
-            g.to(f.dtype) if need else f
+            f if g is None or not need else g.to(f.dtype)
             for g, f, need in zip(self.reference_backward(*args), fakes, needs, strict=True)
         )
 
@@ -370,9 +378,9 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
             needs = operator._split_backward(args)[2]
             # Differentiate the gradient that the reference gives, with respect to grads and differentiable arguments.
             positions = [i for i in range(num_outputs) if args[i] is not None]
-            positions += [num_outputs + i for i in differentiable]
+            positions += [num_outputs + i for i in differentiable if args[num_outputs + i] is not None]
 
-            def gradient(*variables: Tensor) -> tuple[Tensor, ...]:
+            def gradient(*variables: Tensor) -> tuple[Tensor | None, ...]:
                 at = list(args)
                 for i, v in zip(positions, variables, strict=True):
                     at[i] = v

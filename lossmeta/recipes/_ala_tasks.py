@@ -1,4 +1,4 @@
-"""Classes that are rare, labels that are wrong, and both: the data of ALA's recipes."""
+"""Classes that are rare, labels that are wrong, both, and neither: the data of ALA's recipes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Problem:
     def space(self, counts: Tensor) -> LossSpace:
         """What of the loss is adapted."""
         adjustment, robust = LogitAdjustment(counts), Robust()
-        if self.ratio > 1:
-            return adjustment * robust if self.noise else adjustment
-        return robust
+        if self.ratio > 1 and not self.noise:
+            return adjustment
+        return robust if self.noise and self.ratio == 1 else adjustment * robust
 
     def new_metric(self) -> Metric:
         return METRICS[self.metric]()
@@ -104,7 +104,13 @@ DIGITS = Source(
     test=50,
     steps=500,
 )
-MNIST = Source("mnist", {IMBALANCE.name: 400, NOISE.name: 150, BOTH.name: 400}, valid=30, test=200, steps=800)
+MNIST = Source(
+    "mnist",
+    {IMBALANCE.name: 400, NOISE.name: 150, BOTH.name: 400, CLEAN.name: 150},
+    valid=30,
+    test=200,
+    steps=800,
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""ALA's population against its rivals: rare classes, wrong labels, and both."""
+"""ALA's population against its rivals: rare classes, wrong labels, both, and neither."""
 
 from __future__ import annotations
 
@@ -92,4 +92,5 @@ RECIPES = (
     Against("ala-imbalance", tasks.IMBALANCE),
     Against("ala-noise", tasks.NOISE),
     Against("ala-both", tasks.BOTH),
+    Against("ala-clean", tasks.CLEAN),
 )

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, R
 
 from lossmeta.ala import LearningRate, LogitAdjustment, Robust
 from lossmeta.ala._children import Alone, Children
+from lossmeta.ala._ranks import Ranks
 from lossmeta.ala._separable import check_separable
 from lossmeta.ala.space import Coordinates
 
@@ -127,7 +128,7 @@ def test_each_moves_as_alone(name: str, optimizer: str) -> None:
     Alone(model, made, SPACE, None).train(*data[0], {k: v[:1] for k, v in values.items()})
     start, start_state = copy.deepcopy(model), copy.deepcopy(made.state_dict())
 
-    children = Children(model, made, SPACE, None, 4)
+    children = Children(model, made, SPACE, None, Ranks(None, 4))
     losses = []
     for step, batch in enumerate(data[1:]):
         seed_all(step)
@@ -169,7 +170,7 @@ def test_merging(optimizer: str) -> None:
     torch.manual_seed(0)
     model = Convolution()
     made = OPTIMIZERS[optimizer](model.parameters())
-    children = Children(model, made, SPACE, None, 4)
+    children = Children(model, made, SPACE, None, Ranks(None, 4))
     for batch in batches("mlp", 3):
         children.train(*batch, drawn(4))
     weight = torch.tensor([0.5, 0.2, 0.3, 0.0], dtype=torch.float64)
@@ -213,7 +214,7 @@ def test_the_learning_rate_of_each_child() -> None:
     for make in (lambda p, lr: SGD(p, lr, momentum=0.9), lambda p, lr: AdamW(p, lr, weight_decay=0.1)):
         torch.manual_seed(0)
         model = MODELS["mlp"]()
-        children = Children(model, make(model.parameters(), 0.02), space, None, 3)  # type: ignore[arg-type]
+        children = Children(model, make(model.parameters(), 0.02), space, None, Ranks(None, 3))  # type: ignore[arg-type]
         for batch in batches("mlp", 3):
             children.train(*batch, values)
         for i, factor in enumerate(factors.tolist()):
@@ -236,7 +237,7 @@ def test_a_scheduler_is_followed() -> None:
     model, reference = (copy.deepcopy(m) for m in [MODELS["mlp"]()] * 2)
     made, other = SGD(model.parameters(), 0.1), SGD(reference.parameters(), 0.1)
     schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in (made, other)]
-    children = Children(model, made, Robust(), None, 2)
+    children = Children(model, made, Robust(), None, Ranks(None, 2))
     for inputs, target in batches("mlp", 4):
         children.train(inputs, target, {"q": torch.zeros(2)})
         made._opt_called = True
@@ -252,7 +253,7 @@ def test_a_scheduler_is_followed() -> None:
 def test_autocast() -> None:
     torch.manual_seed(0)
     model = MODELS["mlp"]()
-    children = Children(model, SGD(model.parameters(), 0.1), SPACE, None, 2)
+    children = Children(model, SGD(model.parameters(), 0.1), SPACE, None, Ranks(None, 2))
     inputs, target = batches("mlp", 1)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert children.predict(inputs).dtype == torch.bfloat16
@@ -303,19 +304,19 @@ def test_what_a_step_of_other_weights_would_pass_by_is_refused() -> None:
     model = nn.Linear(6, CLASSES)
     made = SGD(model.parameters(), 0.1)
     torch.optim.lr_scheduler.StepLR(made, 1)
-    Children(model, made, SPACE, None, 2)
+    Children(model, made, SPACE, None, Ranks(None, 2))
     handle = made.register_step_pre_hook(lambda *arguments: None)
     with pytest.raises(ValueError, match="got hooks on its step"):
-        Children(model, made, SPACE, None, 2)
+        Children(model, made, SPACE, None, Ranks(None, 2))
     handle.remove()
     handle = model.weight.register_hook(lambda g: g.clamp(-1, 1))
     with pytest.raises(ValueError, match="got hooks on its weights' gradients"):
-        Children(model, made, SPACE, None, 2)
+        Children(model, made, SPACE, None, Ranks(None, 2))
     handle.remove()
     other = SGD(model.parameters(), 0.1)
     other.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
     with pytest.raises(ValueError, match="got a replaced step"):
-        Children(model, other, SPACE, None, 2)
+        Children(model, other, SPACE, None, Ranks(None, 2))
 
 
 def test_options_of_a_gpu_are_no_reason_to_refuse() -> None:
@@ -326,7 +327,7 @@ def test_options_of_a_gpu_are_no_reason_to_refuse() -> None:
 
 def test_a_state_of_another_model_changes_nothing() -> None:
     one, other = (nn.BatchNorm1d(6), nn.BatchNorm1d(6, track_running_stats=False))
-    states = [Children(m, SGD(m.parameters(), 0.1), SPACE, None, 2) for m in (one, other)]
+    states = [Children(m, SGD(m.parameters(), 0.1), SPACE, None, Ranks(None, 2)) for m in (one, other)]
     before = {k: w.detach().clone() for k, w in states[0].weights.items()}
     with torch.no_grad():
         states[1].weights["weight"].fill_(7)
@@ -338,10 +339,12 @@ def test_a_state_of_another_model_changes_nothing() -> None:
 def test_refuses() -> None:
     model = nn.Linear(6, CLASSES)
     with pytest.raises(ValueError, match=r"parameters of the model alone, got one \[3\] that is not"):
-        Children(model, SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], 0.1), SPACE, None, 2)
+        Children(
+            model, SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], 0.1), SPACE, None, Ranks(None, 2)
+        )
     lazy = nn.LazyLinear(3)
     with pytest.raises(ValueError, match="weight is still to be made; run it on a batch first"):
-        Children(lazy, SGD(lazy.parameters(), 0.1), SPACE, None, 2)
+        Children(lazy, SGD(lazy.parameters(), 0.1), SPACE, None, Ranks(None, 2))
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="must hold a parameter to train"):
-        Children(frozen, SGD(frozen.parameters(), 0.1), SPACE, None, 2)
+        Children(frozen, SGD(frozen.parameters(), 0.1), SPACE, None, Ranks(None, 2))

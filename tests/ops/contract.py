@@ -46,7 +46,7 @@ def check_opcheck(operator: Operator, *args: Any) -> None:
     results = as_tuple(operator.op(*(a.detach() if isinstance(a, Tensor) else a for a in args)))
     grads = [torch.ones_like(r).requires_grad_() for r in results[: operator.num_outputs]]
     saved = results[operator.num_outputs :]
-    needs = [args[i].requires_grad for i in operator.differentiable]
+    needs = [args[i] is not None and args[i].requires_grad for i in operator.differentiable]
     assert any(needs), "the arguments of opcheck must require a gradient"
     torch.library.opcheck(operator.backward_op, (*grads, *args, *saved, *needs))
 

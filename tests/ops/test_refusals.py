@@ -11,8 +11,15 @@ from torch import Tensor
 
 import lossmeta
 from lossmeta.losses import LossNetwork, ParametricCrossEntropy, TaylorLoss
-from lossmeta.ops import class_confusion, focal_weighting, loss_network, parametric_cross_entropy
+from lossmeta.ops import (
+    adjusted_cross_entropy,
+    class_confusion,
+    focal_weighting,
+    loss_network,
+    parametric_cross_entropy,
+)
 from lossmeta.ops._refusals import refusal
+from lossmeta.ops.adjusted_cross_entropy import with_slope
 from lossmeta.ops.loss_network import with_mixed_derivative
 from lossmeta.ops.parametric_cross_entropy import _operator
 
@@ -23,6 +30,7 @@ Function = Callable[[Tensor], Any]
 FUNCTIONS: dict[str, Function] = {
     "operator": lambda x: parametric_cross_entropy(x, LABELS, torch.eye(3)),
     "operator, smoothed": lambda x: parametric_cross_entropy(x, LABELS, torch.eye(3), label_smoothing=0.1),
+    "operator of models": lambda x: adjusted_cross_entropy(x, LABELS),
     "statistics": lambda x: class_confusion(x, LABELS)[0],
     "two outputs": lambda x: loss_network(x, LABELS, *WEIGHTS, link="softmax")[0].sum(),
     "module": lambda x: ParametricCrossEntropy(3)(x, LABELS),
@@ -65,7 +73,7 @@ def test_a_label_out_of_range(name: str, door: Callable[[Function, Tensor], None
 
 
 @pytest.mark.parametrize("door", [mapped, differentiated])
-@pytest.mark.parametrize("name", ["operator", "two outputs"])
+@pytest.mark.parametrize("name", ["operator", "operator of models", "two outputs"])
 def test_a_label_out_of_range_under_a_transform(name: str, door: Callable[[Function, Tensor], None]) -> None:
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\), got 7 at index 2$"):
         door(FUNCTIONS[name], torch.randn(3, 3))
@@ -74,6 +82,10 @@ def test_a_label_out_of_range_under_a_transform(name: str, door: Callable[[Funct
 def test_without_autograd() -> None:
     with pytest.raises(ValueError, match=r"^loss_network: labels must lie in \[0, 3\), got 7 at index 2$"):
         with_mixed_derivative(torch.randn(3, 3), LABELS, *WEIGHTS, link="softmax")
+    with pytest.raises(
+        ValueError, match=r"^adjusted_cross_entropy: labels must lie in \[0, 3\), got 7 at index 2$"
+    ):
+        with_slope(torch.randn(3, 3), LABELS)
 
 
 def test_devices_that_differ() -> None:

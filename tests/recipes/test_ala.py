@@ -14,11 +14,11 @@ from torch import Tensor
 from lossmeta.experiments import Method, Trial, Tuned, run_folder
 from lossmeta.recipes import _ala_methods, _ala_tasks, ala, recipes
 from lossmeta.recipes._ala_methods import Fit, plain, population, random_actions, stopped
-from lossmeta.recipes._ala_tasks import BOTH, DIGITS, IMBALANCE, NOISE, Drawn, Problem, draw
+from lossmeta.recipes._ala_tasks import BOTH, CLEAN, DIGITS, IMBALANCE, NOISE, Drawn, Problem, draw
 
 CPU = torch.device("cpu")
 MakeTrial = Callable[..., Trial]
-PROBLEMS = (IMBALANCE, NOISE, BOTH)
+PROBLEMS = (IMBALANCE, NOISE, BOTH, CLEAN)
 
 
 def rows(part: tuple[Tensor, Tensor]) -> set[tuple[float, ...]]:
@@ -115,7 +115,7 @@ def test_biases_and_stops_are_the_best_of_the_validation_part(
     assert found["stop"] in (20, 40, 60, 80)
 
 
-@pytest.mark.parametrize("name", ["ala-imbalance", "ala-noise", "ala-both"])
+@pytest.mark.parametrize("name", ["ala-imbalance", "ala-noise", "ala-both", "ala-clean"])
 def test_the_recipe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
