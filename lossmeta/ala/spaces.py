@@ -163,10 +163,14 @@ class ClassCorrelation(LossSpace):
     Off the diagonal :math:`\Phi` lies in [-1, 1] and is 0 by default. The diagonal is 1 by default and at least
     ``floor``, so that no class pays for being right.
 
+    A negative entry off the diagonal rewards a probability that goes to 0, and the logarithm of that has no bound: with
+    enough of them the sigmoid saturates for samples that are wrong, and training stops. ``lowest=0`` rules that out.
+
     Args:
         num_classes: C.
         activation: ``"sigmoid"``, the paper's, or ``"identity"``, at which the default is the cross-entropy.
         floor: least value of the diagonal.
+        lowest: least value off the diagonal, in [-1, 0].
 
     Example:
         >>> space = lossmeta.ala.ClassCorrelation(3, activation="identity")
@@ -176,16 +180,22 @@ class ClassCorrelation(LossSpace):
         True
     """
 
-    def __init__(self, num_classes: int, *, activation: str = "sigmoid", floor: float = 0.1) -> None:
+    def __init__(
+        self, num_classes: int, *, activation: str = "sigmoid", floor: float = 0.1, lowest: float = -1.0
+    ) -> None:
         check_at_least_one("ClassCorrelation", "num_classes - 1", num_classes - 1)
         check_fraction("ClassCorrelation", "floor", floor)
+        if not -1 <= lowest <= 0:
+            raise ValueError(f"ClassCorrelation: lowest must lie in [-1, 0], got {lowest}")
         self.num_classes, self.activation = num_classes, activation
         self.rows, self.columns = torch.triu_indices(num_classes, num_classes, 1, device="cpu")
         self.parameters = (
             Parameter(
                 "diagonal", 1.0, scale=0.1, low=floor, high=2.0, size=num_classes, policy="class pairs"
             ),
-            Parameter("pairs", 0.0, scale=0.1, low=-1.0, high=1.0, size=len(self.rows), policy="class pairs"),
+            Parameter(
+                "pairs", 0.0, scale=0.1, low=lowest, high=1.0, size=len(self.rows), policy="class pairs"
+            ),
         )
 
     def matrix(self, diagonal: Tensor, pairs: Tensor) -> Tensor:

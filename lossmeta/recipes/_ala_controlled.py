@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,20 +21,8 @@ from lossmeta.recipes._ala_tasks import CLASSES, CLEAN, DIGITS, SEARCH, Drawn, d
 FIRST_RUN = 50  # the child whose network only serves to learn a policy
 
 
-class Merging(ClassCorrelation):
-    """The paper's matrix with nothing negative off the diagonal.
-
-    A negative entry rewards a probability that goes to 0, whose logarithm has no bound: it saturates the sigmoid of
-    Eq. 6, and the true class has nothing left to gain.
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
-        diagonal, pairs = self.parameters
-        self.parameters = diagonal, replace(pairs, low=0.0)
-
-
-SPACES = {"paper": ClassCorrelation, "merging": Merging}
+# With nothing negative off the diagonal classes can only be merged.
+LOWEST = {"paper": -1.0, "merging": 0.0}
 
 
 class Chance(Metric):
@@ -59,7 +47,7 @@ class Adaptive:
     """Training under the controller.
 
     Attributes:
-        space: a key of ``SPACES``.
+        space: a key of ``LOWEST``.
         children: networks that share the policy.
         best: whether the network that is best on the validation part is reported, or the first one.
         reward: ``"metric"``, ``"loss"``, which is the cross-entropy, or ``"chance"``.
@@ -105,7 +93,7 @@ class Adaptive:
         if self.rewarded_on == "train":
             options["rewarded_on"] = split(fit.drawn.train)
         return Controller(
-            SPACES[self.space](CLASSES),
+            ClassCorrelation(CLASSES, lowest=LOWEST[self.space]),
             metric,
             split(fit.drawn.valid),
             steps=fit.steps,
@@ -158,7 +146,7 @@ def digits_policy(trial: Trial, space: str, step_size: float) -> Policy | None:
     fit = Fit(Trial(digits, trial.seed, trial.device, drawn, {}, lambda share: None, trial.folder), 0.1)
     window = min(5, fit.steps)
     controller = Controller(
-        SPACES[space](CLASSES),
+        ClassCorrelation(CLASSES, lowest=LOWEST[space]),
         ErrorRate(),
         drawn.valid,
         steps=fit.steps,
