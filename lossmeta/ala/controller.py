@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lossmeta
 from lossmeta._batches import Batch, Output, call_model, prediction_of
-from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite
+from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite, dtype_name
 from lossmeta._model_state import evaluating
 from lossmeta.ala._fitness import Fitness
 from lossmeta.ala._reinforce import Episode, Experience, Reinforce
@@ -178,6 +178,12 @@ class Controller:
         self._given = Policy.load(policy) if isinstance(policy, (str, os.PathLike)) else policy
         if self._given is not None and not isinstance(self._given, Policy):
             raise TypeError(f"Controller: policy must be a Policy or a path, got {type(policy).__name__}")
+        for p in () if self._given is None else self._given.parameters():
+            if p.dtype != torch.float32 or p.device.type != "cpu":
+                raise ValueError(
+                    f"Controller: policy must be float32 on the CPU, got {dtype_name(p)} on {p.device}; call "
+                    "policy.float().cpu()"
+                )
         if self._given is not None and self._given.features.keys() != self.groups.keys():
             raise ValueError(
                 f"Controller: policy must move {', '.join(self.groups)}, as the space asks for, got one that moves "
@@ -401,9 +407,9 @@ class Controller:
         return self.learner
 
     def _new_policy(self, features: dict[str, int]) -> Policy:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(1 << 31, (), generator=self.generator, device="cpu")))
-            return Policy(features, **self._options).float()
+            return Policy(features, **self._options)
 
     def _places(self, loss: SpaceLoss) -> dict[str, Tensor]:
         """Where each entry stands between its bounds, in [-1, 1], by the network's name."""

@@ -25,7 +25,7 @@ class Policy(nn.Module):
 
     It sees the validation statistics of the last time steps, their relative change from a moving average, where the
     entry stands between its bounds, and how far the training is. Entries share a network, so that what is learned with
-    10 classes serves 1000.
+    10 classes serves 1000. It is made on the CPU, in float32.
 
     Args:
         features: how many statistics an entry has, by the network's name: the parameter's, or what its
@@ -129,12 +129,16 @@ class Policy(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.layout.items())
 
 
+# Whatever PyTorch's defaults are: what a policy sees is made there.
+_PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+
+
 def _network(inputs: int, hidden: tuple[int, ...]) -> nn.Module:
     layers: list[nn.Module] = []
     for size in hidden:
-        layers += [nn.Linear(inputs, size), nn.ReLU()]
+        layers += [nn.Linear(inputs, size, **_PLACE), nn.ReLU()]
         inputs = size
-    return nn.Sequential(*layers, nn.Linear(inputs, ACTIONS))
+    return nn.Sequential(*layers, nn.Linear(inputs, ACTIONS, **_PLACE))
 
 
 @torch.no_grad()
