@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lossmeta
 from lossmeta._batches import Batch, Output, call_model, prediction_of
 from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite, dtype_name
-from lossmeta._model_state import evaluating
+from lossmeta._model_state import RandomState, evaluating
 from lossmeta.ala._fitness import Fitness
 from lossmeta.ala._reinforce import Episode, Experience, Reinforce
 from lossmeta.ala._states import States
@@ -189,9 +189,9 @@ class Controller:
                 f"Controller: policy must move {', '.join(self.groups)}, as the space asks for, got one that moves "
                 f"{', '.join(self._given.features)}"
             )
-        Policy(
-            {"any": 1}, **self._options
-        )  # refuses bad options now, though the statistics are not known yet
+        with torch.random.fork_rng(devices=[]):
+            # Refuses bad options now, though the statistics are not known yet.
+            Policy({"any": 1}, **self._options)
         self._training = learning_rate, memory, batch
         self.learner: Reinforce | None = None
         self.states: list[dict[str, States]] = []
@@ -317,8 +317,17 @@ class Controller:
 
     @torch.no_grad()
     def _look(self, model: nn.Module, loss: SpaceLoss, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The metrics ``[metrics]`` now and, at a window's end, the statistics by parameter."""
+        """The metrics ``[metrics]`` now and, at a window's end, the statistics by parameter.
 
+        The random numbers of the training go on as without: iterating over a DataLoader draws one.
+        """
+        random = RandomState(next((p.device for p in model.parameters()), torch.device("cpu")))
+        try:
+            return self._seen(model, loss, last)
+        finally:
+            random.bring_back()
+
+    def _seen(self, model: nn.Module, loss: SpaceLoss, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         def predict(inputs: Any) -> Tensor:
             return prediction_of("Controller", call_model(model, inputs), self.output)[None]
 
@@ -408,7 +417,10 @@ class Controller:
 
     def _new_policy(self, features: dict[str, int]) -> Policy:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(1 << 31, (), generator=self.generator, device="cpu")))
+            # Not torch.manual_seed, which seeds the GPUs too.
+            torch.default_generator.manual_seed(
+                int(torch.randint(1 << 31, (), generator=self.generator, device="cpu"))
+            )
             return Policy(features, **self._options)
 
     def _places(self, loss: SpaceLoss) -> dict[str, Tensor]:

@@ -117,7 +117,8 @@ class Policy(nn.Module):
         where = f"Policy.load: {os.fspath(path)}"
         description, tensors = read(where, path, HEADER, FORMAT)
         try:
-            policy = cls(**description["layout"], record=description["record"])
+            with torch.random.fork_rng(devices=[]):
+                policy = cls(**description["layout"], record=description["record"])
             policy.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
