@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,14 +113,14 @@ class Reinforce:
     def state_dict(self) -> dict[str, Any]:
         return {
             "policy": {name: t.clone() for name, t in self.policy.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "memory": [vars(e) for e in self.memory],
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "memory": [dict(vars(e)) for e in self.memory],
             "baseline": self.baseline,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps the tensors
         self.memory.clear()
         self.memory.extend(Experience(**e) for e in state["memory"])
         self.baseline = state["baseline"]
