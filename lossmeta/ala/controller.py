@@ -388,7 +388,7 @@ class Controller:
             for path, loss in zip(self.paths, self.losses, strict=True):
                 path.append((self.steps_done + 1, loss._u.float()))
         self.before = found.where(finite, found if self.before is None else self.before)
-        if not self.before.isfinite().all():
+        if not self.before.isfinite().all(0).any():
             self.before = None
         self.sum = None
         self.steps_done += 1
