@@ -366,7 +366,7 @@ class Controller:
             sign = (found - self.before).sign()
             weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
             reward = (weights @ sign) / weights.sum()
-            self._count(finite, reward)
+            self._count(finite, sign)
             for i, experience in enumerate(self.pending):
                 if experience is not None and math.isfinite(float(reward[i])):
                     gain = learner.gain(float(reward[i]))
@@ -463,23 +463,23 @@ class Controller:
         loss._set(u)
         return Experience(seen, done), entropy / entries
 
-    def _count(self, finite: Tensor, reward: Tensor | None) -> None:
+    def _count(self, finite: Tensor, sign: Tensor | None) -> None:
         if not finite.all():
-            self.skipped += 1
-            if self.skipped == 1:
+            if self.skipped == 0:
                 warnings.warn(
                     "Controller: the metric was not finite; there is no reward and no action. Look at the learning "
                     "rate, and at what the metric needs of the validation data. Controller.skipped counts such windows",
                     stacklevel=4,
                 )
-        elif reward is not None and not reward.any():
-            self.ties += 1
-            if self.ties == 1:
+            self.skipped += 1
+        elif sign is not None and not sign.any():
+            if self.ties == 0:
                 warnings.warn(
                     "Controller: the metric has not changed; the reward is 0. Where that goes on, the metric does not "
                     "see what the loss changes. Controller.ties counts such windows",
                     stacklevel=4,
                 )
+            self.ties += 1
 
     def _agree(self) -> None:
         """Processes that train one model together train it by the values of the first."""
