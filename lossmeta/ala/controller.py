@@ -455,7 +455,7 @@ class Controller:
             for p in members:
                 place = self.coordinates.places[p]
                 count = place.stop - place.start
-                u[place] += self.step_size * actions[start : start + count]
+                u[place] += self.step_size * actions[start : start + count].double()
                 start += count
             whole = bool(known.all())
             seen[name] = states if whole else states[known]
