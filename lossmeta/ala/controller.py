@@ -143,7 +143,9 @@ class Controller:
             ("memory", memory),
             ("batch", batch),
         ):
+            _check_integer("Controller", name, count)
             check_at_least_one("Controller", name, count)
+        _check_integer("Controller", "seed", seed)
         if evaluations > window:
             raise ValueError(
                 f"Controller: evaluations must be at most the window's {window}, got {evaluations}"
@@ -289,7 +291,7 @@ class Controller:
         found: Tensor | None = None
         statistics: list[dict[str, Tensor]] = []
         if weight is not None:
-            models = [model] if isinstance(model, nn.Module) else list(model)
+            models = list(model) if isinstance(model, (list, tuple)) else [model]
             self._check(models)
             measured = []
             for one, loss in zip(models, self.losses, strict=True):
@@ -306,7 +308,7 @@ class Controller:
 
     # ---- A window's end.
 
-    def _check(self, models: list[nn.Module]) -> None:
+    def _check(self, models: list[Any]) -> None:
         for one in models:
             if not isinstance(one, nn.Module):
                 raise TypeError(f"Controller: model must be a torch.nn.Module, got {type(one).__name__}")
@@ -551,6 +553,11 @@ def _weighted(metric: Any) -> tuple[list[Any], list[float]]:
     for _, weight in metric:
         check_positive_and_finite("Controller", "a metric's weight", weight)
     return [m for m, _ in metric], [float(weight) for _, weight in metric]
+
+
+def _check_integer(name: str, argument: str, number: Any) -> None:
+    if not isinstance(number, int):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(number).__name__}")
 
 
 def _measured(window: int, discount: float, evaluations: int) -> dict[int, float]:
