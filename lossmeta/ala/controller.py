@@ -344,7 +344,7 @@ class Controller:
         seen = self.space.statistics(prediction, target, loss.placed(prediction))
         for p in self.coordinates.parameters:
             t = seen.get(p.name)
-            if t is None or t.dim() != 2 or len(t) != p.count:
+            if t is None or t.dim() != 2 or len(t) != p.count or not t.shape[1]:
                 got = "none" if t is None else str(list(t.shape))
                 raise ValueError(
                     f"Controller: the space's statistics of {p.name} must be [{p.count}, S], got {got}"
@@ -353,6 +353,13 @@ class Controller:
 
     def _act(self, found: Tensor, statistics: list[dict[str, Tensor]]) -> ControllerReport:
         """Rewards the last actions, learns, and takes the next ones."""
+        for name, members in self.groups.items():
+            widths = {p: statistics[0][p].shape[1] for p in members}
+            if len(set(widths.values())) > 1:
+                raise ValueError(
+                    f"Controller: parameters that share the policy {name!r} must have equally many statistics of an "
+                    f"entry, got {widths}"
+                )
         grouped = [
             {name: torch.cat([seen[p] for p in members]) for name, members in self.groups.items()}
             for seen in statistics
