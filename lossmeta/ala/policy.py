@@ -101,8 +101,10 @@ class Policy(nn.Module):
             OSError: where the file cannot be written.
         """
         try:
-            description = json.dumps({"format": FORMAT, "layout": self.layout, "record": self.record})
-        except TypeError as error:
+            description = json.dumps(
+                {"format": FORMAT, "layout": self.layout, "record": self.record}, allow_nan=False
+            )
+        except (TypeError, ValueError) as error:
             raise ValueError(f"Policy.save: record must be JSON, got {error}") from error
         write(path, self.state_dict(), HEADER, description)
 
@@ -120,7 +122,7 @@ class Policy(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 policy = cls(**description["layout"], record=description["record"])
             policy.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{where} must hold a policy whose weights fit its layout, got another ({error}); save it again"
             ) from error
