@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -176,27 +177,29 @@ class Controller:
         self.groups: dict[str, list[str]] = {}
         for p in self.coordinates.parameters:
             self.groups.setdefault(p.policy or p.name, []).append(p.name)
+        self._training = learning_rate, memory, batch
         self._options: dict[str, Any] = {"hidden": hidden, "history": history, "parts": parts}
-        self._given = Policy.load(policy) if isinstance(policy, (str, os.PathLike)) else policy
-        if self._given is not None and not isinstance(self._given, Policy):
+        given = Policy.load(policy) if isinstance(policy, (str, os.PathLike)) else policy
+        if given is not None and not isinstance(given, Policy):
             raise TypeError(f"Controller: policy must be a Policy or a path, got {type(policy).__name__}")
-        for p in () if self._given is None else self._given.parameters():
+        for p in () if given is None else given.parameters():
             if p.dtype != torch.float32 or p.device.type != "cpu":
                 raise ValueError(
                     f"Controller: policy must be float32 on the CPU, got {dtype_name(p)} on {p.device}; call "
                     "policy.float().cpu()"
                 )
-        if self._given is not None and self._given.features.keys() != self.groups.keys():
+        if given is not None and given.features.keys() != self.groups.keys():
             raise ValueError(
                 f"Controller: policy must move {', '.join(self.groups)}, as the space asks for, got one that moves "
-                f"{', '.join(self._given.features)}"
+                f"{', '.join(given.features)}"
             )
         with torch.random.fork_rng(devices=[]):
             # Refuses bad options now, though the statistics are not known yet.
-            Policy({"any": 1}, **self._options)
-        self._training = learning_rate, memory, batch
+            self._layout = Policy({"any": 1}, **self._options).layout
         self.learner: Reinforce | None = None
         self.states: list[dict[str, States]] = []
+        if given is not None:
+            self._begin(given)
         self.episodes = [Episode() for _ in range(children)]
         self.pending: list[Experience | None] = [None] * children
         # The first step of windows, and the coordinates that hold in each.
@@ -225,7 +228,7 @@ class Controller:
     @property
     def policy(self) -> Policy | None:
         """``None`` before the first window has ended, unless one was given."""
-        return self.learner.policy if self.learner is not None else self._given
+        return None if self.learner is None else self.learner.policy
 
     def save_policy(self, path: str | os.PathLike[str]) -> None:
         """Writes the policy, and how it was learned, for ``Controller(policy=path)``.
@@ -408,20 +411,18 @@ class Controller:
     def _ready(self, features: dict[str, int]) -> Reinforce:
         """What learns the policy, made as soon as it is known what there is to see."""
         if self.learner is None:
-            if self._given is not None and self._given.features != features:
-                raise ValueError(
-                    f"Controller: policy must see {features} statistics of an entry, as the space has them, got one "
-                    f"that sees {self._given.features}"
-                )
-            policy = self._given or self._new_policy(features)
-            learning_rate, memory, batch = self._training
-            self.learner = Reinforce(policy, learning_rate, memory, batch, self.generator)
-            self.states = [{name: States(policy, name) for name in self.groups} for _ in self.losses]
-        elif self.learner.policy.features != features:
+            return self._begin(self._new_policy(features))
+        if self.learner.policy.features != features:
             raise ValueError(
-                f"Controller: the space's statistics must stay {self.learner.policy.features} of an entry, got "
-                f"{features}"
+                f"Controller: policy must see {features} statistics of an entry, as the space has them, got one that "
+                f"sees {self.learner.policy.features}"
             )
+        return self.learner
+
+    def _begin(self, policy: Policy) -> Reinforce:
+        learning_rate, memory, batch = self._training
+        self.learner = Reinforce(policy, learning_rate, memory, batch, self.generator)
+        self.states = [{name: States(policy, name) for name in self.groups} for _ in self.losses]
         return self.learner
 
     def _new_policy(self, features: dict[str, int]) -> Policy:
@@ -506,7 +507,7 @@ class Controller:
             "names": {p.name: p.count for p in self.coordinates.parameters},
             "count": len(self.losses),
             "values": [loss._u.clone() for loss in self.losses],
-            "features": None if self.learner is None else dict(self.learner.policy.features),
+            "layout": None if self.learner is None else copy.deepcopy(self.learner.policy.layout),
             "learner": None if self.learner is None else self.learner.state_dict(),
             "states": [{name: s.state_dict() for name, s in states.items()} for states in self.states],
             "episodes": [[dict(vars(e)) for e in episode.steps] for episode in self.episodes],
@@ -522,7 +523,8 @@ class Controller:
         """Goes on from a state.
 
         Raises:
-            ValueError: for the state of another space or number of children. Nothing has changed then.
+            ValueError: for the state of another space, number of children or layout of the policy. Nothing has changed
+                then.
         """
         names = {p.name: p.count for p in self.coordinates.parameters}
         if state["names"] != names or state["count"] != len(self.losses):
@@ -530,10 +532,18 @@ class Controller:
                 f"Controller: the state must be of {len(self.losses)} children and the parameters {names}, got "
                 f"{state['count']} and {state['names']}"
             )
-        if state["learner"] is None:
+        layout = state["layout"]
+        if layout is None:
             self.learner, self.states = None, []
         else:
-            learner = self._ready(state["features"])
+            own = (
+                {**self._layout, "features": layout["features"]}
+                if self.policy is None
+                else self.policy.layout
+            )
+            if layout != own:
+                raise ValueError(f"Controller: the state must be of a policy of layout {own}, got {layout}")
+            learner = self._ready(layout["features"])
             learner.load_state_dict(state["learner"])
             for own, saved in zip(self.states, state["states"], strict=True):
                 for name, s in own.items():
