@@ -182,10 +182,10 @@ class Controller:
         given = Policy.load(policy) if isinstance(policy, (str, os.PathLike)) else policy
         if given is not None and not isinstance(given, Policy):
             raise TypeError(f"Controller: policy must be a Policy or a path, got {type(policy).__name__}")
-        for p in () if given is None else given.parameters():
-            if p.dtype != torch.float32 or p.device.type != "cpu":
+        for w in () if given is None else given.parameters():
+            if w.dtype != torch.float32 or w.device.type != "cpu":
                 raise ValueError(
-                    f"Controller: policy must be float32 on the CPU, got {dtype_name(p)} on {p.device}; call "
+                    f"Controller: policy must be float32 on the CPU, got {dtype_name(w)} on {w.device}; call "
                     "policy.float().cpu()"
                 )
         if given is not None and given.features.keys() != self.groups.keys():
@@ -273,6 +273,7 @@ class Controller:
             "Controller", self.space, self.paths[child], {"controller": "Controller", **described}
         )
 
+    @torch.inference_mode(False)  # where the policy cannot learn
     def step(self, model: nn.Module | Sequence[nn.Module]) -> ControllerReport | None:
         """To be called after every step of the optimizer; measures the metric now and then, and moves the loss.
 
@@ -294,7 +295,7 @@ class Controller:
         found: Tensor | None = None
         statistics: list[dict[str, Tensor]] = []
         if weight is not None:
-            models = list(model) if isinstance(model, (list, tuple)) else [model]
+            models: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
             self._check(models)
             measured = []
             for one, loss in zip(models, self.losses, strict=True):
@@ -302,9 +303,10 @@ class Controller:
                 measured.append(values)
                 statistics.append(seen)
             found = weight * torch.stack(measured, 1)
-            found = found if self.sum is None else self.sum + found
+            found = found if self.sum is None else self.sum.to(found.device) + found
             if last:
-                return self._act(found.cpu(), statistics)
+                with torch.autocast("cpu", enabled=False):
+                    return self._act(found.cpu(), statistics)
             self.sum = found
         self.steps_done += 1
         return None
@@ -479,7 +481,7 @@ class Controller:
                 warnings.warn(
                     "Controller: the metric was not finite; there is no reward and no action. Look at the learning "
                     "rate, and at what the metric needs of the validation data. Controller.skipped counts such windows",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             self.skipped += 1
         elif sign is not None and not sign.any():
@@ -487,7 +489,7 @@ class Controller:
                 warnings.warn(
                     "Controller: the metric has not changed; the reward is 0. Where that goes on, the metric does not "
                     "see what the loss changes. Controller.ties counts such windows",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             self.ties += 1
 
