@@ -377,7 +377,8 @@ class Controller:
         reward = None
         latest = []
         if self.before is not None:
-            sign = (found - self.before).sign()
+            # The sign of NaN is 0.
+            sign = (found - self.before).sign().where(finite & self.before.isfinite().all(0), torch.nan)
             weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
             reward = (weights @ sign) / weights.sum()
             self._count(finite, sign)
