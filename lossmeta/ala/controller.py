@@ -455,12 +455,12 @@ class Controller:
     ) -> tuple[Experience, float]:
         """One action of each entry; the experience and the policy's mean entropy."""
         u = loss._u.clone()
-        seen, done = {}, {}
+        seen, done, likely = {}, {}, {}
         entropy, entries = 0.0, 0
         for name, members in self.groups.items():
             states, known = self.states[child][name].observe(statistics[name], places[name], progress)
             uniform = torch.rand(len(states), generator=self.generator, device="cpu", dtype=torch.float32)
-            actions, spread = choose(policy.of(name), states, uniform)
+            actions, log_p, spread = choose(policy.of(name), states, uniform)
             actions = actions.where(known, 0)
             entropy += spread
             entries += len(states)
@@ -473,8 +473,9 @@ class Controller:
             whole = bool(known.all())
             seen[name] = states if whole else states[known]
             done[name] = actions if whole else actions[known]
+            likely[name] = log_p if whole else log_p[known]
         loss._set(u)
-        return Experience(seen, done), entropy / entries
+        return Experience(seen, done, likely), entropy / entries
 
     def _count(self, finite: Tensor, sign: Tensor | None) -> None:
         if not finite.all():

@@ -145,22 +145,23 @@ def _network(inputs: int, hidden: tuple[int, ...]) -> nn.Module:
 
 
 @torch.no_grad()
-def choose(network: nn.Module, states: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
-    """Actions -1, 0 and 1, ``[E]``, int8, and the sum of their distributions' entropies.
+def choose(network: nn.Module, states: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Actions -1, 0 and 1, ``[E]``, int8, their log-probabilities, and the sum of their distributions' entropies.
 
     Args:
         network: of a policy.
         states: ``[E, sees]``.
         uniform: numbers that draw the actions, ``[E]``.
     """
-    actions, entropy = [], 0.0
+    actions, taken, entropy = [], [], 0.0
     for rows, draws in zip(states.split(AT_ONCE), uniform.split(AT_ONCE), strict=True):
         log_p = torch.log_softmax(network(rows), 1)
         p = log_p.exp()
         entropy -= float((p * log_p).sum())
         down, stay = p[:, 0], p[:, 1]
         actions.append((draws > down).to(torch.int8) + (draws > down + stay).to(torch.int8) - 1)
-    return torch.cat(actions), entropy
+        taken.append(log_p.gather(1, (actions[-1].long() + 1)[:, None])[:, 0])
+    return torch.cat(actions), torch.cat(taken), entropy
 
 
 def log_probability(logits: Tensor, actions: Tensor) -> Tensor:

@@ -118,25 +118,24 @@ def test_actions_follow_the_softmax(seed: int, entries: int) -> None:
         network[-1].bias.copy_(torch.randn(3, generator=generator))  # type: ignore[index, union-attr, operator]
     states = torch.randn(entries, 6, generator=generator)
     uniform = torch.rand(entries, generator=generator)
-    actions, entropy = choose(network, states, uniform)
+    actions, log_p, entropy = choose(network, states, uniform)
     p = torch.softmax(network(states).detach().double(), 1)
     for a, u, row in zip(actions.tolist(), uniform.tolist(), p.tolist(), strict=True):
         expected = -1 if u <= row[0] else 0 if u <= row[0] + row[1] else 1
         assert a == expected or min(abs(u - row[0]), abs(u - row[0] - row[1])) < 1e-5
     assert entropy == pytest.approx(float(-(p * p.log()).sum()), rel=1e-4)
     taken = p[torch.arange(entries), actions.long() + 1].log()
-    torch.testing.assert_close(
-        log_probability(network(states), actions).double(), taken, rtol=1e-4, atol=1e-5
-    )
+    for found in (log_p, log_probability(network(states), actions)):
+        torch.testing.assert_close(found.double(), taken, rtol=1e-4, atol=1e-5)
 
 
 def test_many_entries_are_chosen_in_pieces() -> None:
     network = Policy({"a": 2}).of("a")
     states, uniform = torch.randn(9000, 24), torch.rand(9000)
-    actions, entropy = choose(network, states, uniform)
+    actions, log_p, entropy = choose(network, states, uniform)
     parts = [choose(network, states[i : i + 1000], uniform[i : i + 1000]) for i in range(0, 9000, 1000)]
-    assert torch.equal(actions, torch.cat([a for a, _ in parts]))
-    assert entropy == pytest.approx(sum(e for _, e in parts), rel=1e-5)
+    assert torch.equal(actions, torch.cat([a for a, _, _ in parts]))
+    assert entropy == pytest.approx(sum(e for _, _, e in parts), rel=1e-5)
 
 
 @pytest.mark.parametrize(
