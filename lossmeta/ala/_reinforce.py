@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from lossmeta.ala.policy import Policy, log_probability
 
 KEPT = 0.9  # of the baseline with every time step
+CLIPPED = 0.2  # how far one experience moves the probability of its actions, as a share of what it was
 LEARNT_FROM = 4096  # entries of a time step, drawn by chance where there are more: they share the network
 
 
@@ -22,11 +24,13 @@ class Experience:
     Attributes:
         states: ``[E, D]``.
         actions: -1, 0 and 1, ``[E]``, int8.
+        log_p: log-probabilities that the policy gave them then, ``[E]``.
         advantage: what came of it, beyond the baseline.
     """
 
     states: dict[str, Tensor]
     actions: dict[str, Tensor]
+    log_p: dict[str, Tensor]
     advantage: float = 0.0
 
 
@@ -73,7 +77,14 @@ class Reinforce:
         return found
 
     def learn(self, latest: list[Experience]) -> None:
-        """One step along the policy gradient."""
+        """One step along the policy gradient.
+
+        Eq. 3 is an expectation under the policy as it is, but what is remembered was done by earlier ones. Taken as the
+        present one's, it moves the probability of the same few actions again and again, until the policy is
+        sure of what was chance. So experiences weigh by the ratio of the probabilities now and then, and one that has
+        moved its actions by a fifth moves them no further (Schulman et al., "Proximal Policy Optimization Algorithms",
+        2017). Of the latest the ratio is 1: that is REINFORCE.
+        """
         if not latest:
             return
         latest = [self._thinned(e) for e in latest]
@@ -95,31 +106,34 @@ class Reinforce:
                     ]
                     or [torch.zeros(0, device="cpu", dtype=torch.float32)]
                 )
-                loss = loss - weight @ log_probability(self.policy.of(name)(states), actions)
+                before = torch.cat([e.log_p[name] for e in chosen])
+                ratio = (log_probability(self.policy.of(name)(states), actions) - before).exp()
+                clipped = ratio.clamp(1 - CLIPPED, 1 + CLIPPED)
+                loss = loss - torch.minimum(weight * ratio, weight * clipped).sum()
             self.optimizer.zero_grad()
             (loss / len(chosen)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
 
     def _thinned(self, e: Experience) -> Experience:
-        states, actions = {}, {}
+        states, actions, log_p = {}, {}, {}
         for name, a in e.actions.items():
             rows: Any = slice(None)
             if len(a) > LEARNT_FROM:
                 rows = torch.randint(len(a), (LEARNT_FROM,), generator=self.generator, device="cpu")
-            states[name], actions[name] = e.states[name][rows], a[rows]
-        return Experience(states, actions, e.advantage)
+            states[name], actions[name], log_p[name] = e.states[name][rows], a[rows], e.log_p[name][rows]
+        return Experience(states, actions, log_p, e.advantage)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "policy": {name: t.clone() for name, t in self.policy.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "memory": [vars(e) for e in self.memory],
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "memory": [dict(vars(e)) for e in self.memory],
             "baseline": self.baseline,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps the tensors
         self.memory.clear()
         self.memory.extend(Experience(**e) for e in state["memory"])
         self.baseline = state["baseline"]

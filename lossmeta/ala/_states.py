@@ -43,18 +43,21 @@ class States:
             The states ``[E, D]``, and which entries have finite statistics, ``[E]``.
         """
         known = statistics.isfinite().all(1)
-        found = statistics.where(known[:, None], 0)
+        # Squares of what a float32 can hold fit into a float64.
+        found = statistics.double().where(known[:, None], 0)
         if known.any():
             moments = torch.stack([found, found**2]).sum(1) / known.sum()
             self.moments = moments if self.moments is None else moments.lerp(self.moments, KEPT)
-        mean, square = torch.zeros(2, self.features) if self.moments is None else self.moments
+        mean, square = found.new_zeros(2, self.features) if self.moments is None else self.moments
         # A single entry that has not moved yet has no deviation; a thousandth of its size then counts as one.
         deviation = (square - mean**2).clamp_min(1e-6 * square + 1e-12).sqrt()
-        now = ((found - mean) / deviation).clamp(-FARTHEST, FARTHEST).where(known[:, None], 0)
-        average = found if self.average is None else self.average
+        now = ((found - mean) / deviation).clamp(-FARTHEST, FARTHEST).where(known[:, None], 0).float()
+        average = found if self.average is None else self.average.where(self.average.isfinite(), found)
         change = (found - average) / average.abs().clamp_min(1e-6)
-        change = change.clamp(-FARTHEST, FARTHEST).where(known[:, None], 0)
-        self.average = average.lerp(found, 1 - KEPT).where(known[:, None], average)
+        change = change.clamp(-FARTHEST, FARTHEST).where(known[:, None], 0).float()
+        # NaN until the entry is known for the first time.
+        before = torch.nan if self.average is None else self.average
+        self.average = average.lerp(found, 1 - KEPT).where(known[:, None], before)
         if self.past is None:
             self.past = now.repeat(1, self.history)
         else:

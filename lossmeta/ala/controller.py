@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 import lossmeta
 from lossmeta._batches import Batch, Output, call_model, prediction_of
-from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite
-from lossmeta._model_state import evaluating
+from lossmeta._checks import check_at_least_one, check_fraction, check_positive_and_finite, dtype_name
+from lossmeta._model_state import RandomState, evaluating
 from lossmeta.ala._fitness import Fitness
 from lossmeta.ala._reinforce import Episode, Experience, Reinforce
 from lossmeta.ala._states import States
@@ -143,7 +144,9 @@ class Controller:
             ("memory", memory),
             ("batch", batch),
         ):
+            _check_integer("Controller", name, count)
             check_at_least_one("Controller", name, count)
+        _check_integer("Controller", "seed", seed)
         if evaluations > window:
             raise ValueError(
                 f"Controller: evaluations must be at most the window's {window}, got {evaluations}"
@@ -174,21 +177,29 @@ class Controller:
         self.groups: dict[str, list[str]] = {}
         for p in self.coordinates.parameters:
             self.groups.setdefault(p.policy or p.name, []).append(p.name)
+        self._training = learning_rate, memory, batch
         self._options: dict[str, Any] = {"hidden": hidden, "history": history, "parts": parts}
-        self._given = Policy.load(policy) if isinstance(policy, (str, os.PathLike)) else policy
-        if self._given is not None and not isinstance(self._given, Policy):
+        given = Policy.load(policy) if isinstance(policy, (str, os.PathLike)) else policy
+        if given is not None and not isinstance(given, Policy):
             raise TypeError(f"Controller: policy must be a Policy or a path, got {type(policy).__name__}")
-        if self._given is not None and self._given.features.keys() != self.groups.keys():
+        for w in () if given is None else given.parameters():
+            if w.dtype != torch.float32 or w.device.type != "cpu":
+                raise ValueError(
+                    f"Controller: policy must be float32 on the CPU, got {dtype_name(w)} on {w.device}; call "
+                    "policy.float().cpu()"
+                )
+        if given is not None and given.features.keys() != self.groups.keys():
             raise ValueError(
                 f"Controller: policy must move {', '.join(self.groups)}, as the space asks for, got one that moves "
-                f"{', '.join(self._given.features)}"
+                f"{', '.join(given.features)}"
             )
-        Policy(
-            {"any": 1}, **self._options
-        )  # refuses bad options now, though the statistics are not known yet
-        self._training = learning_rate, memory, batch
+        with torch.random.fork_rng(devices=[]):
+            # Refuses bad options now, though the statistics are not known yet.
+            self._layout = Policy({"any": 1}, **self._options).layout
         self.learner: Reinforce | None = None
         self.states: list[dict[str, States]] = []
+        if given is not None:
+            self._begin(given)
         self.episodes = [Episode() for _ in range(children)]
         self.pending: list[Experience | None] = [None] * children
         # The first step of windows, and the coordinates that hold in each.
@@ -217,7 +228,7 @@ class Controller:
     @property
     def policy(self) -> Policy | None:
         """``None`` before the first window has ended, unless one was given."""
-        return self.learner.policy if self.learner is not None else self._given
+        return None if self.learner is None else self.learner.policy
 
     def save_policy(self, path: str | os.PathLike[str]) -> None:
         """Writes the policy, and how it was learned, for ``Controller(policy=path)``.
@@ -262,6 +273,7 @@ class Controller:
             "Controller", self.space, self.paths[child], {"controller": "Controller", **described}
         )
 
+    @torch.inference_mode(False)  # where the policy cannot learn
     def step(self, model: nn.Module | Sequence[nn.Module]) -> ControllerReport | None:
         """To be called after every step of the optimizer; measures the metric now and then, and moves the loss.
 
@@ -283,7 +295,7 @@ class Controller:
         found: Tensor | None = None
         statistics: list[dict[str, Tensor]] = []
         if weight is not None:
-            models = [model] if isinstance(model, nn.Module) else list(model)
+            models: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
             self._check(models)
             measured = []
             for one, loss in zip(models, self.losses, strict=True):
@@ -291,16 +303,17 @@ class Controller:
                 measured.append(values)
                 statistics.append(seen)
             found = weight * torch.stack(measured, 1)
-            found = found if self.sum is None else self.sum + found
+            found = found if self.sum is None else self.sum.to(found.device) + found
             if last:
-                return self._act(found.cpu(), statistics)
+                with torch.autocast("cpu", enabled=False):
+                    return self._act(found.cpu(), statistics)
             self.sum = found
         self.steps_done += 1
         return None
 
     # ---- A window's end.
 
-    def _check(self, models: list[nn.Module]) -> None:
+    def _check(self, models: list[Any]) -> None:
         for one in models:
             if not isinstance(one, nn.Module):
                 raise TypeError(f"Controller: model must be a torch.nn.Module, got {type(one).__name__}")
@@ -311,8 +324,17 @@ class Controller:
 
     @torch.no_grad()
     def _look(self, model: nn.Module, loss: SpaceLoss, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The metrics ``[metrics]`` now and, at a window's end, the statistics by parameter."""
+        """The metrics ``[metrics]`` now and, at a window's end, the statistics by parameter.
 
+        The random numbers of the training go on as without: iterating over a DataLoader draws one.
+        """
+        random = RandomState(next((p.device for p in model.parameters()), torch.device("cpu")))
+        try:
+            return self._seen(model, loss, last)
+        finally:
+            random.bring_back()
+
+    def _seen(self, model: nn.Module, loss: SpaceLoss, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         def predict(inputs: Any) -> Tensor:
             return prediction_of("Controller", call_model(model, inputs), self.output)[None]
 
@@ -327,7 +349,7 @@ class Controller:
         seen = self.space.statistics(prediction, target, loss.placed(prediction))
         for p in self.coordinates.parameters:
             t = seen.get(p.name)
-            if t is None or t.dim() != 2 or len(t) != p.count:
+            if t is None or t.dim() != 2 or len(t) != p.count or not t.shape[1]:
                 got = "none" if t is None else str(list(t.shape))
                 raise ValueError(
                     f"Controller: the space's statistics of {p.name} must be [{p.count}, S], got {got}"
@@ -336,6 +358,13 @@ class Controller:
 
     def _act(self, found: Tensor, statistics: list[dict[str, Tensor]]) -> ControllerReport:
         """Rewards the last actions, learns, and takes the next ones."""
+        for name, members in self.groups.items():
+            widths = {p: statistics[0][p].shape[1] for p in members}
+            if len(set(widths.values())) > 1:
+                raise ValueError(
+                    f"Controller: parameters that share the policy {name!r} must have equally many statistics of an "
+                    f"entry, got {widths}"
+                )
         grouped = [
             {name: torch.cat([seen[p] for p in members]) for name, members in self.groups.items()}
             for seen in statistics
@@ -348,10 +377,11 @@ class Controller:
         reward = None
         latest = []
         if self.before is not None:
-            sign = (found - self.before).sign()
+            # The sign of NaN is 0.
+            sign = (found - self.before).sign().where(finite & self.before.isfinite().all(0), torch.nan)
             weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
             reward = (weights @ sign) / weights.sum()
-            self._count(finite, reward)
+            self._count(finite, sign)
             for i, experience in enumerate(self.pending):
                 if experience is not None and math.isfinite(float(reward[i])):
                     gain = learner.gain(float(reward[i]))
@@ -373,7 +403,7 @@ class Controller:
             for path, loss in zip(self.paths, self.losses, strict=True):
                 path.append((self.steps_done + 1, loss._u.float()))
         self.before = found.where(finite, found if self.before is None else self.before)
-        if not self.before.isfinite().all():
+        if not self.before.isfinite().all(0).any():
             self.before = None
         self.sum = None
         self.steps_done += 1
@@ -384,26 +414,27 @@ class Controller:
     def _ready(self, features: dict[str, int]) -> Reinforce:
         """What learns the policy, made as soon as it is known what there is to see."""
         if self.learner is None:
-            if self._given is not None and self._given.features != features:
-                raise ValueError(
-                    f"Controller: policy must see {features} statistics of an entry, as the space has them, got one "
-                    f"that sees {self._given.features}"
-                )
-            policy = self._given or self._new_policy(features)
-            learning_rate, memory, batch = self._training
-            self.learner = Reinforce(policy, learning_rate, memory, batch, self.generator)
-            self.states = [{name: States(policy, name) for name in self.groups} for _ in self.losses]
-        elif self.learner.policy.features != features:
+            return self._begin(self._new_policy(features))
+        if self.learner.policy.features != features:
             raise ValueError(
-                f"Controller: the space's statistics must stay {self.learner.policy.features} of an entry, got "
-                f"{features}"
+                f"Controller: policy must see {features} statistics of an entry, as the space has them, got one that "
+                f"sees {self.learner.policy.features}"
             )
         return self.learner
 
+    def _begin(self, policy: Policy) -> Reinforce:
+        learning_rate, memory, batch = self._training
+        self.learner = Reinforce(policy, learning_rate, memory, batch, self.generator)
+        self.states = [{name: States(policy, name) for name in self.groups} for _ in self.losses]
+        return self.learner
+
     def _new_policy(self, features: dict[str, int]) -> Policy:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(int(torch.randint(1 << 31, (), generator=self.generator, device="cpu")))
-            return Policy(features, **self._options).float()
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which seeds the GPUs too.
+            torch.default_generator.manual_seed(
+                int(torch.randint(1 << 31, (), generator=self.generator, device="cpu"))
+            )
+            return Policy(features, **self._options)
 
     def _places(self, loss: SpaceLoss) -> dict[str, Tensor]:
         """Where each entry stands between its bounds, in [-1, 1], by the network's name."""
@@ -424,12 +455,12 @@ class Controller:
     ) -> tuple[Experience, float]:
         """One action of each entry; the experience and the policy's mean entropy."""
         u = loss._u.clone()
-        seen, done = {}, {}
+        seen, done, likely = {}, {}, {}
         entropy, entries = 0.0, 0
         for name, members in self.groups.items():
             states, known = self.states[child][name].observe(statistics[name], places[name], progress)
             uniform = torch.rand(len(states), generator=self.generator, device="cpu", dtype=torch.float32)
-            actions, spread = choose(policy.of(name), states, uniform)
+            actions, log_p, spread = choose(policy.of(name), states, uniform)
             actions = actions.where(known, 0)
             entropy += spread
             entries += len(states)
@@ -437,31 +468,32 @@ class Controller:
             for p in members:
                 place = self.coordinates.places[p]
                 count = place.stop - place.start
-                u[place] += self.step_size * actions[start : start + count]
+                u[place] += self.step_size * actions[start : start + count].double()
                 start += count
             whole = bool(known.all())
             seen[name] = states if whole else states[known]
             done[name] = actions if whole else actions[known]
+            likely[name] = log_p if whole else log_p[known]
         loss._set(u)
-        return Experience(seen, done), entropy / entries
+        return Experience(seen, done, likely), entropy / entries
 
-    def _count(self, finite: Tensor, reward: Tensor | None) -> None:
+    def _count(self, finite: Tensor, sign: Tensor | None) -> None:
         if not finite.all():
-            self.skipped += 1
-            if self.skipped == 1:
+            if self.skipped == 0:
                 warnings.warn(
                     "Controller: the metric was not finite; there is no reward and no action. Look at the learning "
                     "rate, and at what the metric needs of the validation data. Controller.skipped counts such windows",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
-        elif reward is not None and not reward.any():
-            self.ties += 1
-            if self.ties == 1:
+            self.skipped += 1
+        elif sign is not None and not sign.any():
+            if self.ties == 0:
                 warnings.warn(
                     "Controller: the metric has not changed; the reward is 0. Where that goes on, the metric does not "
                     "see what the loss changes. Controller.ties counts such windows",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
+            self.ties += 1
 
     def _agree(self) -> None:
         """Processes that train one model together train it by the values of the first."""
@@ -479,11 +511,11 @@ class Controller:
             "names": {p.name: p.count for p in self.coordinates.parameters},
             "count": len(self.losses),
             "values": [loss._u.clone() for loss in self.losses],
-            "features": None if self.learner is None else dict(self.learner.policy.features),
+            "layout": None if self.learner is None else copy.deepcopy(self.learner.policy.layout),
             "learner": None if self.learner is None else self.learner.state_dict(),
             "states": [{name: s.state_dict() for name, s in states.items()} for states in self.states],
-            "episodes": [[vars(e) for e in episode.steps] for episode in self.episodes],
-            "pending": [None if e is None else vars(e) for e in self.pending],
+            "episodes": [[dict(vars(e)) for e in episode.steps] for episode in self.episodes],
+            "pending": [None if e is None else dict(vars(e)) for e in self.pending],
             "paths": None if self.paths is None else [list(path) for path in self.paths],
             "before": self.before,
             "sum": self.sum,
@@ -495,7 +527,8 @@ class Controller:
         """Goes on from a state.
 
         Raises:
-            ValueError: for the state of another space or number of children. Nothing has changed then.
+            ValueError: for the state of another space, number of children or layout of the policy. Nothing has changed
+                then.
         """
         names = {p.name: p.count for p in self.coordinates.parameters}
         if state["names"] != names or state["count"] != len(self.losses):
@@ -503,10 +536,18 @@ class Controller:
                 f"Controller: the state must be of {len(self.losses)} children and the parameters {names}, got "
                 f"{state['count']} and {state['names']}"
             )
-        if state["learner"] is None:
+        layout = state["layout"]
+        if layout is None:
             self.learner, self.states = None, []
         else:
-            learner = self._ready(state["features"])
+            own = (
+                {**self._layout, "features": layout["features"]}
+                if self.policy is None
+                else self.policy.layout
+            )
+            if layout != own:
+                raise ValueError(f"Controller: the state must be of a policy of layout {own}, got {layout}")
+            learner = self._ready(layout["features"])
             learner.load_state_dict(state["learner"])
             for own, saved in zip(self.states, state["states"], strict=True):
                 for name, s in own.items():
@@ -533,6 +574,11 @@ def _weighted(metric: Any) -> tuple[list[Any], list[float]]:
     for _, weight in metric:
         check_positive_and_finite("Controller", "a metric's weight", weight)
     return [m for m, _ in metric], [float(weight) for _, weight in metric]
+
+
+def _check_integer(name: str, argument: str, number: Any) -> None:
+    if not isinstance(number, int):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(number).__name__}")
 
 
 def _measured(window: int, discount: float, evaluations: int) -> dict[int, float]:

@@ -28,7 +28,8 @@ class ControllerReport:
     Attributes:
         metric: the means of the metrics over the window, with its weights, ``[metrics, children]``, the higher the
             better.
-        reward: of the actions at the window's start, ``[children]``; ``None`` of the first window.
+        reward: of the actions at the window's start, ``[children]``; ``None`` of the first window, and NaN where
+            a metric was not finite.
         entropy: mean of the policy over entries, in nats; NaN where no entry moved.
     """
 

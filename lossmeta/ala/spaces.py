@@ -109,7 +109,8 @@ class LogitAdjustment(LossSpace):
     def _prior(self, like: Tensor) -> Tensor:
         key = (like.device, like.dtype)
         if key not in self._placed:
-            self._placed[key] = self.log_prior.to(*key)
+            with torch.inference_mode(False):  # it outlives a call that records no gradients
+                self._placed[key] = self.log_prior.to(*key)
         return self._placed[key]
 
 
@@ -343,7 +344,7 @@ class DistanceMixture(ModuleSpace):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(DistanceMixtureLoss(**options), {"phi": (0.0, 1.0)})
+        super().__init__(DistanceMixtureLoss(**{"device": "cpu", **options}), {"phi": (0.0, 1.0)})
 
 
 class FocalWeighting(ModuleSpace):
@@ -362,4 +363,6 @@ class FocalWeighting(ModuleSpace):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(FocalWeightedLoss(**options), {"phi": (0.1, 10.0)}, scale=0.1 / 9.9)
+        super().__init__(
+            FocalWeightedLoss(**{"device": "cpu", **options}), {"phi": (0.1, 10.0)}, scale=0.1 / 9.9
+        )
