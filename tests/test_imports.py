@@ -16,7 +16,17 @@ PACKAGE = ROOT / "lossmeta"
 
 # From the lowest to the highest; the package itself, "", stands where its own imports put it.
 FLOORS = (
-    ("_batches", "_build", "_checks", "_core", "_files", "_model_state", "_optimizers", "_source_folder"),
+    (
+        "_batches",
+        "_build",
+        "_checks",
+        "_core",
+        "_files",
+        "_model_state",
+        "_optimizers",
+        "_safetensors",
+        "_source_folder",
+    ),
     ("ops",),
     ("", "_info"),
     ("plot",),
@@ -28,12 +38,17 @@ FLOORS = (
     ("cli", "__main__"),
 )
 # The import name and the distribution differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytorch_metric_learning": "pytorch-metric-learning"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "pytorch_metric_learning": "pytorch-metric-learning",
+}
 # What is imported only where it is there, and the extra that brings it.
 OPTIONAL = {
     "accelerate": "integrations",
     "lightning": "integrations",
     "matplotlib": "plot",
+    "pillow": "data",
     "pooch": "data",
     "pytorch-metric-learning": "integrations",
     "skorch": "integrations",

@@ -122,7 +122,13 @@ def _each(where: str, metric: Any) -> Callable[[Tensor, Tensor], Tensor]:
             if isinstance(v, Tensor) and v.numel() != 1:
                 raise ValueError(f"{where}: metric must give one number, got {list(v.shape)}")
         return torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64).reshape(()).to(scores.device) for v in values]
+            [
+                (v if isinstance(v, Tensor) else torch.tensor(v, device="cpu"))
+                .double()
+                .reshape(())
+                .to(scores.device)
+                for v in values
+            ]
         )
 
     return each

@@ -70,10 +70,11 @@ class Reinforce:
         self.memory: deque[Experience] = deque(maxlen=memory)
         self.baseline = 0.0
 
-    def gain(self, reward: float) -> float:
-        """Beyond the baseline, which moves towards it."""
-        found = reward - self.baseline
-        self.baseline = KEPT * self.baseline + (1 - KEPT) * reward
+    def gains(self, rewards: list[float]) -> list[float]:
+        """Of the models that have a reward, beyond the baseline, which then moves towards their mean."""
+        found = [reward - self.baseline for reward in rewards]
+        if rewards:
+            self.baseline = KEPT * self.baseline + (1 - KEPT) * sum(rewards) / len(rewards)
         return found
 
     def learn(self, latest: list[Experience]) -> None:

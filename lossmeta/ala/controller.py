@@ -242,7 +242,8 @@ class Controller:
             raise ValueError(
                 f"Controller.save_policy: a window of {self.window} steps must have ended, got {self.steps_done} steps"
             )
-        policy.record = self._record()
+        if self.learns:
+            policy.record = self._record()
         policy.save(path)
 
     def _record(self) -> dict[str, Any]:
@@ -382,10 +383,14 @@ class Controller:
             weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
             reward = (weights @ sign) / weights.sum()
             self._count(finite, sign)
-            for i, experience in enumerate(self.pending):
-                if experience is not None and math.isfinite(float(reward[i])):
-                    gain = learner.gain(float(reward[i]))
-                    latest += self.episodes[i].rewarded(experience, gain, self.episode)
+            rewarded = [
+                (i, experience, float(reward[i]))
+                for i, experience in enumerate(self.pending)
+                if experience is not None and math.isfinite(float(reward[i]))
+            ]
+            gains = learner.gains([r for _, _, r in rewarded])
+            for (i, experience, _), gain in zip(rewarded, gains, strict=True):
+                latest += self.episodes[i].rewarded(experience, gain, self.episode)
             if self.learns:
                 learner.learn(latest)
         elif not finite.all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -161,12 +162,16 @@ class LossSpace:
         penalty = self.penalty(prediction, target, values)
         return loss if penalty is None else loss + penalty
 
+    def _adjustment(self, values: Values) -> Adjusted | None:
+        """What :meth:`adjusted` says, unless a class further down has changed a part of which that does not know."""
+        return self.adjusted(values) if _knows_its_parts(type(self)) else None  # type: ignore[arg-type]
+
     def _fused(self, predictions: Tensor, target: Tensor, values: Values, dim: int) -> Adjusted | None:
         """What the space does to logits ``[..., N, C]`` of classes ``[N]``, where these are such and that is all."""
         shape = predictions.shape
         if len(shape) != dim or target.shape != shape[-2:-1] or target.dtype != torch.int64:
             return None
-        found = self.adjusted(values)
+        found = self._adjustment(values)
         # Shapes that do not fit are refused by the parts, which know why.
         fits = found is None or found.shift is None or found.shift.shape[-1:] == shape[-1:]
         return found if fits else None
@@ -232,7 +237,7 @@ class Product(LossSpace):
     def adjusted(self, values: Values) -> Adjusted | None:
         found: Adjusted | None = Adjusted()
         for space in self.spaces:
-            own = space.adjusted(values)
+            own = space._adjustment(values)
             found = None if found is None or own is None else found.joined(own)
         return found
 
@@ -314,6 +319,14 @@ class Coordinates:
                 )
             u[place] = found
         return self.clip(u)
+
+
+@cache
+def _knows_its_parts(kind: type[LossSpace]) -> bool:
+    def depth(name: str) -> int:
+        return next(i for i, base in enumerate(kind.__mro__) if name in vars(base))
+
+    return all(depth("adjusted") <= depth(part) for part in ("transform", "loss", "penalty"))
 
 
 def _vector(numbers: list[float]) -> Tensor:

@@ -259,3 +259,20 @@ def test_refuses() -> None:
             make()
     with pytest.raises(TypeError):
         Robust() * 2  # type: ignore[operator]
+
+
+def test_a_part_of_a_subclass_is_not_passed_by() -> None:
+    """By what its base knows of the whole loss, alone and in a product, for one model and for many."""
+
+    class Doubled(Robust):
+        def loss(self, prediction: Tensor, target: Tensor, values: Any) -> Tensor:
+            return 2 * super().loss(prediction, target, values)
+
+    logits, labels = torch.randn(6, 3), torch.randint(3, (6,))
+    values = {"q": torch.tensor(0.4), "smoothing": torch.tensor(0.0)}
+    expected = 2 * Robust()(logits, labels, values)
+    torch.testing.assert_close(Doubled()(logits, labels, values), expected)
+    torch.testing.assert_close((Doubled() * Smoothing())(logits, labels, values), expected)
+    stacked = {name: v[None] for name, v in values.items()}
+    for space in (Doubled(), Doubled() * Smoothing()):
+        torch.testing.assert_close(space.of_children(logits[None], labels, stacked)[0][0], expected)

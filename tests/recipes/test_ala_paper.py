@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lossmeta.ala import ClassCorrelation
 from lossmeta.data import Dataset
 from lossmeta.experiments import Diverged, Method, Trial, Tuned, run_folder
 from lossmeta.metrics import AveragePrecision
@@ -23,7 +24,7 @@ from lossmeta.recipes import (
     ala_cifar10_error,
     recipes,
 )
-from lossmeta.recipes._ala_controlled import Adaptive, Merging
+from lossmeta.recipes._ala_controlled import Adaptive
 from lossmeta.recipes._ala_images import (
     PAPER,
     SMALL,
@@ -192,11 +193,6 @@ def test_the_best_network_is_one_that_did_not_diverge(make_trial: MakeTrial) -> 
         best_of(fits[:1])
 
 
-def test_no_entry_is_negative() -> None:
-    space = Merging(4)
-    assert {p.name: p.low for p in space.parameters} == {"diagonal": 0.1, "pairs": 0.0}
-
-
 def test_controls_of_the_controller(make_trial: MakeTrial) -> None:
     """A policy that a run begins with is learned once, and is copied."""
     trial = make_trial(draw(CLEAN, TINY, 0, CPU), steps=16)
@@ -211,7 +207,7 @@ def test_controls_of_the_controller(make_trial: MakeTrial) -> None:
 
 def test_exploit_and_explore(make_trial: MakeTrial) -> None:
     trial = make_trial(draw(CLEAN, TINY, 0, CPU), steps=4)
-    space = Merging(10)
+    space = ClassCorrelation(10, lowest=0.0)
     members = [
         Member(ImageFit(trial, 0.1, child), space, torch.full((55,), float(child))) for child in range(4)
     ]
