@@ -123,7 +123,7 @@ def _each(where: str, metric: Any) -> Callable[[Tensor, Tensor], Tensor]:
                 raise ValueError(f"{where}: metric must give one number, got {list(v.shape)}")
         return torch.stack(
             [
-                (v if isinstance(v, Tensor) else torch.tensor(v, device="cpu"))
+                (v if isinstance(v, Tensor) else torch.tensor(v, device="cpu", dtype=torch.float64))
                 .double()
                 .reshape(())
                 .to(scores.device)
