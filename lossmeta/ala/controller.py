@@ -188,6 +188,11 @@ class Controller:
                     f"Controller: policy must be float32 on the CPU, got {dtype_name(w)} on {w.device}; call "
                     "policy.float().cpu()"
                 )
+            if learn and not w.requires_grad:
+                raise ValueError(
+                    "Controller: policy must be trainable where it learns, got frozen weights; call "
+                    "policy.requires_grad_(), or give learn=False"
+                )
         if given is not None and given.features.keys() != self.groups.keys():
             raise ValueError(
                 f"Controller: policy must move {', '.join(self.groups)}, as the space asks for, got one that moves "
@@ -515,6 +520,7 @@ class Controller:
         return {
             "names": {p.name: p.count for p in self.coordinates.parameters},
             "count": len(self.losses),
+            "window": self.window,
             "values": [loss._u.clone() for loss in self.losses],
             "layout": None if self.learner is None else copy.deepcopy(self.learner.policy.layout),
             "learner": None if self.learner is None else self.learner.state_dict(),
@@ -532,14 +538,18 @@ class Controller:
         """Goes on from a state.
 
         Raises:
-            ValueError: for the state of another space, number of children or layout of the policy. Nothing has changed
-                then.
+            ValueError: for the state of another space, window, number of children or layout of the policy. Nothing has
+                changed then.
         """
         names = {p.name: p.count for p in self.coordinates.parameters}
         if state["names"] != names or state["count"] != len(self.losses):
             raise ValueError(
                 f"Controller: the state must be of {len(self.losses)} children and the parameters {names}, got "
                 f"{state['count']} and {state['names']}"
+            )
+        if state["window"] != self.window:
+            raise ValueError(
+                f"Controller: the state must be of windows of {self.window} steps, got {state['window']}"
             )
         layout = state["layout"]
         if layout is None:

@@ -1143,3 +1143,17 @@ def test_two_processes_have_the_values_of_the_first(tmp_path: Path) -> None:
     assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert equal(first, second) and first[0][-1]["pairs"].any()
+
+
+def test_a_frozen_policy_cannot_learn() -> None:
+    policy = Policy({"class pairs": 2}).requires_grad_(False)
+    with pytest.raises(ValueError, match="policy must be trainable where it learns"):
+        made(policy=policy)
+    controller = made(policy=policy, learn=False)
+    controller.step(network())
+    assert controller.windows == 1
+
+
+def test_the_state_of_other_windows_is_refused() -> None:
+    with pytest.raises(ValueError, match="windows of 3 steps, got 1"):
+        made(window=3).load_state_dict(made().state_dict())
