@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,7 +118,7 @@ def _threshold(
     return torch.where(middle < above, middle, below).where(best > 0, -torch.inf)
 
 
-def verification_pairs(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:
+def verification_pairs(labels: Tensor, count: int, *, seed: int = 0, ignore_index: int = -100) -> Tensor:
     """Pairs of samples by chance, of the same class and of different ones in turn.
 
     A class is drawn among those with two samples, then two samples of it; of a pair of different classes, two samples.
@@ -125,6 +127,7 @@ def verification_pairs(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:
         labels: integers ``[N]``.
         count: of pairs, P.
         seed: of the draws.
+        ignore_index: samples with this label are in no pair.
 
     Returns:
         Rows ``[P, 2]``, int64, on the CPU.
@@ -142,6 +145,8 @@ def verification_pairs(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:
         raise ValueError(f"verification_pairs: labels must be [N], got {list(labels.shape)}")
     check_at_least_one("verification_pairs", "count", count)
     y = class_labels("verification_pairs", labels).cpu()
+    rows = (y != ignore_index).nonzero()[:, 0]
+    y = y[rows]
     members = [m for c in y.unique() if len(m := (y == c).nonzero()[:, 0]) > 1]
     if not members or len(y.unique()) < 2:
         raise ValueError(
@@ -166,11 +171,13 @@ def verification_pairs(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:
             while y[a] == y[b]:
                 a, b = below(len(y)), below(len(y))
             pairs.append([a, b])
-    return torch.tensor(pairs, dtype=torch.int64, device="cpu")
+    return rows[torch.tensor(pairs, dtype=torch.int64, device="cpu")]
 
 
 class VerificationAccuracy(EmbeddingMetric):
     """The verification accuracy of all embeddings since the start; see :func:`verification_accuracy`.
+
+    Pairs are rows in the order of the updates, which that of several processes is not: it does not join over them.
 
     Args:
         pairs: rows of the embeddings in the order in which they come, ``[P, 2]``, int64.
@@ -189,6 +196,7 @@ class VerificationAccuracy(EmbeddingMetric):
     """
 
     higher_is_better = True
+    joined: ClassVar[dict[str, str]] = {}
 
     def __init__(self, pairs: Tensor, *, folds: int = 10, distance: str = "cosine") -> None:
         _check_pairs("VerificationAccuracy", pairs, folds)

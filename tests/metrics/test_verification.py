@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lossmeta.metrics import VerificationAccuracy, verification_accuracy, verification_pairs
+from lossmeta.metrics import RecallAtK, VerificationAccuracy, verification_accuracy, verification_pairs
 
 
 def by_trying(x: Tensor, y: Tensor, pairs: Tensor, folds: int, cosine: bool) -> float:
@@ -116,3 +116,14 @@ def test_bad_input(options: dict[str, object], message: str) -> None:
 def test_no_pairs_to_draw(labels: list[int]) -> None:
     with pytest.raises(ValueError, match="two classes, one of them twice"):
         verification_pairs(torch.tensor(labels, dtype=torch.int64), 4)
+
+
+def test_ignored_samples_are_in_no_pair() -> None:
+    y = torch.tensor([-100, 0, 0, -100, 1, 1, -100])
+    pairs = verification_pairs(y, 60)
+    assert set(pairs.flatten().tolist()) == {1, 2, 4, 5}
+    assert (y[pairs[::2, 0]] == y[pairs[::2, 1]]).all() and (y[pairs[1::2, 0]] != y[pairs[1::2, 1]]).all()
+
+
+def test_it_does_not_join_over_processes() -> None:
+    assert RecallAtK().joined and not VerificationAccuracy(torch.tensor([[0, 1]]), folds=1).joined
