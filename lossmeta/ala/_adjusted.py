@@ -1,4 +1,4 @@
-"""The cross-entropy of all children at once, with what the spaces for classes do to it."""
+"""What the spaces for classes do to the cross-entropy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-
-from lossmeta.ops.adjusted_cross_entropy import adjusted_cross_entropy, with_slope
 
 IGNORED = -100
 
@@ -35,31 +33,6 @@ class Adjusted:
                 return None
             found[field.name] = theirs if mine is None else mine
         return Adjusted(**found)
-
-
-def fused(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> Tensor:
-    """The mean loss of logits ``[N, C]`` with labels ``[N]``, in one pass."""
-    return adjusted_cross_entropy(
-        logits,
-        labels,
-        shift=adjusted.shift,
-        exponent=adjusted.exponent,
-        smoothing=adjusted.smoothing,
-        ignore_index=IGNORED,
-    )
-
-
-def value_and_slope(logits: Tensor, labels: Tensor, adjusted: Adjusted) -> tuple[Tensor, Tensor]:
-    """The mean losses ``[B]`` of logits ``[B, N, C]`` with labels ``[N]``, and their derivative, in one pass."""
-    losses, slope = with_slope(
-        logits,
-        labels,
-        shift=adjusted.shift,
-        exponent=adjusted.exponent,
-        smoothing=adjusted.smoothing,
-        ignore_index=IGNORED,
-    )
-    return losses, slope.to(logits.dtype)
 
 
 def generalised(surprise: Tensor, q: Tensor) -> Tensor:

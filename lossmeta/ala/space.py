@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossmeta.ala._adjusted import Adjusted, fused, value_and_slope
+from lossmeta.ala._adjusted import Adjusted
+from lossmeta.ops.adjusted_cross_entropy import adjusted_cross_entropy, with_slope
 
 Values = Mapping[str, Tensor]
 """What the parameters of a space are, by name."""
@@ -156,7 +157,7 @@ class LossSpace:
         """The whole loss under these values."""
         adjusted = self._fused(prediction, target, values, 2)
         if adjusted is not None:
-            return fused(prediction, target, adjusted)
+            return adjusted_cross_entropy(prediction, target, **vars(adjusted))
         prediction = self.transform(prediction, target, values)
         loss = self.loss(prediction, target, values)
         penalty = self.penalty(prediction, target, values)
@@ -183,7 +184,8 @@ class LossSpace:
         """
         adjusted = self._fused(predictions, target, values, 3)
         if adjusted is not None:
-            return value_and_slope(predictions, target, adjusted)
+            losses, slope = with_slope(predictions, target, **vars(adjusted))
+            return losses, slope.to(predictions.dtype)
         with torch.enable_grad():
             leaves = predictions.detach().requires_grad_()
             losses = torch.func.vmap(lambda p, v: self(p, target, v), randomness="same")(leaves, dict(values))
