@@ -31,6 +31,25 @@ class Ranks:
         self.children = children // self.size
         self.first = self.rank * self.children
 
+    def check_same(self, device: torch.device, **numbers: int) -> None:
+        """Refuses numbers that are others in another process by a ValueError, in all of them."""
+        own = torch.tensor([list(numbers.values())], dtype=torch.int64, device=device)
+        all_of_them = self.gathered(own)
+        if not bool((all_of_them == own).all()):
+            raise ValueError(
+                f"Population: {', '.join(numbers)} must be the same in all processes, got {all_of_them.tolist()}"
+            )
+
+    def check_same_targets(self, total: Tensor) -> None:
+        """Refuses batches that are others in another process, by the sum of their targets."""
+        totals = self.gathered(total[None])
+        if not bool(((totals == totals[0]) | (totals.isnan() & totals[0].isnan())).all()):
+            raise ValueError(
+                "Population: processes that share the children must step with the same batches, whose targets were "
+                f"others in a window, with the sums {totals.tolist()}; give them loaders of the same seed, without a "
+                "DistributedSampler"
+            )
+
     def own(self, t: Tensor) -> Tensor:
         """This process's part, ``[B / R, ...]``, of what all have, ``[B, ...]``."""
         return t[self.first : self.first + self.children]

@@ -66,10 +66,10 @@ class Population:
         higher_is_better: the metric's direction; asked of the metric where it is not given, for a function ``True``.
         output: what of the model's output is the prediction, see :func:`lossmeta.adalfl.meta_gradient`.
         seed: of the values that are tried.
-        process_group: processes of ``torch.distributed`` that share the children, each of them B over their number. All
-            make the same population and call :meth:`step` with the same batches; the weights of the first one hold at
-            the start. ``torch.distributed.group.WORLD`` are all processes. Where a step raises in one of them, the
-            others wait. ``None`` for this one alone.
+        process_group: processes of ``torch.distributed`` that share the children, each of them B over their number;
+            ``torch.distributed.group.WORLD`` are all. They make the same population, whose first weights are those of
+            the first process, and call :meth:`step` with the same batches: other targets are refused at a window's end.
+            Where a step raises in one of them, the others wait. ``None`` for this one alone.
 
     Attributes:
         values: the mean, by name, on the CPU.
@@ -172,6 +172,8 @@ class Population:
         self.fitness = Fitness("Population", metric, valid, higher_is_better, space.jitter)
         self.alone = Alone(model, optimizer, space, output)
         self.ranks = Ranks(process_group, children)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.ranks.check_same(device, children=children, window=window, seed=seed)
         self.ranks.agree(t.detach() for t in (*model.parameters(), *model.buffers()))
         self.children = self._new_children() if children > 1 else None
         self.generator = torch.Generator().manual_seed(seed)
@@ -181,6 +183,7 @@ class Population:
         self.step_of_window = 0
         self.settled = False
         self.found: list[Tensor] = []
+        self.targets: Tensor  # their sum in a window, where processes share the children
         self.draws = self._drawn()
         self._moves: dict[str, object] = {}
         self._begin()
@@ -212,6 +215,8 @@ class Population:
             self._moves |= values  # this window's children are on their way
             return
         self.mean = moved
+        if self.children is None:
+            self.path.append((self.steps_done, moved))
         self._begin()
 
     def schedule(self) -> Schedule:
@@ -278,6 +283,8 @@ class Population:
     def _step(self, inputs: Any, target: Tensor) -> PopulationReport:
         if self.children is not None and not self.step_of_window:
             self.children.spread()
+        if self.ranks.size > 1:
+            self.targets = self.targets.to(target.device) + target.detach().double().sum()
         losses = (self.children or self.alone).train(inputs, target, self._placed(target))
         # Schedulers look at this to see that they come after a step.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -303,6 +310,7 @@ class Population:
         if self._moves:
             self.mean, self._moves = self.coordinates.moved(self.mean, self._moves), {}
         self.step_of_window, self.found = 0, []
+        self.targets = torch.zeros((), dtype=torch.float64, device="cpu")
         self.tried = (
             self.mean[None]
             if self.children is None
@@ -331,6 +339,7 @@ class Population:
     def _search(self) -> Tensor:
         """Recombines the children; their fitness."""
         assert self.children is not None
+        self.ranks.check_same_targets(self.targets)
         fitness = self.ranks.gathered(torch.stack(self.found).mean(0)).cpu()
         finite = fitness.isfinite()
         known = fitness[finite]

@@ -47,6 +47,24 @@ space = LogitAdjustment(torch.tensor([5, 3, 1])) * Robust()
 options = {"process_group": group} if group else {}
 population = Population(model, optimizer, space, metric, batch(99), window=4, children=4, **options)
 fitness = []
+if kind == "other seeds":
+    try:
+        Population(model, optimizer, space, metric, batch(99), children=4, seed=rank, **options)
+    except ValueError as error:
+        assert "seed must be the same in all processes, got [[4, 20, 0], [4, 20, 1]]" in str(error), error
+    else:
+        assert size == 1
+if kind == "other batches":
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        for i in range(4):
+            population.step(batch(50 + i + rank))
+    except ValueError as error:
+        assert "must step with the same batches" in str(error), error
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    else:
+        assert size == 1
+    os._exit(0) if size > 1 else None
 for i in range(14):
     if i == 6 and kind == "killed":
         state = population.state_dict()
@@ -69,13 +87,13 @@ os._exit(0)
 """
 
 
+def start(folder: Path, rank: int, size: int, kind: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", STORY, str(folder), str(rank), str(size), kind]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
 def run(folder: Path, size: int, kind: str) -> list[list[Tensor]]:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", STORY, str(folder), str(rank), str(size), kind], stderr=subprocess.PIPE
-        )
-        for rank in range(size)
-    ]
+    processes = [start(folder, rank, size, kind) for rank in range(size)]
     for p in processes:
         _, error = p.communicate(timeout=300)
         assert p.returncode == 0, error.decode()
@@ -83,7 +101,16 @@ def run(folder: Path, size: int, kind: str) -> list[list[Tensor]]:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "in turn", "killed"])
+def test_other_batches_are_refused(tmp_path: Path) -> None:
+    """In both processes, which look at what they refuse."""
+    started = [start(tmp_path, rank, 2, "other batches") for rank in range(2)]
+    for p in started:
+        _, error = p.communicate(timeout=300)
+        assert p.returncode == 0, error.decode()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "in turn", "killed", "other seeds"])
 def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
     (alone,) = run(tmp_path, 1, kind)
     first, second = run(tmp_path, 2, kind)
