@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lossmeta.experiments import Method, Tuned
 from lossmeta.recipes import _ala_rules as rules
 from lossmeta.recipes._ala_controlled import Adaptive
@@ -31,17 +33,10 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
     children = setting.children
 
     def rule(kind: type[rules.Rule]) -> Make:
-        return lambda label, **given: by_rule(label, kind, **given)
+        return partial(by_rule, kind=kind)
 
-    def single(label: str, **given: float) -> Method:
-        return Adaptive().method(label, **given)
-
-    def chance(label: str, **given: float) -> Method:
-        return Adaptive(reward="chance").method(label, **given)
-
-    def merging(label: str, **given: float) -> Method:
-        return Adaptive("merging").method(label, **given)
-
+    single = Adaptive().method
+    chance, merging = Adaptive(reward="chance").method, Adaptive("merging").method
     entropy = rule(rules.CrossEntropy)
     return [
         tuned(PLAIN, setting, entropy, plain),
