@@ -28,7 +28,7 @@ class Schedule:
 
     Args:
         space: of losses.
-        steps: from which the values hold, ascending; before the first they are the defaults.
+        steps: from which the values hold, ascending; before the first they are the defaults, and the last ones hold on.
         values: by the parameters' names, ``[len(steps)]`` of a number and ``[len(steps), size]`` of a vector. Those
             left out stay at their defaults.
         record: how it was found, which :meth:`save` writes beside the values; JSON.
@@ -163,7 +163,8 @@ class Schedule:
 
         Args:
             path: of the file.
-            space: of the schedule. It must have the same parameters; bounds and scales may be others.
+            space: of the schedule. It must have the same parameters, as ``population.space`` has, to which a
+                population adds :class:`LearningRate`; bounds and scales may be others.
 
         Raises:
             ValueError: for a file of another space or of a newer version, one that :meth:`save` did not write, a
