@@ -230,3 +230,16 @@ def test_goes_on() -> None:
     assert second.values["q"] == first.values["q"]
     assert second(torch.eye(3), torch.arange(3)) == first(torch.eye(3), torch.arange(3))
     assert F.cross_entropy(torch.eye(3), torch.arange(3)) != first(torch.eye(3), torch.arange(3))
+
+
+def test_a_move_while_the_model_trains_alone_is_part_of_it() -> None:
+    model = network()
+    population = Population(model, SGD(model.parameters(), 0.1), Robust(), margin, data(40, 1), window=4)
+    for i in range(4):
+        population.step(data(16, i))
+    population.settle()
+    population.step(data(16, 4))
+    population.move_to(q=0.25)
+    schedule = population.schedule()
+    assert schedule.steps == [0, 4, 5]
+    assert schedule.path[-1][0] * 0.3 == pytest.approx(0.25)
