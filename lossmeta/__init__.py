@@ -7,7 +7,18 @@ import lossmeta._source_folder  # noqa: F401 - first: from the bare source folde
 from lossmeta import ops
 
 if TYPE_CHECKING:  # loaded when first used
-    from lossmeta import adalfl, ala, data, experiments, integrations, losses, metrics, models, recipes
+    from lossmeta import (
+        adalfl,
+        ala,
+        data,
+        experiments,
+        integrations,
+        losses,
+        metrics,
+        models,
+        recipes,
+        tuneloss,
+    )
     from lossmeta._info import info
 
 __all__ = [
@@ -22,6 +33,7 @@ __all__ = [
     "models",
     "ops",
     "recipes",
+    "tuneloss",
 ]
 __version__ = "0.1.0"
 

@@ -31,7 +31,7 @@ FLOORS = (
     ("", "_info"),
     ("plot",),
     ("data", "losses", "metrics", "models"),
-    ("adalfl", "ala"),
+    ("adalfl", "ala", "tuneloss"),
     ("integrations",),
     ("experiments",),
     ("recipes",),
@@ -46,6 +46,7 @@ DISTRIBUTIONS = {
 # What is imported only where it is there, and the extra that brings it.
 OPTIONAL = {
     "accelerate": "integrations",
+    "optuna": "integrations",
     "lightning": "integrations",
     "matplotlib": "plot",
     "pillow": "data",
@@ -57,7 +58,7 @@ OPTIONAL = {
 }
 INSTEAD = {"pytorch_lightning": "lightning"}  # the same under an older name, where that is what is installed
 # Declared though nothing imports it yet: TuneLoss will.
-SOON = {"cvxpy", "osqp"}
+SOON = {"cvxpy", "daqp", "osqp"}
 
 
 def module_name(path: Path) -> str:
@@ -229,6 +230,7 @@ def test_parts_are_attributes() -> None:
         "models",
         "ops",
         "recipes",
+        "tuneloss",
     )
     assert shown == {name: f"lossmeta.{name}" for name in parts}
 

@@ -34,7 +34,9 @@ def test_as_on_the_cpu(optimizer: type[torch.optim.Optimizer]) -> None:
     # In float64, and without a bias before BatchNorm, whose gradient is rounding alone: Adam makes steps of it.
     dtype = torch.float64
     torch.manual_seed(0)
-    start = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    start = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(
+        dtype
+    )
     found = []
     for device in (torch.device("cpu"), DEVICE):
         model = copy.deepcopy(start).to(device)

@@ -1,0 +1,52 @@
+"""What a trained model says of the loss that it was trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lossmeta.tuneloss._box import Array, Values
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What one trained model says; k parameters of the loss, in the order of their bounds.
+
+    Attributes:
+        error: validation error.
+        features: [1 + k], the task's loss and the features on the training data; ``None`` where they are not known.
+        gram: [2 + k, 2 + k], the Gram matrix of the columns of [J, g]: gradients of the task's loss, of every feature
+            and, last, of the validation error.
+        slope: [k], how the error of the retrained model moves with the parameters.
+        curvature: [k, k], how that slope does.
+    """
+
+    error: float
+    features: Array | None = None
+    gram: Array | None = None
+    slope: Array | None = None
+    curvature: Array | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and arrays; ``Measurement(**state)`` is the same again."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that is known is a number."""
+        return all(bool(np.isfinite(value).all()) for value in self.state_dict().values())
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A training run.
+
+    Attributes:
+        values: of the parameters, by name.
+        measurement: what it led to.
+    """
+
+    values: Values
+    measurement: Measurement
