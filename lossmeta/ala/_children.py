@@ -50,7 +50,8 @@ class Alone:
 class Children:
     """B copies. Weights, buffers and the optimizer's state are one tensor each, ``[B, ...]``.
 
-    Where several processes share the children, B are those of this one.
+    Where several processes share the children, B are those of this one. ``apart`` more come after them, which go their
+    own way: they neither become the model nor does the model become them.
 
     Attributes:
         in_turn: why the children run one after the other, or ``None`` where they run as one.
@@ -61,10 +62,16 @@ class Children:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, space: LossSpace, output: Output, ranks: Ranks
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        space: LossSpace,
+        output: Output,
+        ranks: Ranks,
+        apart: int = 0,
     ) -> None:
         self.model, self.optimizer, self.space, self.output = model, unwrapped(optimizer), space, output
-        self.ranks, self.count = ranks, ranks.children
+        self.ranks, self.joined, self.count = ranks, ranks.children, ranks.children + apart
         named = dict(model.named_parameters())
         names = {id(p): name for name, p in named.items()}
         self.trained: dict[str, nn.Parameter] = {}
@@ -100,7 +107,7 @@ class Children:
         refuse_changed_steps("Population", self.optimizer, self.trained.values())
         self.per_element = check_separable(self.optimizer)
         self.stacked = shadow(self.optimizer, self._groups(), {})
-        self.spread()
+        self.spread()  # those apart were made as the model is
         self.in_turn: str | None = None
         self.checked: Any = None  # the autocast context for which it is known
         self.watch = Watch(model, self.device)
@@ -128,12 +135,15 @@ class Children:
         ]
 
     def _take_state(self) -> None:
-        """The optimizer's state, for every child."""
+        """The optimizer's state, for every child; those apart keep their own."""
         for p, w in self._own.items():
+            before = self.stacked.state.get(w, {})
             self.stacked.state[w] = {
                 key: self._stacked(value, p in self.linear) if key in self.per_element else _copied(value)
                 for key, value in self.optimizer.state.get(p, {}).items()
             }
+            for key in self.per_element & self.stacked.state[w].keys() & before.keys():
+                self.stacked.state[w][key][self.joined :] = before[key][self.joined :]
             if not self.stacked.state[w]:
                 del self.stacked.state[w]
 
@@ -245,7 +255,7 @@ class Children:
         A child of weight 0 has no part in it, whatever it holds. What is no floating-point number is the heaviest's.
 
         Raises:
-            ValueError: where somebody else has changed the model's weights since :meth:`spread`.
+            ValueError: where somebody else has changed the model's weights since :meth:`saw_the_model`.
         """
         if self._versions != [p._version for p in self.trained.values()]:
             raise ValueError(
@@ -276,24 +286,45 @@ class Children:
         if not t.is_floating_point():
             return self.ranks.of_child(t, heaviest)
         own = self.ranks.own(weight)
-        part = t.where(own.view(-1, *[1] * (t.dim() - 1)) > 0, 0)
+        part = t[: self.joined]
+        part = part.where(own.view(-1, *[1] * (t.dim() - 1)) > 0, 0)
         dtype = torch.promote_types(t.dtype, torch.float32)
         return self.ranks.total(torch.tensordot(own.to(dtype), part.to(dtype), 1)).to(t.dtype)
 
     def finite(self) -> Tensor:
         """Of which children, those of other processes too, all weights are."""
         own = torch.stack([w.flatten(1).isfinite().all(1) for w in self.weights.values()]).all(0)
-        return self.ranks.gathered(own.to(torch.uint8)).bool().cpu()
+        return self.ranks.gathered(own[: self.joined].to(torch.uint8)).bool().cpu()
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Every child becomes the model, as it is now, and so does its optimizer's state."""
-        self._versions = [p._version for p in self.trained.values()]
+        """Every child becomes the model, as it is now, and so does its optimizer's state; but those apart."""
+        self.saw_the_model()
         for name, p in self.trained.items():
-            self.weights[name].copy_(p.expand_as(self.weights[name]))
+            own = self.weights[name][: self.joined]
+            own.copy_(p.expand_as(own))
         for name, b in self.model.named_buffers():
-            self.buffers[name].copy_(b.expand_as(self.buffers[name]))
+            own = self.buffers[name][: self.joined]
+            own.copy_(b.expand_as(own))
         self._take_state()
+
+    def saw_the_model(self) -> None:
+        """From here on nobody else may change the model's weights until :meth:`merge`."""
+        self._versions = [p._version for p in self.trained.values()]
+
+    @torch.no_grad()
+    def take(self, other: Children) -> None:
+        """The child of this one, which has only one, becomes the last of another's, with its optimizer's state."""
+        for own, theirs in ((self.weights, other.weights), (self.buffers, other.buffers)):
+            for name, t in own.items():
+                t.copy_(theirs[name][-1:])
+        for name, w in self.weights.items():
+            self.stacked.state[w] = {
+                key: value[-1:].clone() if key in self.per_element else _copied(value)
+                for key, value in other.stacked.state.get(other.weights[name], {}).items()
+            }
+            if not self.stacked.state[w]:
+                del self.stacked.state[w]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -326,7 +357,7 @@ class Children:
             }
             if not saved:
                 del self.stacked.state[w]
-        self._versions = [p._version for p in self.trained.values()]
+        self.saw_the_model()
 
 
 def _predicted(model: nn.Module, inputs: Any, output: Output) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -16,6 +18,7 @@ from lossmeta.metrics import Metric
 
 COPIES = 4  # of the predictions, with noise
 PROBE = 0.3  # of a logit
+HALVES = 16  # pairs of halves of the validation data
 AT_ONCE = 1 << 22  # predictions whose copies are judged in one call
 
 
@@ -75,6 +78,35 @@ class Fitness:
             self.sign * self._smoothed(predictions, target)[0].cpu(),
             (self.sign * (up - down)).cpu(),
         )
+
+    @torch.no_grad()
+    def ahead(self, predictions: Tensor, target: Tensor) -> bool:
+        """Whether the first of two models, ``[2, N, ...]``, is fitter than the second by more than a standard error.
+
+        The error is that of the difference over random halves of the samples: of half of N without replacement it is
+        as large as that of N. Halves have the same share of every class.
+        """
+        fitness = self.of_predictions(predictions, target)
+        difference = float(fitness[0] - fitness[1])
+        if not bool(fitness[1].isfinite()):
+            return bool(fitness[0].isfinite())
+        return difference > self._error(predictions.float(), target)
+
+    def _error(self, scores: Tensor, target: Tensor) -> float:
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for _ in range(HALVES):
+            rows = torch.randperm(scores.shape[1], generator=generator, device="cpu").to(scores.device)
+            if target.dim() == 1 and not target.is_floating_point():
+                rows = rows[target[rows].argsort(stable=True)]
+            for half in (rows[::2], rows[1::2]):
+                try:
+                    values = self._value(scores[:, half], target[half])
+                except ValueError:
+                    continue  # a half without what the metric needs says nothing
+                found.append(values[0] - values[1])
+        known = [d for d in torch.stack(found).tolist() if math.isfinite(d)] if found else []
+        return statistics.pstdev(known) if len(known) > 1 else 0.0
 
     @torch.no_grad()
     def _smoothed(self, predictions: Tensor, target: Tensor) -> Tensor:

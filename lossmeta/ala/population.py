@@ -40,6 +40,11 @@ class Population:
     checkpoints and evaluation work on it as they are; the children of the next window set out from what it holds then.
     Towards the end of ``steps`` the model trains alone, under the mean of the values of the last third of the windows.
 
+    One more copy trains beside them under the space's defaults, the plain loss, and nothing else. The model becomes it
+    in the end, unless the metric finds the model better by more than a standard error of the difference: where nothing
+    is wrong that the loss could mend, the search costs a little. This is decided at the last of ``steps``, or, where
+    those are not given, by :meth:`settle`.
+
     With one child there is no search: after every window the metric itself says, by moving the validation logits of
     each class up and down, which classes should gain, and the margins follow. That is for spaces with such margins, as
     :class:`LogitAdjustment`.
@@ -61,6 +66,7 @@ class Population:
         least_spread: below which it does not shrink.
         spread_decay: by which it shrinks with every window.
         tail: share of the steps, at the end, that the model trains alone.
+        fallback: whether there is a copy under the plain loss; not with one child.
         learning_rate: whether the learning rate adapts too, as by a factor :class:`LearningRate` of the space; not with
             one child. Where it does, start from the rate that suits the plain loss.
         higher_is_better: the metric's direction; asked of the metric where it is not given, for a function ``True``.
@@ -79,6 +85,7 @@ class Population:
         ties: windows in which all children were equally good, so that the values and :math:`\sigma` stayed.
         skipped: windows that were undone, since no child had a finite fitness.
         in_turn: why the children run one after the other, or ``None``.
+        fell_back: whether the model became the copy under the plain loss; ``None`` while that is open.
 
     Raises:
         TypeError: for arguments of another type, and an optimizer whose step for one weight depends on others.
@@ -118,6 +125,7 @@ class Population:
         least_spread: float = 0.4,
         spread_decay: float = 0.9,
         tail: float = 0.05,
+        fallback: bool = True,
         learning_rate: bool = True,
         higher_is_better: bool | None = None,
         output: Output = None,
@@ -168,12 +176,13 @@ class Population:
         self.count, self.window = children, window
         self.spread, self.least_spread, self.spread_decay = spread, least_spread, spread_decay
         self.tail = 0 if steps is None else round(tail * steps)
+        self.fallback = fallback and children > 1
         self.steps, self.output = steps, output
         self.fitness = Fitness("Population", metric, valid, higher_is_better, space.jitter)
         self.alone = Alone(model, optimizer, space, output)
         self.ranks = Ranks(process_group, children)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.ranks.check_same(device, children=children, window=window, seed=seed)
+        self.ranks.check_same(device, children=children, window=window, seed=seed, fallback=fallback)
         self.ranks.agree(t.detach() for t in (*model.parameters(), *model.buffers()))
         self.children = self._new_children() if children > 1 else None
         self.generator = torch.Generator().manual_seed(seed)
@@ -182,6 +191,8 @@ class Population:
         self.steps_done = self.windows = self.ties = self.skipped = 0
         self.step_of_window = 0
         self.settled = False
+        self.fell_back: bool | None = None
+        self.plain: Children | None = None  # the copy under the plain loss, once there are no other children
         self.found: list[Tensor] = []
         self.targets: Tensor  # their sum in a window, where processes share the children
         self.draws = self._drawn()
@@ -189,7 +200,10 @@ class Population:
         self._begin()
 
     def _new_children(self) -> Children:
-        return Children(self.model, unwrapped(self.optimizer), self.space, self.output, self.ranks)
+        return self._copies(self.ranks, int(self.fallback))
+
+    def _copies(self, ranks: Ranks, apart: int = 0) -> Children:
+        return Children(self.model, unwrapped(self.optimizer), self.space, self.output, ranks, apart)
 
     # ---- What the user sees.
 
@@ -250,8 +264,30 @@ class Population:
         if last:
             self.mean = torch.stack([mean for _, mean in last]).mean(0)
         self.path.append((self.steps_done, self.mean))
+        if self.children is not None and self.fallback:
+            self.plain = self._copies(Ranks(None, 1))
+            self.plain.take(self.children)
         self.settled, self.children = True, None
         self._begin()
+        if self.steps is None:
+            self._choose()
+
+    def _choose(self) -> None:
+        """Between the model and the copy under the plain loss, once."""
+        plain, self.plain = self.plain, None
+        if plain is None:
+            return
+        ours, target = self.fitness.validation.predicted(self.alone.predict)
+        theirs, _ = self.fitness.validation.predicted(plain.predict)
+        ahead = torch.tensor(self.fitness.ahead(torch.cat([ours, theirs]), target), device=target.device)
+        self.ranks.agree([ahead])
+        self.fell_back = not bool(ahead)
+        if self.fell_back:
+            plain.saw_the_model()
+            plain.merge(torch.ones(1, dtype=torch.float64, device="cpu"))
+            self.mean = torch.zeros_like(self.mean)
+            self.path = [(0, self.mean)]
+            self._begin()
 
     def step(self, batch: Batch) -> PopulationReport:
         """One training step of all children; after the last of a window they are judged, and become one.
@@ -286,16 +322,22 @@ class Population:
         if self.ranks.size > 1:
             self.targets = self.targets.to(target.device) + target.detach().double().sum()
         losses = (self.children or self.alone).train(inputs, target, self._placed(target))
+        if self.fallback and self.children is not None:
+            losses = losses[:-1]
+        if self.plain is not None:
+            self.plain.train(inputs, target, self._defaults(target))
         # Schedulers look at this to see that they come after a step.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         self.steps_done += 1
         if self.settled:
+            if self.steps_done == self.steps:
+                self._choose()
             return PopulationReport(losses.mean())
         self.step_of_window += 1
         every = max(1, self.window // 8)
         left = self.window - self.step_of_window
         if self.children is not None and left in (0, every):
-            self.found.append(self.fitness.of(self.children.predict))
+            self.found.append(self.fitness.of(self.children.predict)[: self.ranks.children])
         if left:
             return PopulationReport(losses.mean())
         fitness = self._search() if self.children is not None else self._probe()
@@ -317,6 +359,7 @@ class Population:
             else self.coordinates.clip(self.mean + self.spread * torch.cat([self.draws, -self.draws]))
         )
         self._on_device: dict[str, Tensor] = {}
+        self._plain_on_device: dict[str, Tensor] = {}
 
     def _drawn(self) -> Tensor:
         return torch.randn(
@@ -330,11 +373,23 @@ class Population:
     def _placed(self, target: Tensor) -> dict[str, Tensor]:
         """What the children train under."""
         if not self._on_device:
-            values = self.coordinates.values(
-                self.tried if self.children is None else self.ranks.own(self.tried)
-            )
-            self._on_device = {name: v.to(target.device, torch.float32) for name, v in values.items()}
+            tried = self.tried
+            if self.children is not None:
+                tried = self.ranks.own(tried)
+                if self.fallback:
+                    tried = torch.cat([tried, torch.zeros_like(tried[:1])])
+            self._on_device = self._on(target, tried)
         return self._on_device
+
+    def _defaults(self, target: Tensor) -> dict[str, Tensor]:
+        if not self._plain_on_device:
+            self._plain_on_device = self._on(target, torch.zeros_like(self.mean[None]))
+        return self._plain_on_device
+
+    def _on(self, target: Tensor, tried: Tensor) -> dict[str, Tensor]:
+        return {
+            name: v.to(target.device, torch.float32) for name, v in self.coordinates.values(tried).items()
+        }
 
     def _search(self) -> Tensor:
         """Recombines the children; their fitness."""
@@ -398,7 +453,9 @@ class Population:
         return {
             "names": {p.name: p.count for p in self.coordinates.parameters},
             "children": None if self.children is None else self.children.state_dict(),
+            "plain": None if self.plain is None else self.plain.state_dict(),
             "count": self.count,
+            "fallback": self.fallback,
             "mean": self.mean.clone(),
             "draws": self.draws.clone(),
             "moves": dict(self._moves),
@@ -415,10 +472,10 @@ class Population:
             ValueError: for the state of another space, model or number of children. Nothing has changed then.
         """
         names = {p.name: p.count for p in self.coordinates.parameters}
-        if state["names"] != names or state["count"] != self.count:
+        if state["names"] != names or state["count"] != self.count or state["fallback"] != self.fallback:
             raise ValueError(
-                f"Population: the state must be of {self.count} children and the parameters {names}, got "
-                f"{state['count']} and {state['names']}"
+                f"Population: the state must be of {self.count} children, fallback={self.fallback} and the parameters "
+                f"{names}, got {state['count']}, {state['fallback']} and {state['names']}"
             )
         if state["children"] is None:
             self.children = None
@@ -426,6 +483,10 @@ class Population:
             children = self.children or self._new_children()
             children.load_state_dict(state["children"])
             self.children = children
+        self.plain = None
+        if state["plain"] is not None:
+            self.plain = self._copies(Ranks(None, 1))
+            self.plain.load_state_dict(state["plain"])
         self.mean, self.draws = state["mean"].clone(), state["draws"].clone()
         self.path = [(step, mean.clone()) for step, mean in state["path"]]
         self.generator.set_state(state["generator"])
@@ -437,4 +498,4 @@ class Population:
         self.found = [f.clone() for f in state["found"]]
 
 
-_NUMBERS = ("spread", "steps_done", "windows", "ties", "skipped", "step_of_window", "settled")
+_NUMBERS = ("spread", "steps_done", "windows", "ties", "skipped", "step_of_window", "settled", "fell_back")

@@ -256,6 +256,7 @@ def population(
     *,
     shuffled: bool = False,
     learning_rate: bool = True,
+    fallback: bool = True,
     children: int = 8,
     new_fit: Callable[[Trial, float], Fit] | None = None,
 ) -> Method:
@@ -263,11 +264,18 @@ def population(
 
     def train(trial: Trial) -> dict[str, float]:
         fit = (new_fit or Fit)(trial, rate)
-        controller = _population(fit, shuffled=shuffled, children=children, learning_rate=learning_rate)
+        options = {"children": children, "learning_rate": learning_rate, "fallback": fallback}
+        controller = _population(fit, shuffled=shuffled, **options)
         found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
-        return {**fit.measures(), **found}
+        return {**fit.measures(), **found, "fell back": float(bool(controller.fell_back))}
 
-    settings = {"rate": rate, "shuffled": shuffled, "learning rate": learning_rate, "children": children}
+    settings = {
+        "rate": rate,
+        "shuffled": shuffled,
+        "learning rate": learning_rate,
+        "fallback": fallback,
+        "children": children,
+    }
     return Method(label, train, {**settings, "window": WINDOW})
 
 

@@ -20,6 +20,7 @@ from lossmeta.experiments.trial import STREAM, seeded
 from lossmeta.metrics import AveragePrecision, BalancedErrorRate, ErrorRate, Metric, WorstClassRecall
 
 CLASSES, HIDDEN, BATCH = 10, 64, 64
+SQUARES = {28: 2, 32: 4}  # by the side of an image, that of the squares of which the means are taken
 # What chooses among rates, stops and fixed losses: the same metric on the validation part.
 SELECTION = Measure("validation", higher_is_better=True, shown=False)
 # Streams of random numbers of a seed. Stream 0 draws the data.
@@ -112,6 +113,9 @@ MNIST = Source(
     steps=800,
 )
 
+# No setting of a population was chosen by it.
+CIFAR10 = Source("cifar10", dict(MNIST.sizes), valid=30, test=200, steps=800)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -138,12 +142,12 @@ class Drawn:
 
 @cache
 def _pixels(name: str) -> tuple[Tensor, Tensor, int | None]:
-    """Standardised rows, labels, and where the official test part begins; images of 28 x 28 as means of 2 x 2."""
+    """Standardised rows, labels, and where the official test part begins; large images as means of small squares."""
     dataset = data.load(name)
     parts = [dataset.train] if dataset.test is None else [dataset.train, dataset.test]
     images = torch.cat([inputs for inputs, _ in parts]).float() / 255
-    if images.shape[-1] == 28:
-        images = torch.cat([F.avg_pool2d(x, 2) for x in images.split(10_000)])
+    if side := SQUARES.get(images.shape[-1]):
+        images = torch.cat([F.avg_pool2d(x, side) for x in images.split(10_000)])
     rows = images.flatten(1)
     known = rows[: len(parts[0][1])]
     rows = (rows - known.mean()) / known.std()

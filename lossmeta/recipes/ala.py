@@ -24,7 +24,7 @@ ROWS = (
     ),
     methods.at_the_tuned_rate(lambda rate: methods.random_actions("random actions", rate)),
     methods.at_the_tuned_rate(
-        lambda rate: methods.population("population, shuffled metric", rate, shuffled=True)
+        lambda rate: methods.population("population, shuffled metric", rate, shuffled=True, fallback=False)
     ),
     methods.at_the_tuned_rate(lambda rate: methods.fixed_grid("the best of 24 fixed losses", rate)),
     methods.at_the_tuned_rate(
@@ -40,6 +40,9 @@ ROWS = (
     methods.at_the_tuned_rate(
         lambda rate: methods.population("population, learning rate fixed", rate, learning_rate=False)
     ),
+    methods.at_the_tuned_rate(
+        lambda rate: methods.population("population, no fallback", rate, fallback=False)
+    ),
     methods.at_the_tuned_rate(lambda rate: methods.population(POPULATION, rate)),
     methods.at_the_tuned_rate(
         lambda rate: methods.refitted("its schedule, on the validation rows too", rate)
@@ -48,12 +51,12 @@ ROWS = (
 LEGEND = """\
 All rows train the same network on the same batches, at the learning rate that suits cross-entropy best on other seeds,
 but for the second, which has the best rate and stop of its own seed. Validation rows have right labels and are
-balanced; they choose rates, stops, biases and the best fixed loss, and are what the population adapts to. The test part
-decides nothing. Fixed losses: tau (rare classes) and q (wrong labels) drawn evenly from their ranges; with rates, each
-at one from a tenth of the first row's to ten times that. Shuffled metric: the population with its children's fitness
-dealt out by chance. Controller: the paper's policy of the same loss, with windows of 20 steps. Its schedule: the values
-that the population of 8 found, by training step, in a second training, from the same weights, on training and
-validation rows. Differences are to the population of 8, paired by seed."""
+balanced; they choose rates, stops, biases and the best fixed loss, and are what the population adapts to. The test
+part decides nothing. Fixed losses: tau (rare classes) and q (wrong labels) drawn evenly from their ranges; with rates,
+each at one from a tenth of the first row's to ten times that. Shuffled metric: the population with its children's
+fitness dealt out by chance, and no fallback to the plain loss. Controller: the paper's policy of the same loss, with
+windows of 20 steps. Its schedule: the values that the population of 8 found, by training step, in a second training,
+from the same weights, on training and validation rows. Differences are to the population of 8, paired by seed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ class Against:
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         return experiments.run(
             self.name,
-            [tasks.task(source, self.problem, steps) for source in (tasks.DIGITS, tasks.MNIST)],
+            [
+                tasks.task(source, self.problem, steps)
+                for source in (tasks.DIGITS, tasks.MNIST, tasks.CIFAR10)
+            ],
             ROWS,
             seeds=seeds,
             device=device,

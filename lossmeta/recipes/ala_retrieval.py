@@ -134,7 +134,11 @@ ROWS = (
     ),
     _adapted("random actions, contrastive shape", CONTRASTIVE, methods.random_actions),
     _adapted(
-        "population, contrastive shape, shuffled metric", CONTRASTIVE, methods.population, shuffled=True
+        "population, contrastive shape, shuffled metric",
+        CONTRASTIVE,
+        methods.population,
+        shuffled=True,
+        fallback=False,
     ),
     _adapted(POPULATION, CONTRASTIVE, methods.population),
     _adapted("its schedule, on the validation classes too", CONTRASTIVE, methods.refitted),

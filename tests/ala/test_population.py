@@ -127,7 +127,7 @@ def test_the_learning_rate_adapts_too() -> None:
 
 
 def test_the_end_is_trained_alone_at_the_mean_of_the_last_third() -> None:
-    population = made(metric=margin, steps=100, window=10, tail=0.1)
+    population = made(metric=margin, steps=100, window=10, tail=0.1, fallback=False)
     traced = []
     for i, batch in enumerate(batches(100)):
         before = copy.deepcopy(population.model.state_dict())
@@ -161,7 +161,7 @@ def test_a_window_that_would_not_be_finished_is_not_begun() -> None:
 
 def test_a_window_that_is_broken_off_leaves_out_who_diverged() -> None:
     for lost in (1, 8):
-        population = made(metric=margin, window=10)
+        population = made(metric=margin, window=10, fallback=False)
         run(population, 3)
         assert population.children is not None
         start = copy.deepcopy(population.model.state_dict())
@@ -327,7 +327,7 @@ def test_weights_that_somebody_else_has_changed() -> None:
         population.model[0].weight.zero_()  # type: ignore[index, union-attr, operator]
     population.step(batches(1)[0])
     assert population.children is not None
-    assert population.children.weights["0.weight"].abs().max() < 0.1
+    assert population.children.weights["0.weight"][:8].abs().max() < 0.1
     with torch.no_grad():
         population.model[0].weight.fill_(3.0)  # type: ignore[index, union-attr, operator]
     with pytest.raises(ValueError, match="must stay as they are inside a window"):

@@ -51,7 +51,7 @@ if kind == "other seeds":
     try:
         Population(model, optimizer, space, metric, batch(99), children=4, seed=rank, **options)
     except ValueError as error:
-        assert "seed must be the same in all processes, got [[4, 20, 0], [4, 20, 1]]" in str(error), error
+        assert "must be the same in all processes, got [[4, 20, 0, 1], [4, 20, 1, 1]]" in str(error), error
     else:
         assert size == 1
 if kind == "other batches":

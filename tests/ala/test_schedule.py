@@ -160,7 +160,15 @@ def test_of_a_population() -> None:
     """Of each window what it ended with, and after the last one the mean of the last third."""
     model = network()
     population = Population(
-        model, SGD(model.parameters(), 0.1), Robust(), ErrorRate(), data(40, 1), window=5, steps=32, tail=0.1
+        model,
+        SGD(model.parameters(), 0.1),
+        Robust(),
+        ErrorRate(),
+        data(40, 1),
+        window=5,
+        steps=32,
+        tail=0.1,
+        fallback=False,
     )
     with pytest.raises(ValueError, match="a window must have ended"):
         population.schedule()
