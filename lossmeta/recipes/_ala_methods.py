@@ -144,22 +144,25 @@ def fixed_grid(label: str, rate: float, *, rates: bool = False, refitted: bool =
         coordinates = Coordinates(space)
         generator = torch.Generator().manual_seed(trial.random_seed(SEARCH))
         draws = {name: torch.rand(GRID, generator=generator) for name in ("tau", "q", "rate")}
-        best: dict[str, float] | None = None
-        chosen: tuple[float, dict[str, Tensor]] = rate, {}
 
         def fixed(own: float, given: dict[str, Tensor], with_validation: bool = False) -> dict[str, float]:
             return under(Fit(trial, own), space, coordinates, lambda _: given, with_validation)
 
-        for i in range(GRID):
-            given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
-            given = {name: v for name, v in given.items() if name in coordinates.places}
-            own = rate * 100 ** (float(draws["rate"][i]) - 0.5) if rates else rate
-            found = fixed(own, given)
-            if best is None or found[SELECTION.name] > best[SELECTION.name]:
-                best = {**found, "rate": own, **{name: float(v) for name, v in given.items()}}
-                chosen = own, given
-        assert best is not None
-        return {**best, **fixed(*chosen, with_validation=True)} if refitted else best
+        def search() -> tuple[dict[str, float], tuple[float, dict[str, Tensor]]]:
+            tried = []
+            for i in range(GRID):
+                given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
+                given = {name: v for name, v in given.items() if name in coordinates.places}
+                own = rate * 100 ** (float(draws["rate"][i]) - 0.5) if rates else rate
+                tried.append((fixed(own, given), (own, given)))
+            return max(tried, key=lambda one: one[0][SELECTION.name])
+
+        key = fixed_grid, rate, rates
+        if key not in trial.scratch:
+            trial.scratch[key] = search()
+        best, (own, given) = trial.scratch[key]
+        found = fixed(own, given, with_validation=True) if refitted else {}
+        return {**best, "rate": own, **{name: float(v) for name, v in given.items()}, **found}
 
     settings = {
         "rate": rate,
