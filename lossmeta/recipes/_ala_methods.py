@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -269,6 +270,8 @@ def population(
         fit = (new_fit or Fit)(trial, rate)
         options = {"children": children, "learning_rate": learning_rate, "fallback": fallback}
         controller = _population(fit, shuffled=shuffled, **options)
+        if (shuffled, *options.values()) == (False, 8, True, True):
+            trial.scratch[new_fit, rate] = controller.schedule()
         found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
         return {**fit.measures(), **found, "fell back": float(bool(controller.fell_back))}
 
@@ -286,7 +289,10 @@ def refitted(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] 
     """A network trained from its start on training and validation rows, under the schedule that a population found."""
 
     def train(trial: Trial) -> dict[str, float]:
-        schedule = _population((new_fit or Fit)(trial, rate)).schedule()
+        key = new_fit, rate
+        if key not in trial.scratch:
+            trial.scratch[key] = _population((new_fit or Fit)(trial, rate)).schedule()
+        schedule = copy.deepcopy(trial.scratch[key])
         fit = (new_fit or Fit)(trial, rate)
         for _, x, y in fit.batches(with_validation=True):
             fit.optimizer.zero_grad()
