@@ -53,6 +53,7 @@ TINY = replace(
     children=2,
 )
 TINY = replace(TINY, least_eases=(5.0,), window=4, tuning_seeds=1)
+TINY = replace(TINY, episodes=2, teacher_rates=(0.1,), meta_rates=(1e-3,))
 TABLES: list[PaperTable] = [*ala_cifar10_error.RECIPES, *ala_cifar10_aucpr.RECIPES, *ala_ablations.RECIPES]
 
 
