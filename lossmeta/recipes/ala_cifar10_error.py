@@ -7,11 +7,13 @@ from functools import partial
 from lossmeta.experiments import Method, Tuned
 from lossmeta.recipes import _ala_rules as rules
 from lossmeta.recipes._ala_controlled import Adaptive
+from lossmeta.recipes._ala_curves import watch_first_seed
 from lossmeta.recipes._ala_dynamic_loss import dynamic_loss
 from lossmeta.recipes._ala_images import ImageFit, Setting
 from lossmeta.recipes._ala_learning_to_teach import learning_to_teach
 from lossmeta.recipes._ala_methods import population
 from lossmeta.recipes._ala_pbt import population_based_training
+from lossmeta.recipes._ala_phi import draw_class_correlations
 from lossmeta.recipes._ala_rules import by_rule
 from lossmeta.recipes._ala_tables import PaperTable
 from lossmeta.recipes._ala_tasks import CLEAN
@@ -55,7 +57,7 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
 
     entropy = rule(rules.CrossEntropy)
     return [
-        tuned(PLAIN, setting, entropy, plain),
+        tuned(PLAIN, setting, partial(entropy, watching=partial(watch_first_seed, row=PLAIN)), plain),
         tuned(
             f"{PLAIN}, validation rows too",
             setting,
@@ -94,7 +96,12 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
         tuned("Phi = confusions", setting, rule(rules.ConfusionMatrix), bounded),
         tuned("Phi = confusions, probabilities", setting, rule(rules.LikenessMatrix), bounded),
         tuned("contextual bandit", setting, rule(rules.Bandit), moving),
-        tuned(SINGLE, setting, single, moving),
+        tuned(
+            SINGLE,
+            setting,
+            partial(single, watching=partial(watch_first_seed, row=SINGLE), finally_=draw_class_correlations),
+            moving,
+        ),
         tuned(f"{SINGLE}, step 0.1", setting, single, bounded | {"step_size": (1.0,)}),
         tuned(f"{SINGLE}, random reward", setting, chance, moving),
         tuned(f"{SINGLE}, Phi >= 0", setting, merging, moving),
