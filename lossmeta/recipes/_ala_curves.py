@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,17 +60,14 @@ def watch_first_seed(fit: ImageFit, row: str) -> Watch | None:
         done = step + 1
         if done % math.ceil(fit.steps / POINTS) and done < fit.steps:
             return
-        try:
+        with suppress(Diverged):
             held_out = F.cross_entropy(fit.predicted(fit.drawn.valid), fit.drawn.valid[1]).item()
-            metric = fit.of(fit.drawn.test)
-        except Diverged:
-            return
-        curve.steps.append(done)
-        curve.trained.append(sum(value.item() for value in since) / len(since))
-        curve.validation.append(held_out)
-        curve.metric.append(metric)
+            curve.metric.append(fit.of(fit.drawn.test))
+            curve.validation.append(held_out)
+            curve.trained.append(sum(value.item() for value in since) / len(since))
+            curve.steps.append(done)
         since.clear()
-        if done == fit.steps:
+        if done == fit.steps and curve.steps:
             _draw(fit.trial.folder, row, curve, fit.drawn.problem.measure)
 
     return watch
