@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from statistics import median_low
 
 import torch
@@ -28,8 +27,7 @@ def taught(
 ) -> tuple[int, float]:
     """Trains a network on the samples that the teacher chooses of each batch.
 
-    Where none is chosen the gradient is 0. The whole batch is predicted, so that a step costs as much as without a
-    teacher, and BatchNorm sees all samples.
+    Where none is chosen the gradient is 0. The whole batch is predicted, so that BatchNorm sees all samples.
 
     Args:
         fit: to be trained.
@@ -40,6 +38,9 @@ def taught(
 
     Returns:
         Steps until then, or all; and the share of the samples that were chosen.
+
+    Raises:
+        Diverged: by the end of the window.
     """
     past = torch.zeros((), device=fit.drawn.train[0].device)
     share, best, steps = past.clone(), fit.selection(), 0
@@ -54,7 +55,7 @@ def taught(
         steps = i + 1
         past = past + (losses.detach().mean() - past) / steps
         share = share + (chosen.mean() - share) / steps
-        if steps % fit.setting.window == 0:
+        if steps % fit.setting.window == 0 or steps == fit.steps:
             now = fit.selection()
             best = max(best, now)
             if now >= goal:
@@ -92,7 +93,8 @@ def learning_to_teach(
 
     Ours, or other than in that paper: the goal is the median validation metric of a plain training before its rate
     drops, and not an accuracy that somebody has set. The teacher learns from all training rows, and not from a part of
-    them. Where few samples are chosen a step has few, and does not wait for a full batch.
+    them. Where few samples are chosen a step has few, and does not wait for a full batch. An episode that diverges
+    teaches nothing.
 
     Args:
         label: of the row.
@@ -113,10 +115,13 @@ def learning_to_teach(
             goal, reached = goal_of(ImageFit(trial, rate, FIRST_EPISODE))
             learner = Reinforce(teacher, teacher_rate, -math.log(reached / steps))
             for episode in range(1, episodes + 1):
-                length = steps
-                with suppress(Diverged):  # as one that never gets there
-                    fit = ImageFit(trial, rate, FIRST_EPISODE + episode)
+                fit = ImageFit(trial, rate, FIRST_EPISODE + episode)
+                try:
                     length, _ = taught(fit, teacher, generator, learner, goal)
+                except Diverged:
+                    learner.forget()
+                    lengths.append(steps)
+                    continue
                 lengths.append(length)
                 if reward == "chance":
                     length = int(torch.randint(1, steps + 1, (), generator=generator))

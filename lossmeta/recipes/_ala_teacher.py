@@ -107,6 +107,10 @@ class Reinforce:
             if p.grad is not None:
                 p.grad *= -gain / self.steps
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.baseline = self.KEPT * self.baseline + (1 - self.KEPT) * reward
+        self.forget()
+
+    def forget(self) -> None:
+        """The choices of an episode that brings no reward, whose gradients may be NaN."""
+        self.optimizer.zero_grad()
         self.steps = 0

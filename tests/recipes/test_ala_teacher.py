@@ -255,20 +255,25 @@ def test_a_reward_by_chance_knows_nothing_of_the_episode(
     assert sum(24 * math.exp(-r) for r in rewards) / 8 != pytest.approx(lengths)
 
 
-def test_an_episode_that_diverges_is_one_that_never_gets_there(
-    trial: Trial, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = _ala_learning_to_teach.taught
+def test_an_episode_that_diverges_teaches_nothing(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when the choices before it was seen to have gradients that are NaN."""
+    whole, broken = _ala_learning_to_teach.taught, []
 
     def torn(fit: ImageFit, *a: Any, **k: Any) -> tuple[int, float]:
-        found = whole(fit, *a, **k)
-        if fit.child:
-            raise Diverged
-        return found
+        if fit.child and not broken:
+            broken.append(fit)
+            step = fit.step
+
+            def to_nan(loss: Tensor) -> None:
+                step(loss * torch.nan)
+
+            monkeypatch.setattr(fit, "step", to_nan)
+        return whole(fit, *a, **k)
 
     monkeypatch.setattr(_ala_learning_to_teach, "taught", torn)
     rewards, found = lessons(trial, monkeypatch, episodes=2)
-    assert rewards == [0.0, 0.0] and found["steps of the last episodes"] == 24
+    assert len(rewards) == 1 and found["steps of the first episodes"] > 12
+    assert 0 < found["share chosen"] < 1
 
 
 def test_the_same_trial_gives_the_same(trial: Trial) -> None:
