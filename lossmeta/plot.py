@@ -72,9 +72,12 @@ def shades(values: Sequence[float]) -> tuple[list[Any], ScalarMappable]:
     return [colours(scale(value)) for value in values], ScalarMappable(scale, colours)
 
 
-def matrix(axes: Axes, values: Sequence[Sequence[float]], label: str) -> None:
-    """Rows of numbers as colours, 0 in the middle of them, and a bar that says which is which."""
-    limit = max((abs(value) for row in values for value in row), default=0) or 1
+def matrix(axes: Axes, values: Sequence[Sequence[float]], label: str, *, limit: float | None = None) -> None:
+    """Rows of numbers as colours, 0 in the middle of them, and a bar that says which is which.
+
+    Colours go to ``limit``, so that several matrices can share them, or to the largest of the numbers.
+    """
+    limit = limit or max((abs(value) for row in values for value in row), default=0) or 1
     figure = axes.get_figure()
     assert figure is not None
     picture = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from lossmeta.ala import ClassCorrelation, Controller, Policy
 from lossmeta.experiments import Method, Trial
 from lossmeta.metrics import ErrorRate, Metric
+from lossmeta.recipes._ala_curves import Watch, Watching
 from lossmeta.recipes._ala_images import ImageFit, best_of, split
 from lossmeta.recipes._ala_methods import Fit
 from lossmeta.recipes._ala_tasks import CLASSES, CLEAN, DIGITS, SEARCH, Drawn, draw, task
@@ -67,12 +68,31 @@ class Adaptive:
     learn: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def method(self, label: str, rate: float, step_size: float) -> Method:
+    def method(
+        self,
+        label: str,
+        rate: float,
+        step_size: float,
+        *,
+        watching: Watching | None = None,
+        finally_: Callable[[Trial, Controller], None] = lambda trial, controller: None,
+    ) -> Method:
+        """As a row.
+
+        Args:
+            label: of it.
+            rate: learning rate.
+            step_size: of Phi, in units of 0.1.
+            watching: see :func:`by_rule`; of the first network.
+            finally_: called when training ends.
+        """
+
         def train(trial: Trial) -> dict[str, float]:
             policy = self._policy(trial, rate, step_size)
             fits = [ImageFit(trial, rate, child) for child in range(self.children)]
             controller = self._controller(fits[0], step_size, policy)
-            run_controlled(controller, fits)
+            run_controlled(controller, fits, watching(fits[0]) if watching else None)
+            finally_(trial, controller)
             chosen = best_of(fits) if self.best else fits[0]
             moved = controller.losses[fits.index(chosen)].values
             far = torch.cat([moved["diagonal"] - 1, moved["pairs"]]).abs().mean().item()
@@ -127,15 +147,18 @@ class Adaptive:
         return policy
 
 
-def run_controlled(controller: Controller, fits: list[Any]) -> None:
-    """Each network under a loss of its own, on the same batches."""
+def run_controlled(controller: Controller, fits: list[Any], watch: Watch | None = None) -> None:
+    """Each network under a loss of its own, on the same batches; ``watch`` sees the first."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Controller: the metric")
         for i, x, y in fits[0].batches():
             for fit, loss in zip(fits, controller.losses, strict=True):
                 if fit is not fits[0]:
                     fit.schedule(i)
-                fit.step(loss(fit.model(x), y))
+                value = loss(fit.model(x), y)
+                fit.step(value)
+                if watch and fit is fits[0]:
+                    watch(i, value)
             controller.step([fit.model for fit in fits])
 
 

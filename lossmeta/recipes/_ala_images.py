@@ -55,6 +55,9 @@ class Setting:
         window: K.
         evaluations: of the metric in a window.
         children: of multi-network training.
+        episodes: that a teacher learns from.
+        teacher_rates: of its Adam to choose from.
+        meta_rates: of Adam for a Phi that is learned by gradient, to choose from.
         tuning_seeds: how many seeds settings are chosen on.
     """
 
@@ -73,6 +76,9 @@ class Setting:
     window: int
     evaluations: int
     children: int
+    episodes: int
+    teacher_rates: tuple[float, ...]
+    meta_rates: tuple[float, ...]
     tuning_seeds: int
 
 
@@ -92,6 +98,9 @@ SMALL = Setting(
     window=20,
     evaluations=2,
     children=4,
+    episodes=50,
+    teacher_rates=(0.01, 0.1),
+    meta_rates=(1e-5, 1e-4, 1e-3),
     tuning_seeds=3,
 )
 # 300 epochs of 40,000 rows.
@@ -111,6 +120,9 @@ PAPER = Setting(
     window=200,
     evaluations=4,
     children=10,
+    episodes=50,
+    teacher_rates=(1e-3,),
+    meta_rates=(1e-3,),
     tuning_seeds=1,
 )
 SETTINGS = {"small": SMALL, "paper": PAPER}

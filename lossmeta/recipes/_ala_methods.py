@@ -303,8 +303,17 @@ def refitted(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] 
     return Method(label, train, {"rate": rate, "window": WINDOW})
 
 
-def controller(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit] | None = None) -> Method:
-    """The paper's controller of the same loss, with windows as long as the population's."""
+def controller(
+    label: str,
+    rate: float,
+    *,
+    new_fit: Callable[[Trial, float], Fit] | None = None,
+    finally_: Callable[[Trial, Controller], None] = lambda trial, controller: None,
+) -> Method:
+    """The paper's controller of the same loss, with windows as long as the population's.
+
+    ``finally_`` is called when training ends.
+    """
 
     def train(trial: Trial) -> dict[str, float]:
         fit = (new_fit or Fit)(trial, rate)
@@ -321,6 +330,7 @@ def controller(label: str, rate: float, *, new_fit: Callable[[Trial, float], Fit
             for _, x, y in fit.batches():
                 fit.step(found(fit.model(x), y))
                 found.step(fit.model)
+        finally_(trial, found)
         return {**fit.measures(), **{name: v.item() for name, v in found.values.items() if not v.dim()}}
 
     return Method(label, train, {"rate": rate, "window": WINDOW})

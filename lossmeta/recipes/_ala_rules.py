@@ -13,6 +13,7 @@ from lossmeta.experiments import Method, Trial
 from lossmeta.ops import class_confusion, parametric_cross_entropy
 from lossmeta.recipes import _ala_bandit, _ala_large_margin, _ala_self_paced
 from lossmeta.recipes._ala_auc import AreaUnderPrecisionRecall, pairwise_auc_roc
+from lossmeta.recipes._ala_curves import Watching
 from lossmeta.recipes._ala_images import ImageFit, best_of
 from lossmeta.recipes._ala_tasks import CLASSES, SEARCH
 
@@ -197,18 +198,25 @@ def by_rule(
     *,
     with_validation: bool = False,
     networks: int = 1,
+    watching: Watching | None = None,
     **options: float,
 ) -> Method:
-    """Training under a rule's loss; of several networks the best on the validation part is reported."""
+    """Training under a rule's loss; of several networks the best on the validation part is reported.
+
+    ``watching`` makes what is called after every step with its number and its loss, where somebody wants to see them.
+    """
 
     def train(trial: Trial) -> dict[str, float]:
         fits = []
         for child in range(networks):
             fit = ImageFit(trial, rate, child, kind in ONE_AGAINST_REST)
-            rule = kind(fit, **options)
+            rule, watch = kind(fit, **options), watching(fit) if watching else None
             for i, x, y in fit.batches(with_validation):
-                fit.step(rule.loss(i, x, y))
+                loss = rule.loss(i, x, y)
+                fit.step(loss)
                 rule.after(i)
+                if watch:
+                    watch(i, loss)
             fits.append(fit)
         return best_of(fits).measures()
 

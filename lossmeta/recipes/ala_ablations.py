@@ -9,6 +9,7 @@ from lossmeta.ala.policy import PARTS
 from lossmeta.experiments import Method, Tuned
 from lossmeta.recipes._ala_controlled import Adaptive
 from lossmeta.recipes._ala_images import TRAINING, Setting
+from lossmeta.recipes._ala_reward_design import reward_design
 from lossmeta.recipes._ala_rules import CrossEntropy, Matrix, by_rule
 from lossmeta.recipes._ala_tables import PaperTable
 from lossmeta.recipes._ala_tasks import CLEAN
@@ -30,8 +31,8 @@ ResNet-32, 10 networks; Table S4 only has what a row adds to the default's error
 def rows_of(space: str, setting: Setting) -> list[Method | Tuned]:
     grid = {"rate": setting.bounded_rates, "step_size": setting.step_sizes}
 
-    def default(label: str, **given: float) -> Method:
-        return Adaptive(space).method(label, **given)
+    def default(label: str, rate: float, step_size: float) -> Method:
+        return Adaptive(space).method(label, rate, step_size)
 
     def row(label: str, adaptive: Adaptive) -> Method | Tuned:
         def then(best: Method) -> Method:
@@ -93,6 +94,17 @@ REPORTED = {
     DEFAULT: paper.ABLATIONS["default"],
 }
 
+# Figure 3: two losses that stay, and what the controller is rewarded by.
+REWARDS = {
+    "cross-entropy": "none: cross-entropy",
+    "Phi = identity (Eq. 6)": "none: Eq. 6",
+    "random reward": "chance",
+    "rewarded by training loss": "training loss",
+    "rewarded by training error": "training error",
+    "rewarded by validation loss": "validation loss",
+    DEFAULT: "validation error",
+}
+
 RECIPES = tuple(
     PaperTable(
         name,
@@ -103,6 +115,7 @@ RECIPES = tuple(
         LEGEND,
         REPORTED,
         (TRAINING,),
+        {"reward-design.png": partial(reward_design, rows=REWARDS)},
     )
     for name, space, remark in (
         ("ala-ablations", "paper", ""),

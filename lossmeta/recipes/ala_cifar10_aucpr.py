@@ -7,8 +7,10 @@ from functools import partial
 from lossmeta.experiments import Method, Tuned
 from lossmeta.recipes import _ala_rules as rules
 from lossmeta.recipes._ala_controlled import Adaptive
+from lossmeta.recipes._ala_curves import watch_first_seed
 from lossmeta.recipes._ala_images import ImageFit, Setting
 from lossmeta.recipes._ala_methods import population
+from lossmeta.recipes._ala_phi import draw_class_correlations
 from lossmeta.recipes._ala_rules import by_rule
 from lossmeta.recipes._ala_tables import PaperTable
 from lossmeta.recipes._ala_tasks import AUCPR
@@ -39,7 +41,7 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
     chance, merging = Adaptive(reward="chance").method, Adaptive("merging").method
     entropy = rule(rules.CrossEntropy)
     return [
-        tuned(PLAIN, setting, entropy, plain),
+        tuned(PLAIN, setting, partial(entropy, watching=partial(watch_first_seed, row=PLAIN)), plain),
         tuned(
             f"{PLAIN}, several networks",
             setting,
@@ -50,7 +52,12 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
         tuned("pairwise AUCROC loss", setting, rule(rules.PairwiseAUCROC), bounded),
         tuned("AUCPR loss", setting, rule(rules.AUCPR), bounded),
         tuned("Phi = identity (Eq. 6)", setting, rule(rules.Matrix), bounded),
-        tuned(SINGLE, setting, single, moving),
+        tuned(
+            SINGLE,
+            setting,
+            partial(single, watching=partial(watch_first_seed, row=SINGLE), finally_=draw_class_correlations),
+            moving,
+        ),
         tuned(f"{SINGLE}, random reward", setting, chance, moving),
         tuned(f"{SINGLE}, Phi >= 0", setting, merging, moving),
         tuned(

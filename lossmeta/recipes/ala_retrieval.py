@@ -18,6 +18,7 @@ from lossmeta.recipes import _ala_methods as methods
 from lossmeta.recipes import _ala_retrieval_tasks as tasks
 from lossmeta.recipes import _ala_triplets as triplets
 from lossmeta.recipes._ala_methods import GRID, TUNING_SEEDS
+from lossmeta.recipes._ala_phi import draw_mixture
 from lossmeta.recipes._ala_retrieval_tasks import EmbeddingFit
 from lossmeta.recipes._ala_tasks import SEARCH, SELECTION
 
@@ -121,7 +122,9 @@ ROWS = (
     _other("triplet", lambda trial: triplets.triplet),
     _other("margin, distance-weighted sampling", margin),
     _fixed("distance mixture at its start", DistanceMixture()),
-    _adapted("controller, distance mixture", DistanceMixture(), methods.controller),
+    _adapted(
+        "controller, distance mixture", DistanceMixture(), partial(methods.controller, finally_=draw_mixture)
+    ),
     _adapted("population, distance mixture", DistanceMixture(), methods.population),
     _fixed("focal weighting at its start", FocalWeighting()),
     _adapted("controller, focal weighting", FocalWeighting(), methods.controller),

@@ -14,17 +14,10 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from toy_problem import CLASSES, Counted, data, margin
 
 from lossmeta.ala import LearningRate, LogitAdjustment, LossSpace, Population, Robust
 from lossmeta.metrics import ErrorRate, Metric, WorstClassRecall
-
-CLASSES = 3
-
-
-def data(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 4, generator=generator)
-    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
 
 
 def network() -> nn.Module:
@@ -43,11 +36,6 @@ def made(space: LossSpace | None = None, metric: Any = None, valid: Any = None, 
         data(40, 1) if valid is None else valid,
         **options,
     )
-
-
-def margin(prediction: Tensor, target: Tensor) -> Tensor:
-    """Smooth, so that nothing ties."""
-    return torch.log_softmax(prediction, 1).gather(1, target[:, None]).mean()
 
 
 def batches(count: int, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
@@ -535,32 +523,13 @@ def test_refuses() -> None:
         made().step(torch.zeros(3))  # type: ignore[arg-type]
 
 
-class Counted:
-    """As metrics of torchmetrics are."""
-
-    higher_is_better: bool | None = None
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.right = self.all = 0
-
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        self.right += int((prediction.argmax(1) == target).sum())
-        self.all += len(target)
-
-    def compute(self) -> float:
-        return self.right / self.all
-
-
 def test_a_metric_of_another_library() -> None:
     with pytest.raises(
         ValueError, match="higher_is_better must be given, Counted does not say its direction"
     ):
         made(metric=Counted())
     metric = Counted()
-    population, reference = made(metric=metric, window=5, higher_is_better=True), made(window=5)
+    population, reference = made(metric=metric, window=5, higher_is_better=False), made(window=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(population, 10)

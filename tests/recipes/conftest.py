@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_images
 import torch
 
 from lossmeta import plot
 from lossmeta.experiments import Task, Trial
+from lossmeta.recipes import _ala_images
 
 
 @pytest.fixture
@@ -24,6 +26,18 @@ def _no_other_figures(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """They take longer than the training."""
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(plot, "installed", lambda: False)
+
+
+@pytest.fixture
+def images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Generated ones in the place of CIFAR-10."""
+    dataset, load = tiny_images.images(), _ala_images.data.load
+    monkeypatch.setattr(
+        _ala_images.data, "load", lambda name, *a, **k: dataset if name == "cifar10" else load(name, *a, **k)
+    )
+    _ala_images._images.cache_clear()
+    yield
+    _ala_images._images.cache_clear()
 
 
 @pytest.fixture

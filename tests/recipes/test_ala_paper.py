@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_images import TINY
 from torch import Tensor
 
 from lossmeta.ala import ClassCorrelation
-from lossmeta.data import Dataset
 from lossmeta.experiments import Diverged, Method, Trial, Tuned, run_folder
 from lossmeta.metrics import AveragePrecision
 from lossmeta.models import resnet32
@@ -40,39 +40,10 @@ from lossmeta.recipes._ala_tables import PaperTable
 from lossmeta.recipes._ala_tasks import CLEAN, Problem
 from lossmeta.recipes._ala_tuning import tuned
 
+pytestmark = pytest.mark.usefixtures("images")
 CPU = torch.device("cpu")
 MakeTrial = Callable[..., Trial]
-TINY = replace(
-    SMALL,
-    rows=(160, 80),
-    test=90,
-    batch=16,
-    rates=(0.03,),
-    bounded_rates=(0.1,),
-    step_sizes=(0.5,),
-    children=2,
-)
-TINY = replace(TINY, least_eases=(5.0,), window=4, tuning_seeds=1)
 TABLES: list[PaperTable] = [*ala_cifar10_error.RECIPES, *ala_cifar10_aucpr.RECIPES, *ala_ablations.RECIPES]
-
-
-@pytest.fixture(autouse=True)
-def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise around a pattern of each class, in the place of CIFAR-10."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randint(256, (10, 3, 32, 32), generator=generator)
-
-    def part(rows: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(rows) % 10
-        noise = torch.randint(256, (rows, 3, 32, 32), generator=generator)
-        return ((patterns[labels] + 3 * noise) // 4).to(torch.uint8), labels
-
-    dataset = Dataset("cifar10", part(300), part(100), 10)
-    load = _ala_images.data.load
-    monkeypatch.setattr(
-        _ala_images.data, "load", lambda name, *a, **k: dataset if name == "cifar10" else load(name, *a, **k)
-    )
-    _ala_images._images.cache_clear()
 
 
 def methods() -> list[Any]:

@@ -7,6 +7,8 @@ ERROR = {
     "cross-entropy": "7.51",
     "self-paced": "7.47",
     "L-Softmax": "7.01",
+    "L2T": "7.10",
+    "L2T-DLF": "6.95",
     "random matrix": "8.23 ± 0.41",
     "confusion matrix": "7.42 ± 0.04",
     "single-network": "6.85 ± 0.09",
