@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch.optim import SGD
 
 from lossmeta.ala import Controller, LearningRate, LossSpace, Population
 from lossmeta.ala.space import LEARNING_RATE, Coordinates
-from lossmeta.experiments import Method, Task, Trial, Tuned
+from lossmeta.experiments import Diverged, Method, Task, Trial, Tuned
 from lossmeta.metrics import Metric
 from lossmeta.recipes._ala_tasks import BATCH, CLASSES, SEARCH, SELECTION, Drawn, batches, new_model
 
@@ -73,7 +74,15 @@ class Fit:
 
     @torch.no_grad()
     def of(self, part: tuple[Tensor, Tensor], biases: Tensor | float = 0.0) -> float:
-        return self.new_metric().each(self.model(part[0])[None] + biases, part[1]).item()
+        """Of the metric.
+
+        Raises:
+            Diverged: where a prediction is not finite.
+        """
+        scores = self.model(part[0])
+        if not scores.isfinite().all():
+            raise Diverged
+        return self.new_metric().each(scores[None] + biases, part[1]).item()
 
     def selection(self, biases: Tensor | float = 0.0) -> float:
         """The higher the better."""
@@ -120,13 +129,15 @@ def stopped(label: str) -> Method:
         best: tuple[float, dict[str, float]] | None = None
         for rate in RATES:
             fit = Fit(trial, rate)
-            for i, x, y in fit.batches():
-                fit.step(F.cross_entropy(fit.model(x), y))
-                if (i + 1) % EVERY == 0 or i + 1 == fit.steps:
-                    found = fit.measures()
-                    if best is None or found[SELECTION.name] > best[0]:
-                        best = (found[SELECTION.name], {**found, "rate": rate, "stop": i + 1})
-        assert best is not None
+            with suppress(Diverged):
+                for i, x, y in fit.batches():
+                    fit.step(F.cross_entropy(fit.model(x), y))
+                    if (i + 1) % EVERY == 0 or i + 1 == fit.steps:
+                        found = fit.measures()
+                        if best is None or found[SELECTION.name] > best[0]:
+                            best = (found[SELECTION.name], {**found, "rate": rate, "stop": i + 1})
+        if best is None:
+            raise Diverged
         return best[1]
 
     return Method(label, train, {"rates": RATES, "every": EVERY})
@@ -155,7 +166,10 @@ def fixed_grid(label: str, rate: float, *, rates: bool = False, refitted: bool =
                 given = {"tau": 3 * draws["tau"][i], "q": draws["q"][i]}
                 given = {name: v for name, v in given.items() if name in coordinates.places}
                 own = rate * 100 ** (float(draws["rate"][i]) - 0.5) if rates else rate
-                tried.append((fixed(own, given), (own, given)))
+                with suppress(Diverged):
+                    tried.append((fixed(own, given), (own, given)))
+            if not tried:
+                raise Diverged
             return max(tried, key=lambda one: one[0][SELECTION.name])
 
         key = fixed_grid, rate, rates

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lossmeta.experiments import Method, Trial, Tuned, run_folder
+from lossmeta.experiments import Diverged, Method, Trial, Tuned, run_folder
 from lossmeta.recipes import _ala_methods, _ala_tasks, ala, recipes
-from lossmeta.recipes._ala_methods import Fit, plain, population, random_actions, stopped
+from lossmeta.recipes._ala_methods import Fit, fixed_grid, plain, population, random_actions, stopped
 from lossmeta.recipes._ala_tasks import BOTH, CLEAN, DIGITS, IMBALANCE, NOISE, Drawn, Problem, draw
 
 CPU = torch.device("cpu")
@@ -138,3 +138,18 @@ def test_the_recipe(
     assert {t.method for t in reported} == {row.label for row in ala.ROWS}
     assert all(t.task.startswith("digits") for t in run.trials)
     assert status in (0, 2) and "mnist" in capsys.readouterr().err
+
+
+def test_training_that_diverges_is_said_and_left_out(
+    make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some metrics refuse predictions that are not finite; a rate that leads to them must not end the recipe."""
+    trial = make_trial(draw(DIGITS, IMBALANCE, 0, CPU), steps=40)
+    with pytest.raises(Diverged):
+        plain("a", 1e30).train(trial)
+    monkeypatch.setattr(_ala_methods, "RATES", (0.05, 1e30))
+    assert stopped("b").train(trial)["rate"] == 0.05
+    monkeypatch.setattr(_ala_methods, "RATES", (1e30,))
+    monkeypatch.setattr(_ala_methods, "GRID", 2)
+    with pytest.raises(Diverged):
+        fixed_grid("c", 1e30, rates=True).train(trial)
