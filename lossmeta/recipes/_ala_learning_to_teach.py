@@ -80,9 +80,9 @@ def goal_of(fit: ImageFit) -> tuple[float, int]:
 def learning_to_teach(
     label: str,
     rate: float,
-    teacher_rate: float = 0.0,
     *,
     episodes: int,
+    teacher_rate: float = 0.0,
     reward: str = "speed",
 ) -> Method:
     r"""A network trained under a teacher that earlier trainings have taught (Fan et al., 2018).
@@ -99,8 +99,8 @@ def learning_to_teach(
     Args:
         label: of the row.
         rate: learning rate of the networks.
-        teacher_rate: of the teacher's Adam.
         episodes: that teach the teacher; 0 leaves it untaught, which is a choice by chance.
+        teacher_rate: of its Adam.
         reward: ``"speed"``, or ``"chance"`` for one that a step drawn by chance has.
     """
 

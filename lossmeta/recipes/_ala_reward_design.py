@@ -34,6 +34,6 @@ def reward_design(run: Run, rows: Mapping[str, str]) -> Figure:
                 points[name] = factor * found.mean, factor * (found.deviation or 0.0)
         if points:
             plot.intervals(axes, list(points), *zip(*points.values(), strict=True))
-        axes.set_title(measure.name)
+        axes.set_ylabel("rewarded by")
         axes.set_xlabel(f"{measure.name}{' (%)' if measure.percent else ''}, mean ± sd")
     return figure

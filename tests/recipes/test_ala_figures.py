@@ -235,8 +235,9 @@ def test_reward_design() -> None:
     )
     rows = {"b": "reward B", "a": "reward A", "d": "reward D"}
     error, training = reward_design(Run(Path(), header, trials), rows).axes
-    assert (error.get_title(), training.get_title()) == ("error", "training error")
     assert error.get_xlabel() == "error (%), mean ± sd"
+    assert training.get_xlabel() == "training error (%), mean ± sd"
+    assert error.get_ylabel() == training.get_ylabel() == "rewarded by"
     assert [t.get_text() for t in error.get_yticklabels()] == ["reward B", "reward A"]
     (dots,) = error.get_lines()[:1]
     assert dots.get_xdata().tolist() == pytest.approx([50, 30])  # type: ignore[union-attr]
@@ -283,10 +284,7 @@ def test_ablations_draw(images: None, tmp_path: Path, monkeypatch: pytest.Monkey
     recipe = ala_ablations.RECIPES[0]
     assert ala_ablations.REWARDS.keys() <= {row.label for row in recipe.rows(TINY)}
     rows = {ala_ablations.DEFAULT, "cross-entropy", "rewarded by training loss"}
-    drawn = []
-    monkeypatch.setattr(
-        "lossmeta.plot.intervals", lambda axes, labels, *a: drawn.append((axes.get_title(), labels))
-    )
+    drawn: list[list[str]] = []
+    monkeypatch.setattr("lossmeta.plot.intervals", lambda axes, labels, *a: drawn.append(labels))
     assert "reward-design.png" in finished(recipe, rows, tmp_path, monkeypatch)
-    of_figure = [labels for _, labels in drawn][-2:]
-    assert of_figure == [["none: cross-entropy", "training loss", "validation error"]] * 2
+    assert drawn[-2:] == [["none: cross-entropy", "training loss", "validation error"]] * 2

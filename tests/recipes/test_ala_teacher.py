@@ -235,7 +235,7 @@ def lessons(trial: Trial, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tu
         learn(self, reward)
 
     monkeypatch.setattr(Reinforce, "learn", noted)
-    return rewards, learning_to_teach("", 0.03, 0.1, **options).train(trial)
+    return rewards, learning_to_teach("", 0.03, teacher_rate=0.1, **options).train(trial)
 
 
 def test_episodes_are_rewarded_for_their_speed(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_an_episode_that_diverges_teaches_nothing(trial: Trial, monkeypatch: pyt
 
 
 def test_the_same_trial_gives_the_same(trial: Trial) -> None:
-    method = learning_to_teach("", 0.03, 0.1, episodes=2)
+    method = learning_to_teach("", 0.03, teacher_rate=0.1, episodes=2)
     before = torch.get_rng_state()
     assert method.train(trial) == method.train(trial)
     assert torch.equal(before, torch.get_rng_state())
