@@ -77,7 +77,7 @@ def test_a_state_of_another_run_is_refused(options: dict[str, Any], message: str
     assert flat(controller.state_dict()) == before
     state = dict(state_of.state_dict())
     del state["run"]
-    with pytest.raises(ValueError, match="the state must be of .*, got None"):
+    with pytest.raises(ValueError, match=r"the state must be of .*, got None"):
         controller.load_state_dict(state)
     assert flat(controller.state_dict()) == before
 
