@@ -451,6 +451,14 @@ class Behind(nn.Module):
         return self.norm(self.fc(x))
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "__init__", lambda self, group, children: vars(self).update(size=2))
+    with pytest.raises(
+        ValueError, match="head must be left out where processes share the children, got 2 of them"
+    ):
+        made(network(), head="fc")
+
+
 def test_refuses() -> None:
     model = network()
     for head, message in (
