@@ -47,11 +47,13 @@ def copies(model: nn.Module, train: Any, valid: Any) -> Callable[[], None]:
     return window
 
 
-def population(children: int) -> Callable[..., Callable[[], None]]:
+def population(children: int, head: str | None = None) -> Callable[..., Callable[[], None]]:
     def make(model: nn.Module, train: Any, valid: Any) -> Callable[[], None]:
         space = LogitAdjustment(torch.ones(CLASSES)) * Robust()
         optimizer = SGD(model.parameters(), RATE, momentum=0.9)
-        found = Population(model, optimizer, space, WorstClassRecall(CLASSES), valid, children=children)
+        found = Population(
+            model, optimizer, space, WorstClassRecall(CLASSES), valid, children=children, head=head
+        )
 
         def window() -> None:
             for _ in range(WINDOW):
@@ -68,6 +70,7 @@ CANDIDATES: dict[str, Callable[..., Callable[[], None]]] = {
     "lossmeta": population(8),
     "lossmeta 4 children": population(4),
     "lossmeta 1 child": population(1),
+    "lossmeta 8 heads": population(8, head="2"),
 }
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lossmeta._batches import Output, call_model, prediction_of
 from lossmeta._model_state import RandomState, Watch, evaluating
 from lossmeta._optimizers import refuse_changed_steps, shadow, unwrapped
+from lossmeta.ala._heads import shared_names, without_lost
 from lossmeta.ala._places import Places
 from lossmeta.ala._ranks import Ranks
 from lossmeta.ala._separable import check_separable
@@ -53,12 +54,16 @@ class Children:
     Where several processes share the children, B are those of this one. ``apart`` more come after them, which go their
     own way: they neither become the model nor does the model become them.
 
+    Of a head alone, and none apart, the weights, buffers and states are ``[B, ...]``. The rest of the model, the trunk, is one, whose
+    gradient is the mean of the children's.
+
     Attributes:
+        shared: names of the trunk's trained weights and of its buffers.
         in_turn: why the children run one after the other, or ``None`` where they run as one.
 
     Raises:
         TypeError: for an optimizer whose step for one child would depend on the others.
-        ValueError: for parameters of the optimizer that are not the model's.
+        ValueError: for parameters of the optimizer that are not the model's, and a head without some of its own.
     """
 
     def __init__(
@@ -68,10 +73,12 @@ class Children:
         space: LossSpace,
         output: Output,
         ranks: Ranks,
+        head: nn.Module | None = None,
         apart: int = 0,
     ) -> None:
         self.model, self.optimizer, self.space, self.output = model, unwrapped(optimizer), space, output
         self.ranks, self.joined, self.count = ranks, ranks.children, ranks.children + apart
+        self.head = head
         named = dict(model.named_parameters())
         names = {id(p): name for name, p in named.items()}
         self.trained: dict[str, nn.Parameter] = {}
@@ -96,11 +103,16 @@ class Children:
             for p in module._parameters.values():
                 if p is not None:
                     owners.setdefault(id(p), set()).add(type(module))
-        self.linear = {p for p in self.trained.values() if owners[id(p)] == {nn.Linear} and p.dim() == 2}
-        self.weights = {name: self._stacked(p, p in self.linear) for name, p in self.trained.items()}
+        self.shared = set() if head is None else shared_names(model, head, self.trained)
+        self.linear = {
+            p
+            for name, p in self.trained.items()
+            if owners[id(p)] == {nn.Linear} and p.dim() == 2 and name not in self.shared
+        }
+        self.weights = {name: self._own_of(name, p, p in self.linear) for name, p in self.trained.items()}
         for w in self.weights.values():
             w.requires_grad_()
-        self.buffers = {name: self._stacked(b) for name, b in model.named_buffers()}
+        self.buffers = {name: self._own_of(name, b) for name, b in model.named_buffers()}
         self.places = Places(model, {**self.trained, **dict(model.named_buffers())})
         self.device = next(iter(self.weights.values())).device
         self._own = {p: self.weights[name] for name, p in self.trained.items()}
@@ -113,6 +125,9 @@ class Children:
         self.watch = Watch(model, self.device)
 
     # ---- Copies.
+
+    def _own_of(self, name: str, t: Tensor, transposed: bool = False) -> Tensor:
+        return t.detach().clone() if name in self.shared else self._stacked(t, transposed)
 
     @torch.no_grad()
     def _stacked(self, t: Tensor, transposed: bool = False) -> Tensor:
@@ -136,13 +151,15 @@ class Children:
 
     def _take_state(self) -> None:
         """The optimizer's state, for every child; those apart keep their own."""
-        for p, w in self._own.items():
+        for name, p in self.trained.items():
+            w = self.weights[name]
+            each = set() if name in self.shared else self.per_element
             before = self.stacked.state.get(w, {})
             self.stacked.state[w] = {
-                key: self._stacked(value, p in self.linear) if key in self.per_element else _copied(value)
+                key: self._stacked(value, p in self.linear) if key in each else _copied(value)
                 for key, value in self.optimizer.state.get(p, {}).items()
             }
-            for key in self.per_element & self.stacked.state[w].keys() & before.keys():
+            for key in each & self.stacked.state[w].keys() & before.keys():
                 self.stacked.state[w][key][self.joined :] = before[key][self.joined :]
             if not self.stacked.state[w]:
                 del self.stacked.state[w]
@@ -151,12 +168,23 @@ class Children:
 
     def train(self, inputs: Any, target: Tensor, values: Values) -> Tensor:
         """One step of each child, with its values ``[B, ...]``; the losses ``[B]``."""
-        predictions = self._of_each(inputs)
+        weights, alive = self.weights, None
+        if self.shared:
+            heads, alive = without_lost({k: w for k, w in weights.items() if k not in self.shared})
+            weights = {**weights, **heads}
+        predictions = self._of_each(inputs, weights)
         _refuse_half(predictions)
         losses, slope = self.space.of_children(predictions, target, values)
         for w in self.weights.values():
             w.grad = None
+        if alive is not None:
+            alive = alive & slope.flatten(1).isfinite().all(1)
+            slope = slope.where(alive.view(-1, *[1] * (slope.dim() - 1)), 0)
         predictions.backward(slope)  # type: ignore[no-untyped-call]
+        if alive is not None:
+            for name, w in self.weights.items():
+                if name in self.shared and w.grad is not None:
+                    w.grad /= alive.sum().clamp_min(1)
         before = before_step(values, list(self.weights.values()))
         self.stacked.param_groups = self._groups()
         self.stacked.step()
@@ -169,31 +197,38 @@ class Children:
     def predict(self, inputs: Any) -> Tensor:
         """In evaluation mode, ``[B, N, ...]``."""
         with evaluating(self.model):
-            return self._of_each(inputs)
+            return self._of_each(inputs, self.weights)
 
-    def _of_each(self, inputs: Any) -> Tensor:
+    def _of_each(self, inputs: Any, weights: Values) -> Tensor:
         """The predictions, ``[B, N, ...]``."""
         kind = self.device.type
         context = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         if self.checked != context:
-            self.checked, self.in_turn = context, self._why_in_turn(inputs)
+            self.in_turn = self._why_in_turn(inputs)
+            if self.head is not None:
+                self._check_head(inputs)
+            self.checked = context
         if self.in_turn is not None:
             return self._one_by_one(inputs, self.count)
-        predictions, buffers = self._together(inputs)
+        predictions, buffers = self._together(inputs, weights)
         self._keep(buffers)
         return predictions
 
-    def _together(self, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        stacked = {**self.weights, **self.buffers}
+    def _together(self, inputs: Any, weights: Values) -> tuple[Tensor, Values]:
+        given = {**weights, **self.buffers}
+        trunk = {name: t for name, t in given.items() if name in self.shared}
+        stacked = {name: t for name, t in given.items() if name not in self.shared}
 
         def one(*own: Tensor) -> tuple[Tensor, ...]:
-            tensors = dict(zip(stacked, own, strict=True))
+            tensors = {**trunk, **dict(zip(stacked, own, strict=True))}
             output = self.places.call(tensors, inputs)
             prediction = prediction_of("Population", output, self.output)
             return prediction, *(tensors[name] for name in self.buffers)
 
+        # What does not depend on the children runs once; its buffers are no child's own.
+        ways: Any = (0, *(None if name in self.shared else 0 for name in self.buffers))
         # The children draw the same random numbers, so that they differ in their loss alone.
-        prediction, *buffers = torch.func.vmap(one, randomness="same")(*stacked.values())
+        prediction, *buffers = torch.func.vmap(one, out_dims=ways, randomness="same")(*stacked.values())
         return prediction, dict(zip(self.buffers, buffers, strict=True))
 
     def _one_by_one(self, inputs: Any, count: int) -> Tensor:
@@ -201,14 +236,17 @@ class Children:
         predictions = []
         for i in range(count):
             start.bring_back()
-            own = {name: b[i] for name, b in self.buffers.items()}
-            tensors = {**{name: w[i] for name, w in self.weights.items()}, **own}
+            own = {name: self._of_child(name, b, i) for name, b in self.buffers.items()}
+            tensors = {**{name: self._of_child(name, w, i) for name, w in self.weights.items()}, **own}
             output = self.places.call(tensors, inputs)
             for name, b in self.buffers.items():
                 if tensors[name] is not own[name]:
-                    b[i].copy_(tensors[name])
+                    self._of_child(name, b, i).copy_(tensors[name])
             predictions.append(prediction_of("Population", output, self.output))
         return torch.stack(predictions)
+
+    def _of_child(self, name: str, t: Tensor, i: int) -> Tensor:
+        return t if name in self.shared else t[i]
 
     @torch.no_grad()
     def _keep(self, buffers: Values) -> None:
@@ -217,17 +255,42 @@ class Children:
             if new.data_ptr() != self.buffers[name].data_ptr():
                 self.buffers[name].copy_(new)
 
+    def _check_head(self, inputs: Any) -> None:
+        """Refuses a model whose trunk cannot run once, and one whose predictions the head has no part in."""
+        if self.in_turn is not None:
+            raise ValueError(
+                "Population: head must be left out for a model whose children run in turn, as their trunk must run "
+                f"once; {self.in_turn}"
+            )
+        random = RandomState(self.device, self.watch, everything=True)
+        buffers = {name: b.clone() for name, b in self.buffers.items()}
+        found: tuple[Tensor | None, ...] = ()
+        try:
+            with torch.enable_grad():
+                prediction, _ = self._together(inputs, self.weights)
+                heads = [w for name, w in self.weights.items() if name not in self.shared]
+                if prediction.requires_grad:
+                    found = torch.autograd.grad(prediction.float().sum(), heads, allow_unused=True)
+        finally:
+            self._restore(buffers)
+            random.bring_back()
+        if all(g is None for g in found):
+            raise ValueError(
+                "Population: head must have a part in the model's predictions, got one that they do not depend on"
+            )
+
     @torch.no_grad()
     def _why_in_turn(self, inputs: Any) -> str | None:
         """Why the children cannot run as one and give the same as each alone, or ``None``."""
         random = RandomState(self.device, self.watch, everything=True)
         buffers = {name: b.clone() for name, b in self.buffers.items()}
         try:
-            together, _ = self._together(inputs)
+            together, _ = self._together(inputs, self.weights)
             self._restore(buffers)
             random.bring_back()
             alone = self._one_by_one(inputs, 1)
-            tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 5e-2
+            whole = alone.dtype in (torch.float32, torch.float64)
+            tolerance = 1e-3 if whole and not torch.is_autocast_enabled(self.device.type) else 5e-2
             if together.dtype != alone.dtype:
                 return f"under torch.func.vmap the model gives {together.dtype}, otherwise {alone.dtype}"
             scale = float(alone.abs().max()) if alone.numel() else 0.0
@@ -265,14 +328,16 @@ class Children:
         weight = weight.to(self.device)
         heaviest = int(weight.argmax())
         # All is there before anything is overwritten.
-        weights = {name: self._merged(w, weight, heaviest) for name, w in self.weights.items()}
-        buffers = {name: self._merged(b, weight, heaviest) for name, b in self.buffers.items()}
+        weights = {name: self._merged(name, w, weight, heaviest) for name, w in self.weights.items()}
+        buffers = {name: self._merged(name, b, weight, heaviest) for name, b in self.buffers.items()}
         states = {
             p: {
-                key: self._merged(value, weight, heaviest) if key in self.per_element else _copied(value)
-                for key, value in self.stacked.state.get(w, {}).items()
+                key: self._merged(name, value, weight, heaviest)
+                if key in self.per_element
+                else _copied(value)
+                for key, value in self.stacked.state.get(self.weights[name], {}).items()
             }
-            for p, w in self._own.items()
+            for name, p in self.trained.items()
         }
         for name, p in self.trained.items():
             p.copy_(weights[name])
@@ -282,7 +347,9 @@ class Children:
             if state:
                 self.optimizer.state[p].update(state)
 
-    def _merged(self, t: Tensor, weight: Tensor, heaviest: int) -> Tensor:
+    def _merged(self, name: str, t: Tensor, weight: Tensor, heaviest: int) -> Tensor:
+        if name in self.shared:
+            return t.detach().clone()
         if not t.is_floating_point():
             return self.ranks.of_child(t, heaviest)
         own = self.ranks.own(weight)
@@ -293,20 +360,31 @@ class Children:
 
     def finite(self) -> Tensor:
         """Of which children, those of other processes too, all weights are."""
-        own = torch.stack([w.flatten(1).isfinite().all(1) for w in self.weights.values()]).all(0)
+        own = torch.stack(
+            [
+                w.isfinite().all().expand(self.count)
+                if name in self.shared
+                else w.flatten(1).isfinite().all(1)
+                for name, w in self.weights.items()
+            ]
+        ).all(0)
         return self.ranks.gathered(own[: self.joined].to(torch.uint8)).bool().cpu()
 
     @torch.no_grad()
     def spread(self) -> None:
         """Every child becomes the model, as it is now, and so does its optimizer's state; but those apart."""
+        torch.clear_autocast_cache()  # a cast of the trunk as it was
         self.saw_the_model()
         for name, p in self.trained.items():
-            own = self.weights[name][: self.joined]
+            own = self._joined(name, self.weights[name])
             own.copy_(p.expand_as(own))
         for name, b in self.model.named_buffers():
-            own = self.buffers[name][: self.joined]
+            own = self._joined(name, self.buffers[name])
             own.copy_(b.expand_as(own))
         self._take_state()
+
+    def _joined(self, name: str, t: Tensor) -> Tensor:
+        return t if name in self.shared else t[: self.joined]
 
     def saw_the_model(self) -> None:
         """From here on nobody else may change the model's weights until :meth:`merge`."""

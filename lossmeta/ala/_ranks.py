@@ -83,3 +83,12 @@ class Ranks:
     def _broadcast(self, t: Tensor, owner: int) -> None:
         if self.group is not None:
             dist.broadcast(t, dist.get_global_rank(self.group, owner), group=self.group)
+
+
+def of_first_process(tensors: list[Tensor]) -> list[Tensor]:
+    """What the first of all processes has, where there are several; a list of as many tensors on the CPU."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensors
+    kept = [tensors]
+    dist.broadcast_object_list(kept, src=0)
+    return kept[0]

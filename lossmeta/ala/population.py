@@ -17,6 +17,7 @@ from lossmeta._model_state import refuse_shards
 from lossmeta._optimizers import unwrapped
 from lossmeta.ala._children import Alone, Children
 from lossmeta.ala._fitness import Fitness
+from lossmeta.ala._heads import head_of
 from lossmeta.ala._ranks import Ranks
 from lossmeta.ala.records import PopulationReport
 from lossmeta.ala.schedule import Schedule
@@ -61,14 +62,20 @@ class Population:
             must not be training data.
         steps: of the whole training, so that its end can be kept for the mean; without it :meth:`settle` does that.
         children: B, even, or 1.
+        head: where B models do not fit: a module of the model, or its name, such as ``"fc"``. Only that is each child's
+            own, with its part of the optimizer's state; the rest, the trunk, is one for all. Its forward and backward
+            pass runs once a batch, and it trains on the mean of the children's losses (of those whose gradient is
+            finite) in one step of the optimizer; its buffers move once. Memory is then two models, of which one is for
+            a window that is undone, and B heads. What a value does shows within a window in the heads alone, and the
+            learning rate does not adapt. ``None`` for whole children.
         window: steps of one.
         spread: :math:`\sigma` of the first window.
         least_spread: below which it does not shrink.
         spread_decay: by which it shrinks with every window.
         tail: share of the steps, at the end, that the model trains alone.
-        fallback: whether there is a copy under the plain loss; not with one child.
+        fallback: whether there is a copy under the plain loss; not with one child, or a head.
         learning_rate: whether the learning rate adapts too, as by a factor :class:`LearningRate` of the space; not with
-            one child. Where it does, start from the rate that suits the plain loss.
+            one child, or a head. Where it does, start from the rate that suits the plain loss.
         higher_is_better: the metric's direction; asked of the metric where it is not given, for a function ``True``.
         output: what of the model's output is the prediction, see :func:`lossmeta.adalfl.meta_gradient`.
         seed: of the values that are tried.
@@ -90,8 +97,9 @@ class Population:
     Raises:
         TypeError: for arguments of another type, and an optimizer whose step for one weight depends on others.
         ValueError: for options out of range, an optimizer with parameters that are not the model's, a space without
-            parameters, one child where the space has no margins, children that the processes cannot share evenly, and
-            validation data without samples.
+            parameters, one child where the space has no margins, children that the processes cannot share evenly,
+            validation data without samples, and a head that the model does not have, that has no trained weights or
+            shares them with the trunk, or that is given with one child, several processes or an adapted learning rate.
 
     Sources:
         Huang et al., "Addressing the Loss-Metric Mismatch with Adaptive Loss Alignment" (2019), has the aim. Its
@@ -120,6 +128,7 @@ class Population:
         *,
         steps: int | None = None,
         children: int = 8,
+        head: str | nn.Module | None = None,
         window: int = 20,
         spread: float = 1.5,
         least_spread: float = 0.4,
@@ -165,22 +174,33 @@ class Population:
         if steps is not None and steps < window:
             raise ValueError(f"Population: steps must be at least the {window} of a window, got {steps}")
         self.coordinates = Coordinates(space)
-        if learning_rate and children > 1 and LEARNING_RATE not in self.coordinates.places:
+        if learning_rate and children > 1 and head is None and LEARNING_RATE not in self.coordinates.places:
             space = space * LearningRate()
             self.coordinates = Coordinates(space)
         if children == 1 and space.shift is None:
             raise ValueError(
                 "Population: children must be 2 or more for a space without margins, such as LogitAdjustment has, got 1"
             )
+        self.head = None if head is None else head_of(model, head)
+        if self.head is not None and (children == 1 or LEARNING_RATE in self.coordinates.places):
+            raise ValueError(
+                "Population: head must be left out with one child, and where the space adapts the learning rate, which "
+                "is the trunk's too, got one"
+            )
         self.model, self.optimizer, self.space = model, optimizer, space
         self.count, self.window = children, window
         self.spread, self.least_spread, self.spread_decay = spread, least_spread, spread_decay
         self.tail = 0 if steps is None else round(tail * steps)
-        self.fallback = fallback and children > 1
+        self.fallback = fallback and children > 1 and head is None
         self.steps, self.output = steps, output
         self.fitness = Fitness("Population", metric, valid, higher_is_better, space.jitter)
         self.alone = Alone(model, optimizer, space, output)
         self.ranks = Ranks(process_group, children)
+        if self.head is not None and self.ranks.size > 1:
+            raise ValueError(
+                f"Population: head must be left out where processes share the children, got {self.ranks.size} of them; "
+                "give one process all heads"
+            )
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.ranks.check_same(device, children=children, window=window, seed=seed, fallback=fallback)
         self.ranks.agree(t.detach() for t in (*model.parameters(), *model.buffers()))
@@ -200,10 +220,10 @@ class Population:
         self._begin()
 
     def _new_children(self) -> Children:
-        return self._copies(self.ranks, int(self.fallback))
+        return self._copies(self.ranks, self.head, int(self.fallback))
 
-    def _copies(self, ranks: Ranks, apart: int = 0) -> Children:
-        return Children(self.model, unwrapped(self.optimizer), self.space, self.output, ranks, apart)
+    def _copies(self, ranks: Ranks, head: nn.Module | None = None, apart: int = 0) -> Children:
+        return Children(self.model, unwrapped(self.optimizer), self.space, self.output, ranks, head, apart)
 
     # ---- What the user sees.
 

@@ -29,7 +29,7 @@ class ControllerReport:
         metric: the means of the metrics over the window, with its weights, ``[metrics, children]``, the higher the
             better.
         reward: of the actions at the window's start, ``[children]``; ``None`` of the first window, and NaN where
-            a metric was not finite.
+            a metric was not finite. Of siblings it is the advantage.
         entropy: mean of the policy over entries, in nats; NaN where no entry moved.
     """
 
