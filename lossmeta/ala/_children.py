@@ -54,8 +54,8 @@ class Children:
     Where several processes share the children, B are those of this one. ``apart`` more come after them, which go their
     own way: they neither become the model nor does the model become them.
 
-    Of a head alone, and none apart, the weights, buffers and states are ``[B, ...]``. The rest of the model, the trunk, is one, whose
-    gradient is the mean of the children's.
+    Of a head alone, and none apart, the weights, buffers and states are ``[B, ...]``. The rest of the model, the trunk,
+    is one, whose gradient is the mean of the children's.
 
     Attributes:
         shared: names of the trunk's trained weights and of its buffers.
