@@ -1,0 +1,92 @@
+"""Sums of squares: triangular factors of them, which keep the digits that squaring loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lossmeta.tuneloss._box import Array
+
+# An inverse with larger entries, of a factor with columns of length 1, has too few digits left.
+LARGEST_INVERSE = 1e9
+# Of a Gram matrix with a diagonal of ones: what float32 rounding may leave of a semi-definite one.
+INDEFINITE = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class SumOfSquares:
+    """|F y + d|² of n unknowns.
+
+    Attributes:
+        factor: F, [rows, n].
+        offset: d, [rows].
+    """
+
+    factor: Array
+    offset: Array
+
+    def __call__(self, y: Array) -> float:
+        residual = self.factor @ y + self.offset
+        return float(residual @ residual)
+
+    def slope(self, y: Array) -> Array:
+        """The gradient, [n]."""
+        return 2 * self.factor.T @ (self.factor @ y + self.offset)
+
+    def inverse_root(self, damping: float) -> Array | None:
+        """Inverse [n, n] of an upper triangular R with R'R = F'F + damping² I; ``None`` where it has too few digits."""
+        from scipy.linalg.lapack import dtrtri
+
+        n = self.factor.shape[1]
+        stacked = np.vstack([self.factor, damping * np.eye(n)]) if damping else self.factor
+        if len(stacked) < n:
+            return None
+        inverse, singular = dtrtri(np.linalg.qr(stacked, mode="r"))
+        if singular or not np.abs(inverse).max(initial=0) < LARGEST_INVERSE:
+            return None
+        found: Array = np.triu(inverse)
+        return found
+
+    @cached_property
+    def exact_inverse_root(self) -> Array | None:
+        """Without damping."""
+        return self.inverse_root(0.0)
+
+    @cached_property
+    def rank(self) -> int:
+        if self.exact_inverse_root is not None:
+            return self.factor.shape[1]
+        return int(np.linalg.matrix_rank(self.factor)) if self.factor.size else 0
+
+
+def triangle(blocks: Iterable[Array]) -> Array:
+    """R [at most n, n] of the QR factorisation of blocks [rows, n] on top of each other."""
+    done: Array | None = None
+    for block in blocks:
+        done = block if done is None else np.vstack([done, block])
+        if len(done) > done.shape[1]:
+            done = np.linalg.qr(done, mode="r")
+    assert done is not None
+    return done
+
+
+def factor_of_gram(gram: Array) -> Array | None:
+    """U [rank, n] with U'U = gram [n, n]; ``None`` where the matrix is not positive semi-definite."""
+    from scipy.linalg.lapack import dpstrf
+
+    n = len(gram)
+    diagonal = gram.diagonal()
+    if (diagonal < 0).any():
+        return None
+    length = np.sqrt(diagonal)
+    scale = np.where(length > 0, length, 1.0)
+    unit = gram / np.outer(scale, scale)
+    upper, order, rank, _ = dpstrf(unit)
+    found = np.zeros((rank, n))
+    found[:, order - 1] = np.triu(upper)[:rank]
+    if np.abs(found.T @ found - unit).max(initial=0) > INDEFINITE:
+        return None
+    return found * scale
