@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 from lossmeta.tuneloss._program import Answer, Program, Proposal, certified
@@ -9,7 +11,7 @@ from lossmeta.tuneloss._refinement import Stopped
 
 
 def solve(program: Program) -> Answer:
-    """By the solver that CVXPY chooses, Clarabel in its present version.
+    """By Clarabel.
 
     Raises:
         Stopped: for a status that is not optimal. An answer need not be certified.
@@ -23,7 +25,9 @@ def solve(program: Program) -> Answer:
     in_box = [y[below] >= program.lower[below], y[above] <= program.upper[above]]
     problem = cp.Problem(cp.Minimize(cost), [is_argmin, *in_box])
     try:
-        problem.solve()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Solution may be inaccurate")  # its certificate will say
+            problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-13, tol_gap_rel=1e-13, tol_feas=1e-13)
     except cp.SolverError as error:
         raise Stopped(str(error)) from error
     if problem.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):

@@ -17,6 +17,26 @@ INDEFINITE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
+class Root:
+    """R, upper triangular, [n, n].
+
+    Attributes:
+        upper: R.
+        inverse: of R. Products with it lose digits that :meth:`solve` keeps.
+    """
+
+    upper: Array
+    inverse: Array
+
+    def solve(self, right: Array, *, transposed: bool = False) -> Array:
+        """R^-1 right, or R'^-1 right; [n]."""
+        from scipy.linalg.lapack import dtrtrs
+
+        found: Array = dtrtrs(self.upper, right, trans=int(transposed))[0]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class SumOfSquares:
     """|F y + d|² of n unknowns.
 
@@ -36,28 +56,28 @@ class SumOfSquares:
         """The gradient, [n]."""
         return 2 * self.factor.T @ (self.factor @ y + self.offset)
 
-    def inverse_root(self, damping: float) -> Array | None:
-        """Inverse [n, n] of an upper triangular R with R'R = F'F + damping² I; ``None`` where it has too few digits."""
+    def root(self, damping: float) -> Root | None:
+        """R with R'R = F'F + damping² I; ``None`` where its inverse has too few digits."""
         from scipy.linalg.lapack import dtrtri
 
         n = self.factor.shape[1]
         stacked = np.vstack([self.factor, damping * np.eye(n)]) if damping else self.factor
         if len(stacked) < n:
             return None
-        inverse, singular = dtrtri(np.linalg.qr(stacked, mode="r"))
+        upper = np.linalg.qr(stacked, mode="r")
+        inverse, singular = dtrtri(upper)
         if singular or not np.abs(inverse).max(initial=0) < LARGEST_INVERSE:
             return None
-        found: Array = np.triu(inverse)
-        return found
+        return Root(upper, np.triu(inverse))
 
     @cached_property
-    def exact_inverse_root(self) -> Array | None:
+    def exact_root(self) -> Root | None:
         """Without damping."""
-        return self.inverse_root(0.0)
+        return self.root(0.0)
 
     @cached_property
     def rank(self) -> int:
-        if self.exact_inverse_root is not None:
+        if self.exact_root is not None:
             return self.factor.shape[1]
         return int(np.linalg.matrix_rank(self.factor)) if self.factor.size else 0
 

@@ -17,7 +17,7 @@ NearestPoint = Callable[[Array, Array, Array], tuple[Array, Array]]
 DAMPINGS = (0.0, 1e-6, 1e-4)
 REPETITIONS = 6
 # So exact that another repetition would be waste.
-EXACT = 1e-2 * RELATIVE_GAP, 1e-16
+EXACT = 1e-3 * RELATIVE_GAP, 1e-16
 
 
 class Stopped(Exception):
@@ -38,22 +38,23 @@ def refined(program: Program, nearest_point: NearestPoint) -> Answer:
     best: Answer | None = None
     reason = "no root of the cost"
     for damping in DAMPINGS:
-        inverse = cost.inverse_root(damping) if damping else cost.exact_inverse_root
-        if inverse is None:
+        root = cost.root(damping) if damping else cost.exact_root
+        if root is None:
             continue
-        constraints = np.vstack([inverse, program.rows @ inverse])
+        constraints = np.vstack([root.inverse, program.rows @ root.inverse])
         y = program.nearest
         for _ in range(REPETITIONS):
-            centre = y - inverse @ (inverse.T @ cost.slope(y)) / 2
+            centre = y - root.solve(root.solve(cost.slope(y), transposed=True)) / 2
             low = np.concatenate([program.lower - centre, program.right - program.rows @ centre])
             high = np.concatenate([program.upper - centre, np.full(len(program.right), np.inf)])
             try:
-                z, multipliers = nearest_point(constraints, low, high)
+                z, multipliers = _nearest_point(constraints, low, high, nearest_point)
             except Stopped as stopped:
                 reason = str(stopped)
                 break
-            y = np.clip(centre + inverse @ z, program.lower, program.upper)
-            answer = certified(program, Proposal(y, 2 * multipliers[n:]))
+            proposed = np.clip(centre + root.solve(z), program.lower, program.upper)
+            answer = certified(program, Proposal(proposed, 2 * multipliers[n:]))
+            y = answer.values
             if best is None or _worth(answer) < _worth(best):
                 best = answer
             if best.certificate.holds and best.certificate.gap <= EXACT[0] * best.certificate.cost + EXACT[1]:
@@ -63,6 +64,14 @@ def refined(program: Program, nearest_point: NearestPoint) -> Answer:
     if best is None:
         raise Stopped(reason)
     return best
+
+
+def _nearest_point(
+    constraints: Array, low: Array, high: Array, nearest_point: NearestPoint
+) -> tuple[Array, Array]:
+    if (low <= 0).all() and (high >= 0).all():
+        return np.zeros(constraints.shape[1]), np.zeros(len(low))
+    return nearest_point(constraints, low, high)
 
 
 def _worth(answer: Answer) -> tuple[bool, float]:
