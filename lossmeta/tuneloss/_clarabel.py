@@ -8,7 +8,7 @@ from lossmeta.tuneloss._box import Array
 from lossmeta.tuneloss._refinement import Stopped
 
 
-def nearest_point(constraints: Array, low: Array, high: Array) -> tuple[Array, Array]:
+def nearest_point(constraints: Array, low: Array, high: Array, guess: Array) -> tuple[Array, Array]:
     """See :data:`lossmeta.tuneloss._refinement.NearestPoint`."""
     import clarabel
     from scipy import sparse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,9 @@ def solve(program: Program) -> Answer:
     Raises:
         Stopped: for a status that is not optimal. An answer need not be certified.
     """
-    import cvxpy as cp
+    import cvxpy
+
+    cp: Any = cvxpy  # its annotations do not know that comparing expressions makes constraints
 
     y = cp.Variable(len(program.lower))
     cost = cp.sum_squares(program.cost.factor @ y + program.cost.offset)

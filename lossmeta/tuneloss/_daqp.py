@@ -8,10 +8,18 @@ from lossmeta.tuneloss._box import Array
 from lossmeta.tuneloss._refinement import Stopped
 
 INFINITE = 1e30  # what DAQP takes for it
-FLAGS = {-1: "infeasible", -2: "cycling", -3: "unbounded", -4: "iteration limit", -5: "not convex", -7: "time limit"}
+AT_HIGH, AT_LOW = 1, 3  # a constraint that it should begin with
+FLAGS = {
+    -1: "infeasible",
+    -2: "cycling",
+    -3: "unbounded",
+    -4: "iteration limit",
+    -5: "not convex",
+    -7: "time limit",
+}
 
 
-def nearest_point(constraints: Array, low: Array, high: Array) -> tuple[Array, Array]:
+def nearest_point(constraints: Array, low: Array, high: Array, guess: Array) -> tuple[Array, Array]:
     """See :data:`lossmeta.tuneloss._refinement.NearestPoint`."""
     import daqp
 
@@ -21,7 +29,7 @@ def nearest_point(constraints: Array, low: Array, high: Array) -> tuple[Array, A
         np.ascontiguousarray(constraints),
         np.minimum(high, INFINITE),
         np.maximum(low, -INFINITE),
-        np.zeros(len(low), dtype=np.int32),
+        np.where(guess > 0, AT_LOW, np.where(guess < 0, AT_HIGH, 0)).astype(np.int32),
         primal_tol=1e-11,
     )
     if flag != 1:

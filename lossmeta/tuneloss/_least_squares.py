@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +19,24 @@ INDEFINITE = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Root:
-    """R, upper triangular, [n, n].
+    """R, upper triangular with R'R = F'F + δ² I, and Q of the factorisation QR.
 
     Attributes:
-        upper: R.
+        upper: R, [n, n].
         inverse: of R. Products with it lose digits that :meth:`solve` keeps.
+        offset: Q' d, [n].
+        damping: δ.
     """
 
     upper: Array
     inverse: Array
+    offset: Array
+    damping: float
+
+    def minimiser(self, y: Array) -> Array:
+        """Of |F x + d|² + δ² |x - y|² over x, [n]."""
+        pull = self.damping**2 * self.solve(y, transposed=True)
+        return self.solve(pull - self.offset)
 
     def solve(self, right: Array, *, transposed: bool = False) -> Array:
         """R^-1 right, or R'^-1 right; [n]."""
@@ -57,18 +67,21 @@ class SumOfSquares:
         return 2 * self.factor.T @ (self.factor @ y + self.offset)
 
     def root(self, damping: float) -> Root | None:
-        """R with R'R = F'F + damping² I; ``None`` where its inverse has too few digits."""
+        """``None`` where its inverse has too few digits."""
         from scipy.linalg.lapack import dtrtri
 
         n = self.factor.shape[1]
-        stacked = np.vstack([self.factor, damping * np.eye(n)]) if damping else self.factor
+        stacked = np.column_stack([self.factor, self.offset])
+        if damping:
+            stacked = np.vstack([stacked, damping * np.eye(n, n + 1)])
         if len(stacked) < n:
             return None
-        upper = np.linalg.qr(stacked, mode="r")
+        triangular = upper_triangle(stacked)
+        upper = triangular[:n, :n]
         inverse, singular = dtrtri(upper)
         if singular or not np.abs(inverse).max(initial=0) < LARGEST_INVERSE:
             return None
-        return Root(upper, np.triu(inverse))
+        return Root(upper, np.triu(inverse), triangular[:n, n], damping)
 
     @cached_property
     def exact_root(self) -> Root | None:
@@ -88,9 +101,15 @@ def triangle(blocks: Iterable[Array]) -> Array:
     for block in blocks:
         done = block if done is None else np.vstack([done, block])
         if len(done) > done.shape[1]:
-            done = np.linalg.qr(done, mode="r")
+            done = upper_triangle(done)
     assert done is not None
     return done
+
+
+def upper_triangle(matrix: Array) -> Array:
+    """R of the matrix [rows, n], [least of both, n]."""
+    found: Any = np.linalg.qr(matrix, mode="r")
+    return np.asarray(found)
 
 
 def factor_of_gram(gram: Array) -> Array | None:

@@ -8,7 +8,7 @@ from lossmeta.tuneloss._box import Array
 from lossmeta.tuneloss._refinement import Stopped
 
 
-def nearest_point(constraints: Array, low: Array, high: Array) -> tuple[Array, Array]:
+def nearest_point(constraints: Array, low: Array, high: Array, guess: Array) -> tuple[Array, Array]:
     """See :data:`lossmeta.tuneloss._refinement.NearestPoint`."""
     import osqp
     from scipy import sparse
@@ -27,6 +27,7 @@ def nearest_point(constraints: Array, low: Array, high: Array) -> tuple[Array, A
         eps_rel=1e-9,
         max_iter=20_000,
     )
+    solver.warm_start(y=-guess)
     result = solver.solve()
     status = str(result.info.status)
     if "interrupted" in status:  # it takes the signal for itself

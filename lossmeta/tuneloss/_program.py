@@ -76,6 +76,7 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
+        """Whether violation and gap are small enough."""
         return self.violation <= VIOLATION and self.gap <= RELATIVE_GAP * self.cost + ABSOLUTE_GAP
 
 
@@ -127,9 +128,11 @@ def _gap(program: Program, proposal: Proposal, slack: Array) -> float:
 
 def _best_alone(program: Program, y: Array) -> Array:
     """With those unknowns at their best that no row constrains, as α: rounding counts where their bound is infinite."""
-    cost, moved = program.cost, y.copy()
+    moved, residual = y.copy(), program.cost.factor @ y + program.cost.offset
     for j in np.flatnonzero(~program.rows.any(axis=0)):
-        column = cost.factor[:, j]
-        step = column @ (cost.factor @ moved + cost.offset) / (column @ column)
-        moved[j] = np.clip(moved[j] - step, program.lower[j], program.upper[j])
+        column = program.cost.factor[:, j]
+        best = moved[j] - column @ residual / (column @ column)
+        best = min(max(best, program.lower[j]), program.upper[j])
+        residual += column * (best - moved[j])
+        moved[j] = best
     return moved

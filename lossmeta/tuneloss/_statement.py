@@ -14,6 +14,16 @@ from lossmeta.tuneloss._program import Program
 CONSTANT_ROW = 1e-9  # a row of fixed unknowns alone may be violated by
 
 
+def units(columns: Array, lower: Array, upper: Array) -> tuple[Array, float] | None:
+    """Units [k] of unknowns in which columns [r, k] have one length, and the point of the box nearest to 0 has size 1.
+
+    The length is the second. ``None`` where that point is 0, columns of zeros aside.
+    """
+    length = np.sqrt(np.einsum("ij,ij->j", columns, columns))
+    size = float(np.abs(np.clip(0.0, lower, upper) * length).max())
+    return (size / np.where(length > 0, length, size), size) if size else None
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Constraints rows y >= right, with rows of length 1 before the fixed unknowns were taken out of them.
@@ -82,13 +92,11 @@ class Statement:
         # Long rows first: Householder's reflections would take digits from short rows above them.
         first = sorted(blocks, key=lambda block: -float(np.abs(block).max(initial=0.0)))
         factor = triangle(block[:, order] for block in first)[:, np.argsort(order)]
-        length = np.sqrt(np.einsum("ij,ij->j", factor, factor))
-        nearest = np.clip(0.0, low, high) * length
-        size = float(np.abs(nearest).max())
-        if size == 0:
+        found = units(factor, low, high)
+        if found is None:
             return None
-        scale = size / np.where(length > 0, length, size)
-        free = (low < high) & (length > 0)
+        scale, size = found
+        free = (low < high) & factor.any(axis=0)
         low, high, nearest = low / scale, high / scale, np.clip(0.0, low, high) / scale
         factor = factor * scale / size
         offset = factor[:, ~free] @ nearest[~free]
@@ -102,6 +110,13 @@ class Statement:
             return None
         rows = np.hstack([found.rows, np.zeros((len(found.rows), int(self.free[k])))])
         return Program(self.cost, rows, found.right, self.lower[self.free], self.upper[self.free])
+
+    def violation(self, values: Array, model: int) -> float:
+        """By which λ, [k], violates that the model's loss is the least, most of all other models; see argmin_rows."""
+        k = len(values)
+        rows = self.features - self.features[model]
+        length = np.sqrt(np.einsum("ij,j->i", rows**2, self.scale[:k] ** 2))
+        return float((-(rows @ values) / np.where(length > 0, length, 1.0)).max(initial=0.0))
 
     def unscaled(self, y: Array) -> Array:
         """λ and α, [k + 1]."""

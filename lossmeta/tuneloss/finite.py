@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from lossmeta.tuneloss import _examples
+from lossmeta.tuneloss import _inputs
 from lossmeta.tuneloss._box import Array
 from lossmeta.tuneloss._margin import margin
 from lossmeta.tuneloss._program import VIOLATION
-from lossmeta.tuneloss._statement import argmin_rows
+from lossmeta.tuneloss._statement import argmin_rows, units
 from lossmeta.tuneloss.solvers import SLACK, NotCertified
 
 NAME = "finite_argmin"
@@ -62,20 +62,23 @@ def finite_argmin(errors: Any, features: Any, lower: Any, upper: Any) -> FiniteA
         >>> lossmeta.tuneloss.finite_argmin([0.3, 0.1, 0.2], features, [1.0, 0.0], [1.0, 4.0]).model
         2
     """
-    found_errors, found_features = _examples.models(NAME, errors, features)
+    found_errors, found_features = _inputs.models(NAME, errors, features)
     k = found_features.shape[1]
-    low, high = _examples.box(NAME, lower, upper, k)
-    _examples.refuse_zero(NAME, low, high)
-    length = np.sqrt(np.einsum("ij,ij->j", found_features, found_features))
-    size = float(np.abs(np.clip(0.0, low, high) * length).max()) or 1.0
-    scale = size / np.where(length > 0, length, size)
+    low, high = _inputs.box(NAME, lower, upper, k)
+    _inputs.refuse_zero(NAME, low, high)
+    found_units = units(found_features, low, high)
+    if found_units is None:
+        raise _inputs.zero_features(NAME)
+    scale = found_units[0]
     low_scaled, high_scaled = low / scale, high / scale
     nearest = np.clip(0.0, low_scaled, high_scaled)
     free = low < high
     feasible: list[bool] = []
     for model in np.argsort(found_errors, kind="stable"):
         found = argmin_rows(found_features, int(model), scale, free, nearest)
-        best = margin(found.rows, found.right, low_scaled[free], high_scaled[free]) if found.possible else None
+        best = (
+            margin(found.rows, found.right, low_scaled[free], high_scaled[free]) if found.possible else None
+        )
         if found.possible and best is None:
             raise NotCertified(f"{NAME}: HiGHS gave no answer for model {model}; scale the features")
         feasible.append(best is not None and best.bound >= -SLACK)

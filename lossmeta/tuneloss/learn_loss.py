@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lossmeta.tuneloss import _examples, solvers
+from lossmeta.tuneloss import _inputs, solvers
 from lossmeta.tuneloss._box import Array
 from lossmeta.tuneloss._program import Certificate
 from lossmeta.tuneloss._statement import Statement
@@ -96,19 +96,17 @@ def learn_loss(
         >>> found.values.round(3), found.multiplier.round(3), found.matched
         (array([1. , 0.2]), 1.0, 1)
     """
-    found_errors, found_features = _examples.models(NAME, errors, features)
+    found_errors, found_features = _inputs.models(NAME, errors, features)
     m, k = found_features.shape
-    low, high = _examples.box(NAME, lower, upper, k)
-    _examples.refuse_zero(NAME, low, high)
+    low, high = _inputs.box(NAME, lower, upper, k)
+    _inputs.refuse_zero(NAME, low, high)
     names = solvers.order(NAME, solver)
-    second = _examples.gradient_factor(NAME, m, k, gradients, jacobians, grams, eps)
-    blocks = [np.column_stack([found_features, -found_errors])]
-    statement = Statement.of(found_features, low, high, [*blocks, *([] if second is None else [second])])
+    second = _inputs.gradient_factor(NAME, m, k, gradients, jacobians, grams, eps)
+    first = np.column_stack([found_features, -found_errors])
+    blocks = [first] if second is None else [first, second]
+    statement = Statement.of(found_features, low, high, blocks)
     if statement is None:
-        raise ValueError(
-            f"{NAME}: lower and upper must exclude λ = 0 in a feature that is not 0 for all models, got bounds that "
-            "do so in no other; fix a feature that is not"
-        )
+        raise _inputs.zero_features(NAME)
     feasible: list[bool] = []
     for model in np.argsort(found_errors, kind="stable"):
         program = statement.program(int(model))
@@ -116,14 +114,21 @@ def learn_loss(
         feasible.append(found is not None)
         if found is not None:
             chosen, answer = found
-            values = statement.unscaled(answer.values)
+            unscaled = statement.unscaled(answer.values)
+            values = np.clip(unscaled[:k], low, high)
+            violation = max(statement.violation(values, int(model)), answer.certificate.violation)
+            certificate = replace(answer.certificate, violation=violation)
+            if not certificate.holds:
+                raise solvers.NotCertified(
+                    f"{NAME}: scaling left a violation of {violation:.1e}; scale the features"
+                )
             return LearnedLoss(
-                values=np.clip(values[:k], low, high),
-                multiplier=float(values[k]),
+                values=values,
+                multiplier=float(unscaled[k]),
                 matched=int(model),
-                cost=answer.certificate.cost * statement.unit,
+                cost=certificate.cost * statement.unit,
                 feasible=tuple(feasible),
                 solver=chosen,
-                certificate=answer.certificate,
+                certificate=certificate,
             )
     raise solvers.NotCertified(f"{NAME}: no model was found to be one of least loss, though one must be")

@@ -1,4 +1,4 @@
-"""What LearnLoss knows of models: checked errors, features and gradients, and the box."""
+"""Arguments of LearnLoss: checked errors, features, gradients and bounds."""
 
 from __future__ import annotations
 
@@ -56,6 +56,14 @@ def box(name: str, lower: Any, upper: Any, size: int) -> tuple[Array, Array]:
     return low, high
 
 
+def zero_features(name: str) -> ValueError:
+    """What to raise where only features that are 0 for all models keep λ = 0 out of the box."""
+    return ValueError(
+        f"{name}: lower and upper must exclude λ = 0 in a feature that is not 0 for all models, got bounds that do so "
+        "in no other; fix a feature that is not"
+    )
+
+
 def refuse_zero(name: str, lower: Array, upper: Array) -> None:
     if ((lower <= 0) & (upper >= 0)).all():
         raise ValueError(
@@ -73,38 +81,38 @@ def gradient_factor(
         raise ValueError(f"{name}: gradients and jacobians must be given together, got no {missing}")
     if grams is not None and gradients is not None:
         raise ValueError(f"{name}: gradients must be given raw or as grams, got both")
-    if isinstance(eps, str):
-        if eps != "balanced":
-            raise ValueError(f"{name}: eps must be 'balanced' or a number, got {eps!r}")
-    elif not (np.isscalar(eps) and 0 <= eps < np.inf):
-        raise ValueError(f"{name}: eps must be 'balanced', or at least 0 and finite, got {eps!r}")
+    weight = _number(name, eps)
     if grams is not None:
-        return _of_grams(name, m, k, grams, eps)
+        return _of_grams(name, m, k, grams, weight)
     if gradients is not None:
-        return _of_gradients(name, m, k, gradients, jacobians, eps)
+        return _of_gradients(name, m, k, gradients, jacobians, weight)
     if m == 1:
         raise ValueError(
             f"{name}: errors must be of 2 models or more where there are no gradients, got 1; any λ fits one"
         )
-    if not isinstance(eps, str) and eps > 0:
+    if weight:
         raise ValueError(f"{name}: eps must be 0 or 'balanced' where there are no gradients, got {eps}")
     return None
 
 
-def _of_grams(name: str, m: int, k: int, grams: Any, eps: float | str) -> Array:
+def _of_grams(name: str, m: int, k: int, grams: Any, eps: float | None) -> Array:
     total = numbers(name, "grams", grams, (m, k + 1, k + 1)).sum(axis=0)
     largest = np.sqrt(np.outer(total.diagonal(), total.diagonal()).clip(0))
     if (np.abs(total - total.T) > 1e-6 * largest).any():
-        raise ValueError(f"{name}: grams must be symmetric, got a difference of {np.abs(total - total.T).max():.2g}")
+        raise ValueError(
+            f"{name}: grams must be symmetric, got a difference of {np.abs(total - total.T).max():.2g}"
+        )
     factor = factor_of_gram((total + total.T) / 2)
     if factor is None:
-        raise ValueError(f"{name}: grams must be positive semi-definite, as [J, g]' [J, g] is; got a sum that is not")
+        raise ValueError(
+            f"{name}: grams must be positive semi-definite, as [J, g]' [J, g] is; got a sum that is not"
+        )
     diagonal = total.diagonal()
     factor[:, k] *= -1
     return np.sqrt(_weight(name, eps, float(diagonal[k]), float(diagonal[:k].sum()))) * factor
 
 
-def _of_gradients(name: str, m: int, k: int, gradients: Any, jacobians: Any, eps: float | str) -> Array:
+def _of_gradients(name: str, m: int, k: int, gradients: Any, jacobians: Any, eps: float | None) -> Array:
     for argument, value in (("gradients", gradients), ("jacobians", jacobians)):
         if not isinstance(value, (Sequence, np.ndarray)) and not hasattr(value, "__len__"):
             raise TypeError(f"{name}: {argument} must hold one for each model, got {type(value).__name__}")
@@ -121,10 +129,25 @@ def _of_gradients(name: str, m: int, k: int, gradients: Any, jacobians: Any, eps
     return np.sqrt(_weight(name, eps, float(squares[k]), float(squares[:k].sum()))) * factor
 
 
-def _weight(name: str, eps: float | str, gradients: float, jacobians: float) -> float:
-    """ε; "balanced" is Σ|g_i|² / Σ|J_i|² (Appendix B.2)."""
-    if not isinstance(eps, str):
-        return float(eps)
+def _number(name: str, eps: float | str) -> float | None:
+    """ε; ``None`` for "balanced"."""
+    if isinstance(eps, str):
+        if eps != "balanced":
+            raise ValueError(f"{name}: eps must be 'balanced' or a number, got {eps!r}")
+        return None
+    if not isinstance(eps, (int, float, np.number)):
+        raise TypeError(f"{name}: eps must be 'balanced' or a number, got {type(eps).__name__}")
+    if not 0 <= eps < np.inf:
+        raise ValueError(f"{name}: eps must be at least 0 and finite, got {eps}")
+    return float(eps)
+
+
+def _weight(name: str, eps: float | None, gradients: float, jacobians: float) -> float:
+    """ε; where it is not given Σ|g_i|² / Σ|J_i|² (Appendix B.2)."""
+    if eps is not None:
+        return eps
     if not jacobians > 0:
-        raise ValueError(f"{name}: jacobians must not all be 0 for eps='balanced', got 0; give eps as a number")
+        raise ValueError(
+            f"{name}: jacobians must not all be 0 for eps='balanced', got 0; give eps as a number"
+        )
     return gradients / jacobians
