@@ -57,8 +57,6 @@ OPTIONAL = {
     "transformers": "integrations",
 }
 INSTEAD = {"pytorch_lightning": "lightning"}  # the same under an older name, where that is what is installed
-# Declared though nothing imports it yet: TuneLoss will.
-SOON = {"cvxpy", "daqp", "osqp"}
 
 
 def module_name(path: Path) -> str:
@@ -179,8 +177,7 @@ def names(requirements: list[str]) -> set[str]:
 def test_what_is_declared_is_what_is_imported() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert imported() & SOON == set(), "imported by now: no exception any more"
-    assert names(project["dependencies"]) == imported() - OPTIONAL.keys() | SOON
+    assert names(project["dependencies"]) == imported() - OPTIONAL.keys()
     assert imported() >= OPTIONAL.keys()
     for name, extra in OPTIONAL.items():
         assert name in names(project["optional-dependencies"][extra])
@@ -197,7 +194,9 @@ def output(code: str) -> str:
 def test_import_is_quick() -> None:
     slow = [
         "accelerate",
+        "clarabel",
         "cvxpy",
+        "daqp",
         "lightning",
         "osqp",
         "matplotlib",
