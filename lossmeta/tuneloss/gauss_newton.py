@@ -6,7 +6,8 @@ import numpy as np
 
 from lossmeta.tuneloss._box import Array, Box
 
-RIDGE = 1e-9  # of a curvature with unit diagonal
+RIDGE = 1e-9  # of the scaled curvature
+ROUNDING = 1e-4  # below zero, of the largest eigenvalue, as float32 leaves it
 
 
 def gauss_newton_step(
@@ -46,10 +47,10 @@ def gauss_newton_step(
 
 
 def box_qp(curvature: Array, slope: Array, lower: Array, upper: Array) -> Array:
-    r"""Minimises :math:`c^\top d + d^\top B d / 2` over :math:`l \le d \le u`, by projected Newton steps.
+    r"""Minimises :math:`c^\top d + d^\top B d / 2` over :math:`l \le d \le u`.
 
-    B is scaled to a unit diagonal and has 1e-9 added there. The answer satisfies the optimality conditions of that
-    problem, or an error says so.
+    The entries are scaled, and 1e-9 of the cost's largest number is added to B's diagonal. The answer satisfies the
+    optimality conditions of that problem, or an error says so. Eigenvalues that rounding made negative count as zero.
 
     Args:
         curvature: B, [k, k], symmetric, positive semidefinite up to rounding.
@@ -59,50 +60,65 @@ def box_qp(curvature: Array, slope: Array, lower: Array, upper: Array) -> Array:
 
     Raises:
         ValueError: for numbers that are not finite, and a curvature that is not positive semidefinite.
-
-    Sources:
-        Bertsekas, "Projected Newton methods for optimization problems with simple constraints" (1982).
     """
+    from scipy.optimize import minimize
+
     if not all(np.isfinite(a).all() for a in (curvature, slope, lower, upper)):
         raise ValueError("box_qp: curvature, slope and bounds must be finite, got NaN or infinity")
-    diagonal = np.diagonal(curvature)
-    scale = np.sqrt(np.maximum(diagonal, max(1e-12 * float(diagonal.max()), 1e-300)))
-    b = (curvature + curvature.T) / 2 / scale / scale[:, None] + RIDGE * np.eye(len(slope))
-    # The slope's size is immaterial once the step is measured by it.
-    c, low, high = slope / scale, lower * scale, upper * scale
-    size = max(float(np.abs(c).max()), 1e-300)
-    c, low, high = c / size, low / size, high / size
-    if float(np.linalg.eigvalsh(b)[0]) <= 0:
+    # Measured in the box's width or in the curvature's, whichever is less, and the cost by its largest number.
+    width, size = upper - lower, np.sqrt(np.maximum(np.diagonal(curvature), 0.0))
+    wide = np.where(width > 0, width, 1.0)
+    scale = np.where(size * wide > 1, 1 / np.where(size > 0, size, 1.0), wide)
+    b, c = (curvature + curvature.T) / 2 * scale * scale[:, None], slope * scale
+    largest = max(float(np.abs(c).max()), float(np.diagonal(b).max()))
+    if largest <= 0:
+        return np.clip(np.zeros_like(c), lower, upper)
+    values, vectors = np.linalg.eigh(b / largest)
+    if values[0] < -ROUNDING * max(float(values[-1]), 1e-9):
         raise ValueError("box_qp: curvature must be positive semidefinite, got a negative eigenvalue")
-    x = np.clip(np.zeros_like(c), low, high)
-    for _ in range(50 * len(c) + 200):
+    b = (vectors * np.maximum(values, 0.0)) @ vectors.T + RIDGE * np.eye(len(c))
+    c, low, high = c / largest, lower / scale, upper / scale
+    rough = minimize(
+        lambda x: (x @ b @ x / 2 + c @ x, b @ x + c),
+        np.clip(np.zeros_like(c), low, high),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=np.column_stack([low, high]),
+        options={"maxiter": 200, "ftol": 1e-15, "gtol": 1e-12},
+    )
+    found = _active_set(b, c, np.clip(rough.x, low, high), low, high)
+    gradient = b @ found + c
+    moved = found - np.clip(found - gradient, low, high)
+    if not np.abs(moved).max() <= 1e-9 * (1 + np.abs(b) @ np.abs(found)).max():
+        raise ValueError(
+            "box_qp: curvature must be conditioned better, got one whose step could not be verified"
+        )
+    return np.clip(found * scale, lower, upper)
+
+
+def _active_set(b: Array, c: Array, x: Array, low: Array, high: Array) -> Array:
+    """The minimum from a point nearby: bounds are taken up where a step meets them, and left where the cost falls."""
+    at_low, at_high = x <= low, x >= high
+    for _ in range(20 * len(c) + 100):
+        free = ~(at_low | at_high)
+        gradient, step = b @ x + c, np.zeros_like(c)
+        if free.any():
+            step[free] = -np.linalg.solve(b[np.ix_(free, free)], gradient[free])
+        room = np.full_like(c, np.inf)
+        np.divide(high - x, step, out=room, where=step > 0)
+        np.divide(low - x, step, out=room, where=step < 0)
+        first = int(room.argmin())
+        if room[first] < 1:
+            x = np.clip(x + room[first] * step, low, high)
+            at_low[first], at_high[first] = step[first] < 0, step[first] > 0
+            x[first] = low[first] if at_low[first] else high[first]
+            continue
+        x = np.clip(x + step, low, high)
         gradient = b @ x + c
-        if _violation(x, gradient, low, high) <= 1e-11:
+        # An entry without room stays where it is.
+        fall = np.where(low == high, 0.0, np.where(at_low, -gradient, np.where(at_high, gradient, 0.0)))
+        most = int(fall.argmax())
+        if fall[most] <= 1e-14 * (1 + np.abs(b[most]) @ np.abs(x)):
             break
-        x = _projected_newton(b, c, x, gradient, low, high)
-    if _violation(x, b @ x + c, low, high) > 1e-7:
-        raise ValueError("box_qp: curvature must be conditioned better for the step to be found")
-    return np.clip(x * size / scale, lower, upper)
-
-
-def _violation(x: Array, gradient: Array, low: Array, high: Array) -> float:
-    """How far a gradient step would still move, at most."""
-    return float(np.abs(x - np.clip(x - gradient, low, high)).max())
-
-
-def _projected_newton(b: Array, c: Array, x: Array, gradient: Array, low: Array, high: Array) -> Array:
-    """A Newton step of the entries that no bound holds, bent at the bounds and shortened until it descends enough."""
-    near = min(1e-3, _violation(x, gradient, low, high))
-    held = ((x <= low + near) & (gradient > 0)) | ((x >= high - near) & (gradient < 0))
-    direction = -gradient.copy()
-    if not held.all():
-        free = ~held
-        direction[free] = -np.linalg.solve(b[np.ix_(free, free)], gradient[free])
-    value, length = x @ (b @ x / 2 + c), 1.0
-    for _ in range(60):
-        new = np.clip(x + length * direction, low, high)
-        promised = -length * (gradient[~held] @ direction[~held]) + gradient[held] @ (x - new)[held]
-        if new @ (b @ new / 2 + c) <= value - 1e-4 * promised:
-            break
-        length /= 2
-    return new
+        at_low[most] = at_high[most] = False
+    return x

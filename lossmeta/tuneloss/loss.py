@@ -104,7 +104,7 @@ class TunedLoss(nn.Module):
             raise ValueError(f"TunedLoss: values must be of {wanted}, got {given}")
         found: Values = {}
         for name, value in values.items():
-            value = value.detach().cpu() if isinstance(value, Tensor) else value
+            value = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
             array = np.array(value, dtype=np.float64)
             if array.ndim > 1 or not array.size or not np.isfinite(array).all():
                 raise ValueError(
