@@ -1,16 +1,30 @@
 """TuneLoss: the parameters of a loss by convex programming (Streeter, 2019)."""
 
+from lossmeta.tuneloss.features import L1, PredictionFeature, SquaredL2, UniformLabelLoss
 from lossmeta.tuneloss.finite import FiniteArgmin, finite_argmin
 from lossmeta.tuneloss.learn_loss import LearnedLoss, learn_loss
+from lossmeta.tuneloss.loss import TunedLoss
+from lossmeta.tuneloss.measure import measure
 from lossmeta.tuneloss.measurement import Measurement, Trial
+from lossmeta.tuneloss.mixture import AugmentationMixture, DropoutLoss
 from lossmeta.tuneloss.solvers import NotCertified
+from lossmeta.tuneloss.tuner import TuneLoss
 
 __all__ = [
+    "L1",
+    "AugmentationMixture",
+    "DropoutLoss",
     "FiniteArgmin",
     "LearnedLoss",
     "Measurement",
     "NotCertified",
+    "PredictionFeature",
+    "SquaredL2",
     "Trial",
+    "TuneLoss",
+    "TunedLoss",
+    "UniformLabelLoss",
     "finite_argmin",
     "learn_loss",
+    "measure",
 ]
