@@ -21,6 +21,7 @@ class Measurement:
             and, last, of the validation error.
         slope: [k], how the error of the retrained model moves with the parameters.
         curvature: [k, k], how that slope does.
+        names: of the parameters, in that order.
     """
 
     error: float
@@ -28,6 +29,7 @@ class Measurement:
     gram: Array | None = None
     slope: Array | None = None
     curvature: Array | None = None
+    names: tuple[str, ...] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and arrays; ``Measurement(**state)`` is the same again."""
@@ -36,7 +38,8 @@ class Measurement:
     @property
     def finite(self) -> bool:
         """Whether all that is known is a number."""
-        return all(bool(np.isfinite(value).all()) for value in self.state_dict().values())
+        known = {name: value for name, value in self.state_dict().items() if name != "names"}
+        return all(bool(np.isfinite(value).all()) for value in known.values())
 
 
 @dataclass(frozen=True, eq=False)
