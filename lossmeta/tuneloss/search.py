@@ -64,14 +64,15 @@ class _Search(ABC):
         if not np.isfinite(measurement.error):
             self._failures.append(entries)
             return
-        self._check(measurement)
+        self._check_needs(measurement)
         trial = Trial(self.box.named(entries), measurement)
         self.trials.append(trial)
         if self.best is None or measurement.error < self.best.measurement.error:
             self.best = trial
 
-    def _check(self, measurement: Measurement) -> None:
-        """Whether it has what is needed."""
+    def _check_needs(self, measurement: Measurement) -> None:
+        """The error is enough."""
+        return None
 
     @property
     def _told(self) -> int:
@@ -107,28 +108,21 @@ class _Search(ABC):
             for key, bound in (("lower", self.box.lower), ("upper", self.box.upper)):
                 same = same and np.array_equal(np.asarray(state[key], dtype=np.float64), bound)
             seed = int(state["seed"])
-            told = [(s["values"], measurement_from(s["measurement"])) for s in state["trials"]]
+            told = [(s["values"], Measurement.of_state(s["measurement"])) for s in state["trials"]]
             told += [(values, Measurement(np.nan)) for values in state["failures"]]
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{name}: state must be what state_dict gave, got one without {error}") from error
+            raise ValueError(
+                f"{name}: state must be what state_dict gave, got one without {error}"
+            ) from error
         if not same:
-            raise ValueError(f"{name}: state must be of the same method and bounds, got another; make it as it was")
+            raise ValueError(
+                f"{name}: state must be of the same method and bounds, got another; make it as it was"
+            )
         new = copy(self)
         new.seed, new.trials, new.best, new._failures = seed, [], None, []
         for values, measurement in told:
             new.tell(values, measurement)
         self.__dict__.update(new.__dict__)
-
-
-def measurement_from(state: Mapping[str, Any]) -> Measurement:
-    """A measurement of its ``state_dict``, whose arrays and tuples may have become lists, as JSON makes them."""
-    fields = dict(state)
-    for name in ("features", "gram", "slope", "curvature"):
-        if fields.get(name) is not None:
-            fields[name] = np.array(fields[name], dtype=np.float64)
-    if fields.get("names") is not None:
-        fields["names"] = tuple(fields["names"])
-    return Measurement(**fields)
 
 
 class RandomSearch(_Search):
@@ -251,12 +245,12 @@ class TuneReg(_Search):
 
     After ``initial`` trials the next values are those of :func:`learn_loss` of all trials, with the task's loss fixed at
     coefficient 1: they make the best model that of least loss, and the loss agree with a multiple of the validation
-    errors. Values that were tried already say nothing new, and random ones take their place. The error may be any metric
-    to be lowered.
+    errors. Values that were tried already say nothing new, and random ones take their place. The error may be any
+    metric to be lowered.
 
-    What its paper leaves open is assumed, and told in full here: the first trial is the middle of the box, in coordinates
-    that are logarithmic where a lower bound is positive; further initial ones are random; the cost and the constraints
-    are those of LearnLoss, which that paper's successor says generalises LearnLinReg.
+    What its paper leaves open is assumed, and told in full here: the first trial is the middle of the box, in
+    coordinates that are logarithmic where a lower bound is positive; further initial ones are random; the cost and the
+    constraints are those of LearnLoss, which that paper's successor says generalises LearnLinReg.
 
     Args:
         bounds: ``{name: (lower, upper)}``, of numbers or of vectors.
@@ -290,7 +284,7 @@ class TuneReg(_Search):
         check_at_least_one("TuneReg", "initial", initial)
         self.initial, self.solver = initial, solver
 
-    def _check(self, measurement: Measurement) -> None:
+    def _check_needs(self, measurement: Measurement) -> None:
         shape = None if measurement.features is None else np.shape(measurement.features)
         if shape != (1 + self.box.size,):
             raise ValueError(
