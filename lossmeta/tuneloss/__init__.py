@@ -7,21 +7,26 @@ from lossmeta.tuneloss.loss import TunedLoss
 from lossmeta.tuneloss.measure import measure
 from lossmeta.tuneloss.measurement import Measurement, Trial
 from lossmeta.tuneloss.mixture import AugmentationMixture, DropoutLoss
+from lossmeta.tuneloss.search import TPE, GaussianProcess, RandomSearch, TuneReg
 from lossmeta.tuneloss.solvers import NotCertified
 from lossmeta.tuneloss.tuner import TuneLoss
 
 __all__ = [
     "L1",
+    "TPE",
     "AugmentationMixture",
     "DropoutLoss",
     "FiniteArgmin",
+    "GaussianProcess",
     "LearnedLoss",
     "Measurement",
     "NotCertified",
     "PredictionFeature",
+    "RandomSearch",
     "SquaredL2",
     "Trial",
     "TuneLoss",
+    "TuneReg",
     "TunedLoss",
     "UniformLabelLoss",
     "finite_argmin",

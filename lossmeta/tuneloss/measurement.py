@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,17 @@ class Measurement:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and arrays; ``Measurement(**state)`` is the same again."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Measurement:
+        """The measurement of a :meth:`state_dict`; arrays and tuples may have become lists, as JSON makes them."""
+        fields = dict(state)
+        for name in ("features", "gram", "slope", "curvature"):
+            if fields.get(name) is not None:
+                fields[name] = np.array(fields[name], dtype=np.float64)
+        if fields.get("names") is not None:
+            fields["names"] = tuple(fields["names"])
+        return cls(**fields)
 
     @property
     def finite(self) -> bool:
