@@ -47,7 +47,9 @@ def test_penalty_and_gradient(count: int, dtype: torch.dtype) -> None:
     x = torch.linspace(-3, 3, 301).reshape(7, 43).to(dtype)
     weights = x.clone().requires_grad_()
     penalty = r.penalty(weights)
-    assert penalty.shape == () and penalty.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert penalty.shape == () and penalty.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
     (gradient,) = torch.autograd.grad(3 * penalty, weights)
     exact = x.double().requires_grad_()
     expected = by_hand(r, exact).sum()
