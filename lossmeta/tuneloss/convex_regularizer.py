@@ -14,6 +14,7 @@ from lossmeta._checks import check_at_least_one
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
 BINS = 1 << 16
+_LARGEST = float(np.finfo(np.float32).max)
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -181,9 +182,10 @@ def _fitted(models: Sequence[_Counts]) -> PiecewiseLinear:
 
 def _bins(weights: Tensor) -> Integers:
     """The bin of each weight."""
-    limit = float(np.finfo(np.float32).max)
-    # Adding 0 turns -0 into 0.
-    single = weights.detach().to("cpu", torch.float64).clamp(-limit, limit).float() + 0.0
+    given = weights.detach().cpu()
+    if given.dtype == torch.float64:
+        given = given.clamp(-_LARGEST, _LARGEST)
+    single = given.float() + 0.0  # turns -0 into 0
     bits = single.numpy().view(np.int32).astype(np.int64) >> 16
     return np.where(bits >= 0, bits, -1 - (bits & 0x7FFF)) + BINS // 2
 
