@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossmeta._checks import check_at_least_one
+from lossmeta.tuneloss._weights import finite
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
 BINS = 1 << 16
@@ -146,7 +147,7 @@ def check_model(where: str, weights: Sequence[Tensor], *gradients: Sequence[Tens
                     f"{where}: weights and gradients of a group must be [P] with one P >= 1, got {list(w.shape)} and "
                     f"{list(t.shape)}"
                 )
-            if not t.isfinite().all():
+            if not finite(t):
                 raise ValueError(f"{where}: weights and gradients must be finite, got NaN or infinity")
 
 
@@ -154,7 +155,8 @@ def _counted(weights: Tensor, train_gradient: Tensor, valid_gradient: Tensor) ->
     """A group of weights in bins, with the difference of the gradients."""
     at = _bins(weights)
     target = valid_gradient.detach().cpu().double() - train_gradient.detach().cpu().double()
-    counts, sums = np.bincount(at, minlength=BINS), np.bincount(at, target.numpy(), BINS)
+    counts = np.bincount(at, minlength=BINS)
+    sums: Array = np.bincount(at, weights=target.numpy(), minlength=BINS).astype(np.float64)
     used = np.flatnonzero(counts)
     return _Counts(used, counts[used], sums[used])
 
@@ -179,6 +181,9 @@ def _fitted(models: Sequence[_Counts]) -> PiecewiseLinear:
 # ---- Bins: the numbers of the leading 16 bits, in the order of the weights. A common edge of two bins, such as 0.5, is
 # in the one of greater magnitude; 0 is in the upper one.
 
+_LEADING = np.arange(BINS, dtype=np.int64)
+_ORDER: Integers = np.where(_LEADING < BINS // 2, _LEADING, BINS // 2 - 1 - _LEADING) + BINS // 2
+
 
 def _bins(weights: Tensor) -> Integers:
     """The bin of each weight."""
@@ -186,8 +191,8 @@ def _bins(weights: Tensor) -> Integers:
     if given.dtype == torch.float64:
         given = given.clamp(-_LARGEST, _LARGEST)
     single = given.float() + 0.0  # turns -0 into 0
-    bits = single.numpy().view(np.int32).astype(np.int64) >> 16
-    return np.where(bits >= 0, bits, -1 - (bits & 0x7FFF)) + BINS // 2
+    found: Integers = _ORDER[single.numpy().view(np.uint32) >> 16]
+    return found
 
 
 def _edges(bins: Integers) -> Array:

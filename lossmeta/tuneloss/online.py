@@ -17,8 +17,8 @@ from lossmeta._checks import check_at_least_one, choice
 from lossmeta._model_state import refuse_shards
 from lossmeta.tuneloss import _plot
 from lossmeta.tuneloss._full_gradient import DataSet, FullGradient
-from lossmeta.tuneloss._penalty import pwl_penalty
-from lossmeta.tuneloss._weights import flat, selected
+from lossmeta.tuneloss._penalty import pwl_penalty, with_slope
+from lossmeta.tuneloss._weights import finite, flat, selected
 from lossmeta.tuneloss.convex_regularizer import ConvexRegularizer
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
@@ -191,17 +191,54 @@ class OnlineTuner:
             A number, differentiable in the regularised weights; 0 while there is no regulariser.
         """
         self._unasked = 0
-        device = next(iter(self.weights.values())).device
-        total = torch.zeros((), device=device, dtype=torch.float32)
-        if not self.on:
-            return total
-        for name, p in self.weights.items():
-            group = name if self.by_tensor else ALL
-            key = group, p.device, p.dtype
-            if key not in self._placed:
-                self._placed[key] = self.regularizers[group].placed(p.device, p.dtype)
-            total = total + pwl_penalty(p.reshape(-1), *self._placed[key]).to(device)
+        total = self._zero()
+        if self.on:
+            for name, p in self.weights.items():
+                value = pwl_penalty(p.reshape(-1), *self._function(name, p))
+                total = total + value.to(total.device)
         return total
+
+    @torch.no_grad()
+    def add_gradient(self) -> Tensor:
+        """Adds the gradient of :meth:`penalty` to ``.grad``: the same training step, in one pass over the weights.
+
+        Instead of the penalty in the loss, for large models with small batches::
+
+            task_loss(model(inputs), target).backward()
+            tuner.add_gradient()
+            optimizer.step()
+            tuner.step()
+
+        Call it before gradients are clipped and, with a ``GradScaler``, after ``unscale_``.
+
+        Returns:
+            The penalty, without gradient.
+        """
+        self._unasked = 0
+        total = self._zero()
+        if self.on:
+            for name, p in self.weights.items():
+                if not p.requires_grad:  # frozen since
+                    continue
+                theta, grad = p.detach().reshape(-1), p.grad
+                if grad is not None and grad.is_contiguous():
+                    value, _ = with_slope(theta, *self._function(name, p), add_to=grad.view(-1))
+                else:
+                    value, slope = with_slope(theta, *self._function(name, p))
+                    slope = slope.view(p.shape).to(p.dtype)
+                    p.grad = slope if grad is None else grad + slope
+                total = total + value.to(total.device)
+        return total
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=next(iter(self.weights.values())).device, dtype=torch.float32)
+
+    def _function(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Knots and slopes for one of the weights, on its device."""
+        key = name if self.by_tensor else ALL, weight.device, weight.dtype
+        if key not in self._placed:
+            self._placed[key] = self.regularizers[key[0]].placed(weight.device, weight.dtype)
+        return self._placed[key]
 
     def step(self) -> OnlineReport | None:
         """Counts a training step; call it after ``optimizer.step()``. The last of a round learns the regulariser.
@@ -219,8 +256,8 @@ class OnlineTuner:
         self._unasked += 1
         if self.on and self._unasked == 2:
             warnings.warn(
-                "OnlineTuner: the loss must have tuner.penalty() added in every step, got a step without it; the "
-                "regulariser does nothing there",
+                "OnlineTuner: the loss must have tuner.penalty() added in every step, or add_gradient() be called, got a "
+                "step with neither; the regulariser does nothing there",
                 stacklevel=2,
             )
         if (self.steps_done + 1) % self.every:
@@ -348,6 +385,6 @@ def _not_finite(
         ("a gradient on the training data", train),
         ("a gradient on the validation data", valid),
     ):
-        if not all(bool(v.isfinite().all()) for v in vectors):
+        if not all(map(finite, vectors)):
             return f"{what} was not finite"
     return None

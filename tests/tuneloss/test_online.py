@@ -140,6 +140,33 @@ def test_penalty_is_the_sum_over_the_weights() -> None:
         assert model[0].bias.grad is None and model[1].weight.grad is None
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_add_gradient_is_the_gradient_of_the_penalty(layout: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 9, 2))
+    model = model.to(memory_format=layout)
+    x, y = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+    tuner = OnlineTuner(model, (x[:4], y[:4]), (x[4:], y[4:]), start="now", every=1)
+    assert tuner.add_gradient().item() == 0 and model[0].weight.grad is None
+    tuner.step()
+    penalty = tuner.penalty()
+    (F.cross_entropy(model(x), y) + penalty).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    assert torch.equal(tuner.add_gradient(), penalty) and not tuner.add_gradient().requires_grad
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    tuner.add_gradient()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e)
+    model.zero_grad()
+    tuner.add_gradient()
+    for p, e in zip(
+        (model[0].weight, model[2].weight), torch.autograd.grad(penalty, [model[0].weight]), strict=False
+    ):
+        torch.testing.assert_close(p.grad, e)
+
+
 # ---- When.
 
 
