@@ -1,0 +1,210 @@
+"""The best of all convex regularisers of single weights: an isotonic regression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lossmeta._checks import check_at_least_one
+from lossmeta.tuneloss._weights import finite
+from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
+
+BINS = 1 << 16
+_LARGEST = float(np.finfo(np.float32).max)
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+class _Counts(NamedTuple):
+    """Weights of one group of one model, in the bins that hold some."""
+
+    bins: Integers
+    counts: Integers
+    sums: Array  # of validation gradient less training gradient
+
+
+class ConvexRegularizer:
+    r"""Learns a regulariser :math:`\sum_j r(\theta_j)` among all convex r, from the gradients of the last models.
+
+    .. math:: \min_{r' \text{ non-decreasing}} \sum_{i} \sum_j
+              \bigl(\nabla_j \ell(\theta_i) + r'(\theta_{ij}) - \nabla_j \tilde e(\theta_i)\bigr)^2
+
+    This is the gradient matching of Eq. 6 with the multiplier of the validation error fixed at 1, for the task's loss
+    :math:`\ell` has coefficient 1 on both sides. Its solution is the isotonic regression of
+    :math:`\nabla_j \tilde e - \nabla_j \ell` on :math:`\theta_j`, over all weights of the models, as
+    :class:`ConvexPWL` would have it with a knot between any two weights.
+
+    Weights are counted in bins that the leading 16 bits of a float32 are: equal sign and exponent, and 7 bits of the
+    significand, so that two weights of a bin differ by less than 0.8 %. Within a bin r has one slope. The bins are the
+    same for all weights ever, so that models add up whatever their scale.
+
+    Args:
+        window: models that are looked at, the last ones. A model is kept as its bins, 1.5 MB at most.
+
+    Raises:
+        ValueError: for a window below 1.
+
+    Sources:
+        Streeter, "Learning Effective Loss Functions Efficiently" (2019), Eq. 4 and 6, has convex piecewise-linear r
+        with given knots, and a multiplier that is found with it.
+
+    Example:
+        >>> regularizer = lossmeta.tuneloss.ConvexRegularizer()
+        >>> weights = torch.tensor([-1.0, -0.5, 0.5, 1.0])
+        >>> regularizer.observe([weights], [torch.zeros(4)], [torch.tensor([-0.2, -0.1, -0.3, 0.4])])
+        >>> (r,) = regularizer.fit()
+        >>> r.slope(weights)
+        tensor([-0.2000, -0.2000, -0.2000,  0.4000], dtype=torch.float64)
+    """
+
+    def __init__(self, window: int = 5) -> None:
+        check_at_least_one("ConvexRegularizer", "window", window)
+        self.window = window
+        self._models: list[list[_Counts]] = []
+
+    def observe(
+        self,
+        weights: Sequence[Tensor],
+        train_gradients: Sequence[Tensor],
+        valid_gradients: Sequence[Tensor],
+        train_loss: float = 0.0,
+        valid_loss: float = 0.0,
+    ) -> None:
+        """Takes a model into the window.
+
+        Args:
+            weights: a vector [P] for each group, which has a regulariser of its own; usually one.
+            train_gradients: of the task's loss on the training data, of the same shapes.
+            valid_gradients: of the validation error, of the same shapes.
+            train_loss: is not looked at.
+            valid_loss: is not looked at.
+
+        Raises:
+            TypeError: for something else than sequences of tensors.
+            ValueError: for other groups than before, shapes that differ, no weights, and numbers that are not finite.
+        """
+        check_model("ConvexRegularizer", weights, train_gradients, valid_gradients)
+        if self._models and len(self._models[0]) != len(weights):
+            raise ValueError(
+                f"ConvexRegularizer: weights must be of {len(self._models[0])} groups as before, got {len(weights)}"
+            )
+        triples = zip(weights, train_gradients, valid_gradients, strict=True)
+        self._models.append([_counted(*triple) for triple in triples])
+        del self._models[: -self.window]
+
+    def fit(self) -> list[PiecewiseLinear]:
+        """The regularisers of the models in the window, one for each group.
+
+        Raises:
+            ValueError: before any model.
+        """
+        if not self._models:
+            raise ValueError("ConvexRegularizer: a model must be observed before the fit, got none")
+        return [_fitted(group) for group in zip(*self._models, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The models of the window."""
+        models = [[tuple(torch.from_numpy(a.copy()) for a in group) for group in m] for m in self._models]
+        return {"window": self.window, "models": models}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there.
+
+        Raises:
+            ValueError: for the state of another window. Nothing has changed then.
+        """
+        if state.get("window") != self.window:
+            raise ValueError(
+                f"ConvexRegularizer: the state must be of window {self.window}, got {state.get('window')}"
+            )
+        self._models = [
+            [
+                _Counts(bins.numpy().copy(), counts.numpy().copy(), sums.numpy().copy())
+                for bins, counts, sums in m
+            ]
+            for m in state["models"]
+        ]
+
+
+def check_model(where: str, weights: Sequence[Tensor], *gradients: Sequence[Tensor]) -> None:
+    """Refuses what is not groups of weights with their gradients."""
+    for given in (weights, *gradients):
+        if isinstance(given, Tensor) or not all(isinstance(t, Tensor) for t in given):
+            raise TypeError(f"{where}: weights and gradients must be lists of tensors, one for each group")
+        if not len(given) or len(given) != len(weights):
+            raise ValueError(
+                f"{where}: weights and gradients must be of the same groups, one at least, got {len(weights)} and "
+                f"{len(given)}"
+            )
+        for w, t in zip(weights, given, strict=True):
+            if w.dim() != 1 or t.shape != w.shape or not len(w):
+                raise ValueError(
+                    f"{where}: weights and gradients of a group must be [P] with one P >= 1, got {list(w.shape)} and "
+                    f"{list(t.shape)}"
+                )
+            if not finite(t):
+                raise ValueError(f"{where}: weights and gradients must be finite, got NaN or infinity")
+
+
+def _counted(weights: Tensor, train_gradient: Tensor, valid_gradient: Tensor) -> _Counts:
+    """A group of weights in bins, with the difference of the gradients."""
+    at = _bins(weights)
+    target = valid_gradient.detach().cpu().double() - train_gradient.detach().cpu().double()
+    counts = np.bincount(at, minlength=BINS)
+    sums: Array = np.bincount(at, weights=target.numpy(), minlength=BINS).astype(np.float64)
+    used = np.flatnonzero(counts)
+    return _Counts(used, counts[used], sums[used])
+
+
+def _fitted(models: Sequence[_Counts]) -> PiecewiseLinear:
+    """The isotonic regression of one group in several models."""
+    from sklearn.isotonic import isotonic_regression
+
+    counts, sums = np.zeros(BINS), np.zeros(BINS)
+    for model in models:
+        counts[model.bins] += model.counts
+        sums[model.bins] += model.sums
+    used = np.flatnonzero(counts)
+    fitted = isotonic_regression(sums[used] / counts[used], sample_weight=counts[used])
+    last = np.flatnonzero(np.diff(fitted) > 0)  # of each run of equal slopes but the final one
+    upper, lower = _edges(used[last] + 1), _edges(used[last + 1])
+    knots = np.where(upper < lower, (upper + lower) / 2, _before(lower))
+    slopes = fitted[np.append(last, len(fitted) - 1)]
+    return PiecewiseLinear(torch.from_numpy(knots), torch.from_numpy(slopes))
+
+
+# ---- Bins: the numbers of the leading 16 bits, in the order of the weights. A common edge of two bins, such as 0.5, is
+# in the one of greater magnitude; 0 is in the upper one.
+
+_LEADING = np.arange(BINS, dtype=np.int64)
+_ORDER: Integers = np.where(_LEADING < BINS // 2, _LEADING, BINS // 2 - 1 - _LEADING) + BINS // 2
+
+
+def _bins(weights: Tensor) -> Integers:
+    """The bin of each weight."""
+    given = weights.detach().cpu()
+    if given.dtype == torch.float64:
+        given = given.clamp(-_LARGEST, _LARGEST)
+    single = given.float() + 0.0  # turns -0 into 0
+    found: Integers = _ORDER[single.numpy().view(np.uint32) >> 16]
+    return found
+
+
+def _edges(bins: Integers) -> Array:
+    """The lower edge of each bin."""
+    signed = bins - BINS // 2
+    magnitude = np.where(signed >= 0, signed, -signed).astype(np.int32) << 16
+    values = magnitude.view(np.float32).astype(np.float64)
+    return np.where(signed >= 0, values, -values)
+
+
+def _before(edges: Array) -> Array:
+    """The next float32 outside of the bin that an edge is in."""
+    single = edges.astype(np.float32)
+    target = np.where(single == 0, np.float32(-np.inf), np.float32(0))
+    return np.nextafter(single, target).astype(np.float64)
