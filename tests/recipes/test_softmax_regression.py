@@ -388,7 +388,9 @@ def test_default_device_and_dtype_do_not_matter() -> None:
         coefficients = Coefficients.of(VALUES)
         found = minimise(of, coefficients, tolerance=1e-3).weights
         trained = adagrad(of, coefficients, epochs=1)
-        told = [measure(of, found, coefficients, valid, m)[0].state_dict() for m in ("full", "diagonal", "gram")]
+        told = [
+            measure(of, found, coefficients, valid, m)[0].state_dict() for m in ("full", "diagonal", "gram")
+        ]
         return [found, trained, *evaluate(found, valid), *(v for t in told for v in t.values())]
 
     expected = results()
