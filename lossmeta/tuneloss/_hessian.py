@@ -207,9 +207,8 @@ class TrainingHessian:
         loss, values = self.loss, self.values
         names = [n for n in self.names if uses_data(loss.features[n])]
         ours = [n for n in names if isinstance(loss.features[n], PredictionFeature)]
-        found = {n: loss.features[n](self.model, batch) for n in names if n not in ours}
-        self.data.replay()
         outputs, places = loss.predictions(self.model, inputs, ours)
+        found = {n: loss.features[n](self.model, batch) for n in names if n not in ours}
 
         def number(predictions: list[Tensor]) -> Tensor:
             return loss.total(*loss.of_predictions(predictions, places, target), values)

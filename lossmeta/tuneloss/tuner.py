@@ -29,7 +29,8 @@ class TuneLoss:
     step, at least 0.003. After a failed first trial the next ones are drawn from the box.
 
     With ``"paper"`` they are :func:`learn_loss` of all trials, with its cost, Eq. 6, and its constraints. Gradients are
-    used where all of the trials have a Gram matrix.
+    used where all of the trials have a Gram matrix. Without them the second parameters are drawn from the box, since
+    any loss fits one model.
 
     Models that exist already, or checkpoints, are told before the first :meth:`ask`, with the values that they were
     trained with.
@@ -116,16 +117,11 @@ class TuneLoss:
         Raises:
             ValueError: as :func:`learn_loss` does.
         """
-        if self.trials:
-            step = self._gauss_newton if self.method == "gauss_newton" else self._paper
-            return self.box.named(step())
-        if not self.failed:
+        if not self.trials and not self.failed:
             return self.box.named(self.start)
-        # One coordinate for all of a vector: hundreds of independent ones would never be alike.
-        unit = np.random.default_rng(self.failed).random(self.box.size)
-        for group in self.box.groups:
-            unit[group] = unit[group.start]
-        return self.box.named(self.box.at(unit))
+        if not self.trials or (self.method == "paper" and len(self.trials) == 1 and not self._has_grams()):
+            return self.box.named(self._drawn())
+        return self.box.named(self._gauss_newton() if self.method == "gauss_newton" else self._paper())
 
     def tell(self, values: Mapping[str, Any], measurement: Measurement | float) -> None:
         """What training with these values led to; they need not have been asked for.
@@ -171,6 +167,16 @@ class TuneLoss:
 
     # ---- The next values.
 
+    def _drawn(self) -> Array:
+        """From the box; one coordinate for all of a vector, since hundreds of independent ones would never be alike."""
+        unit = np.random.default_rng(self.failed + len(self.trials)).random(self.box.size)
+        for group in self.box.groups:
+            unit[group] = unit[group.start]
+        return self.box.at(unit)
+
+    def _has_grams(self) -> bool:
+        return all(t.measurement.gram is not None for t in self.trials)
+
     def _gauss_newton(self) -> Array:
         centre = self._centre()
         assert centre is not None
@@ -183,9 +189,7 @@ class TuneLoss:
         from lossmeta.tuneloss.learn_loss import learn_loss
 
         found = [t.measurement for t in self.trials]
-        grams = None
-        if all(m.gram is not None for m in found):
-            grams = np.stack([m.gram for m in found if m.gram is not None])
+        grams = np.stack([m.gram for m in found if m.gram is not None]) if self._has_grams() else None
         learned = learn_loss(
             np.array([m.error for m in found]),
             np.stack([m.features for m in found if m.features is not None]),
