@@ -42,6 +42,9 @@ class TuneLossSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]  # Any
     radius, and stays inside the trust region. Before the first report it is up to the whole radius. What moves them
     depends on the trial's number and the seed, so that no two workers get the same.
 
+    A worker that is killed leaves a trial that seems to run. Optuna's heartbeat marks it as failed, or
+    ``study.tell(number, state=TrialState.FAIL)`` does; until then others keep away from its values.
+
     Parameters that are not in ``bounds`` go to another sampler.
 
     Args:
@@ -56,14 +59,19 @@ class TuneLossSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]  # Any
             parameter of ``bounds`` that is asked for with another kind or scale, suggestions raise a ValueError.
 
     Example:
-        >>> from lossmeta.integrations.optuna import TuneLossSampler, report  # doctest: +SKIP
-        >>> sampler = TuneLossSampler({"l2": (0.01, 10.0)})  # doctest: +SKIP
+        >>> import numpy, optuna
+        >>> from lossmeta.integrations.optuna import TuneLossSampler, report
+        >>> from lossmeta.tuneloss import Measurement
+        >>> sampler = TuneLossSampler({"l2": (0.01, 10.0)})
         >>> def objective(trial):
-        ...     values = sampler.suggest(trial)
-        ...     model = train(values)
-        ...     return report(trial, measure(model, loss, values, train_data, valid_data))
-        >>> study = optuna.create_study(sampler=sampler, storage="sqlite:///study.db")  # doctest: +SKIP
-        >>> study.optimize(objective, n_trials=5)  # doctest: +SKIP
+        ...     l2 = sampler.suggest(trial)["l2"]
+        ...     # Here a model is trained, and lossmeta.tuneloss.measure looks at it.
+        ...     found = Measurement((l2 - 1) ** 2, slope=numpy.array([2 * (l2 - 1)]), curvature=numpy.eye(1) * 2)
+        ...     return report(trial, found)
+        >>> study = optuna.create_study(sampler=sampler)
+        >>> study.optimize(objective, n_trials=5)
+        >>> round(study.best_params["l2"], 3)
+        1.0
     """
 
     def __init__(
@@ -78,8 +86,8 @@ class TuneLossSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]  # Any
             raise TypeError(f"TuneLossSampler: seed must be an integer, got {type(seed).__name__}")
         if seed < 0:
             raise ValueError(f"TuneLossSampler: seed must be at least 0, got {seed}")
+        box = TuneLoss(bounds, **options).box
         self.bounds, self.seed, self.options = dict(bounds), int(seed), options
-        box = self._new_tuner().box
         self.independent_sampler = independent_sampler or optuna.samplers.RandomSampler(seed=seed)
         # In the order of the box's entries.
         self.distributions = {

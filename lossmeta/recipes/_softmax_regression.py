@@ -137,9 +137,9 @@ class SoftmaxRegression:
         for _ in range(masks):
             kept = np.stack([g.random((self.count, self.width)) < KEPT for g in generators])
             kept[:, :, -1] = True
-            scale = torch.full((self.width,), 1 / KEPT, dtype=dtype, device="cpu")
-            scale[-1] = 1
-            copies.append(samples * torch.from_numpy(kept) * scale)
+            dropped = samples * torch.from_numpy(kept).to(samples)
+            dropped[..., :-1] /= KEPT
+            copies.append(dropped)
         self.inputs = torch.cat(copies, 1) if masks else samples
         self.labels = labels.repeat(1, 1 + masks)
 

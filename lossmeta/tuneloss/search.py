@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from lossmeta._checks import check_at_least_one
 from lossmeta.tuneloss._box import Array, Bounds, Box, Values
 from lossmeta.tuneloss.measurement import Measurement, Trial
 
@@ -208,7 +207,8 @@ class GaussianProcess(_Optuna):
 
     Example:
         >>> from lossmeta.tuneloss import GaussianProcess
-        >>> search = GaussianProcess({"l2": (0.01, 10.0)})  # doctest: +SKIP
+        >>> search = GaussianProcess({"l2": (0.01, 10.0)})
+        >>> search.tell(search.ask(), 0.5)
     """
 
     def _sampler(self, optuna: Any, seed: int) -> Any:
@@ -233,7 +233,8 @@ class TPE(_Optuna):
 
     Example:
         >>> from lossmeta.tuneloss import TPE
-        >>> search = TPE({"l2": (0.01, 10.0)})  # doctest: +SKIP
+        >>> search = TPE({"l2": (0.01, 10.0)})
+        >>> search.tell(search.ask(), 0.5)
     """
 
     def _sampler(self, optuna: Any, seed: int) -> Any:
@@ -243,8 +244,8 @@ class TPE(_Optuna):
 class TuneReg(_Search):
     r"""Learns the loss from validation errors and features alone, without gradients.
 
-    After ``initial`` trials the next values are those of :func:`learn_loss` of all trials, with the task's loss fixed at
-    coefficient 1: they make the best model that of least loss, and the loss agree with a multiple of the validation
+    After ``initial`` trials the next values are those of :func:`learn_loss` of all trials, with the task's loss fixed
+    at coefficient 1: they make the best model that of least loss, and the loss agree with a multiple of the validation
     errors. Values that were tried already say nothing new, and random ones take their place. The error may be any
     metric to be lowered.
 
@@ -255,7 +256,7 @@ class TuneReg(_Search):
     Args:
         bounds: ``{name: (lower, upper)}``, of numbers or of vectors.
         seed: of random values.
-        initial: trials before the first is learned.
+        initial: trials before the first loss is learned.
         solver: of :func:`learn_loss`.
 
     Attributes:
@@ -263,7 +264,7 @@ class TuneReg(_Search):
 
     Raises:
         TypeError: as :class:`RandomSearch`.
-        ValueError: as :class:`RandomSearch`, and for ``initial`` less than 1. :meth:`tell` raises one for a measurement
+        ValueError: as :class:`RandomSearch`, and for ``initial`` less than 2. :meth:`tell` raises one for a measurement
             without features.
 
     Sources:
@@ -279,9 +280,10 @@ class TuneReg(_Search):
         ['l2']
     """
 
-    def __init__(self, bounds: Bounds, seed: int = 0, *, initial: int = 1, solver: str = "auto") -> None:
+    def __init__(self, bounds: Bounds, seed: int = 0, *, initial: int = 2, solver: str = "auto") -> None:
         super().__init__(bounds, seed)
-        check_at_least_one("TuneReg", "initial", initial)
+        if initial < 2:
+            raise ValueError(f"TuneReg: initial must be at least 2, got {initial}; any loss fits one trial")
         self.initial, self.solver = initial, solver
 
     def _check_needs(self, measurement: Measurement) -> None:

@@ -378,3 +378,28 @@ def test_bad_losses() -> None:
 def test_dropout_without_masks_is_for_adagrad() -> None:
     found, same = (adagrad(problem(masks=m), Coefficients.of(VALUES), epochs=1) for m in (0, 2))
     assert torch.equal(found, same)
+
+
+def test_default_device_and_dtype_do_not_matter() -> None:
+    (inputs, labels), valid = data(), data(17, 8)
+
+    def results() -> list[Any]:
+        of = SoftmaxRegression(inputs, labels, classes=C, dtype=torch.float32)
+        coefficients = Coefficients.of(VALUES)
+        found = minimise(of, coefficients, tolerance=1e-3).weights
+        trained = adagrad(of, coefficients, epochs=1)
+        told = [
+            measure(of, found, coefficients, valid, m)[0].state_dict() for m in ("full", "diagonal", "gram")
+        ]
+        return [found, trained, *evaluate(found, valid), *(v for t in told for v in t.values())]
+
+    expected = results()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = results()
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(a, b)
