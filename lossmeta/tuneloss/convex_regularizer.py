@@ -15,6 +15,7 @@ from lossmeta.tuneloss._weights import finite
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
 BINS = 1 << 16
+ZERO = BINS // 2  # the bin of 0
 _LARGEST = float(np.finfo(np.float32).max)
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -45,6 +46,8 @@ class ConvexRegularizer:
 
     Args:
         window: models that are looked at, the last ones. A model is kept as its bins, 1.5 MB at most.
+        least_at_zero: take the best of those r that are least at 0, and so push no weight away from it: deep networks
+            were less steady without. The slope is 0 at 0 itself, and half-way to the nearest weight.
 
     Raises:
         ValueError: for a window below 1.
@@ -59,12 +62,12 @@ class ConvexRegularizer:
         >>> regularizer.observe([weights], [torch.zeros(4)], [torch.tensor([-0.2, -0.1, -0.3, 0.4])])
         >>> (r,) = regularizer.fit()
         >>> r.slope(weights)
-        tensor([-0.2000, -0.2000, -0.2000,  0.4000], dtype=torch.float64)
+        tensor([-0.2000, -0.1000,  0.0000,  0.4000], dtype=torch.float64)
     """
 
-    def __init__(self, window: int = 5) -> None:
+    def __init__(self, window: int = 5, *, least_at_zero: bool = True) -> None:
         check_at_least_one("ConvexRegularizer", "window", window)
-        self.window = window
+        self.window, self.least_at_zero = window, least_at_zero
         self._models: list[list[_Counts]] = []
 
     def observe(
@@ -105,23 +108,24 @@ class ConvexRegularizer:
         """
         if not self._models:
             raise ValueError("ConvexRegularizer: a model must be observed before the fit, got none")
-        return [_fitted(group) for group in zip(*self._models, strict=True)]
+        return [_fitted(group, self.least_at_zero) for group in zip(*self._models, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """The models of the window."""
         models = [[tuple(torch.from_numpy(a.copy()) for a in group) for group in m] for m in self._models]
-        return {"window": self.window, "models": models}
+        return {"window": self.window, "least_at_zero": self.least_at_zero, "models": models}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there.
 
         Raises:
-            ValueError: for the state of another window. Nothing has changed then.
+            ValueError: for the state of other options. Nothing has changed then.
         """
-        if state.get("window") != self.window:
-            raise ValueError(
-                f"ConvexRegularizer: the state must be of window {self.window}, got {state.get('window')}"
-            )
+        for name in ("window", "least_at_zero"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"ConvexRegularizer: the state must be of {name} {getattr(self, name)}, got {state.get(name)}"
+                )
         self._models = [
             [
                 _Counts(bins.numpy().copy(), counts.numpy().copy(), sums.numpy().copy())
@@ -161,16 +165,23 @@ def _counted(weights: Tensor, train_gradient: Tensor, valid_gradient: Tensor) ->
     return _Counts(used, counts[used], sums[used])
 
 
-def _fitted(models: Sequence[_Counts]) -> PiecewiseLinear:
+def _fitted(models: Sequence[_Counts], least_at_zero: bool) -> PiecewiseLinear:
     """The isotonic regression of one group in several models."""
-    from sklearn.isotonic import isotonic_regression
-
     counts, sums = np.zeros(BINS), np.zeros(BINS)
     for model in models:
         counts[model.bins] += model.counts
         sums[model.bins] += model.sums
     used = np.flatnonzero(counts)
-    fitted = isotonic_regression(sums[used] / counts[used], sample_weight=counts[used])
+    means, weights = sums[used] / counts[used], counts[used]
+    if least_at_zero:
+        # Bounds of an isotonic regression are met by clipping it. Weights that are 0 have no say: all slopes between
+        # those of both sides suit them.
+        below, above = used < ZERO, used > ZERO
+        falling, rising = (_isotonic(means[side], weights[side]) for side in (below, above))
+        fitted = np.concatenate([np.minimum(falling, 0), [0.0], np.maximum(rising, 0)])
+        used = np.concatenate([used[below], [ZERO], used[above]])
+    else:
+        fitted = _isotonic(means, weights)
     last = np.flatnonzero(np.diff(fitted) > 0)  # of each run of equal slopes but the final one
     upper, lower = _edges(used[last] + 1), _edges(used[last + 1])
     knots = np.where(upper < lower, (upper + lower) / 2, _before(lower))
@@ -178,11 +189,18 @@ def _fitted(models: Sequence[_Counts]) -> PiecewiseLinear:
     return PiecewiseLinear(torch.from_numpy(knots), torch.from_numpy(slopes))
 
 
+def _isotonic(values: Array, weights: Array) -> Array:
+    from sklearn.isotonic import isotonic_regression
+
+    found: Array = isotonic_regression(values, sample_weight=weights) if len(values) else values
+    return found
+
+
 # ---- Bins: the numbers of the leading 16 bits, in the order of the weights. A common edge of two bins, such as 0.5, is
 # in the one of greater magnitude; 0 is in the upper one.
 
 _LEADING = np.arange(BINS, dtype=np.int64)
-_ORDER: Integers = np.where(_LEADING < BINS // 2, _LEADING, BINS // 2 - 1 - _LEADING) + BINS // 2
+_ORDER: Integers = ZERO + np.where(_LEADING < ZERO, _LEADING, ZERO - 1 - _LEADING)
 
 
 def _bins(weights: Tensor) -> Integers:
@@ -197,7 +215,7 @@ def _bins(weights: Tensor) -> Integers:
 
 def _edges(bins: Integers) -> Array:
     """The lower edge of each bin."""
-    signed = bins - BINS // 2
+    signed = bins - ZERO
     magnitude = np.where(signed >= 0, signed, -signed).astype(np.int32) << 16
     values = magnitude.view(np.float32).astype(np.float64)
     return np.where(signed >= 0, values, -values)

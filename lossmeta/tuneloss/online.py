@@ -256,8 +256,8 @@ class OnlineTuner:
         self._unasked += 1
         if self.on and self._unasked == 2:
             warnings.warn(
-                "OnlineTuner: the loss must have tuner.penalty() added in every step, or add_gradient() be called, got a "
-                "step with neither; the regulariser does nothing there",
+                "OnlineTuner: the loss must have tuner.penalty() added in every step, or add_gradient() be called, got "
+                "a step with neither; the regulariser does nothing there",
                 stacklevel=2,
             )
         if (self.steps_done + 1) % self.every:

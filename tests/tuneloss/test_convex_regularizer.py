@@ -21,20 +21,22 @@ def model(n: int, seed: int, scale: float = 1.0) -> Model:
     return scale * w, g, g + 0.3 * w - 0.2 * w**2 + 0.5 * torch.randn(n, generator=generator)
 
 
-def fitted(*models: Model, window: int = 5) -> Any:
-    regularizer = ConvexRegularizer(window)
+def fitted(*models: Model, window: int = 5, least_at_zero: bool = False) -> Any:
+    regularizer = ConvexRegularizer(window, least_at_zero=least_at_zero)
     for w, train, valid in models:
         regularizer.observe([w], [train], [valid])
     (found,) = regularizer.fit()
     return found
 
 
-def best_slopes(weights: Tensor, target: Tensor) -> np.ndarray[Any, Any]:
+def best_slopes(weights: Tensor, target: Tensor, least_at_zero: bool = False) -> np.ndarray[Any, Any]:
     """By the quadratic program over all non-decreasing slopes, those of equal weights being equal."""
     cvxpy = pytest.importorskip("cvxpy")
     distinct, at = np.unique(weights.double().numpy(), return_inverse=True)
     slope = cvxpy.Variable(len(distinct))
     constraints = [slope[1:] >= slope[:-1]] if len(distinct) > 1 else []
+    if least_at_zero:
+        constraints += [slope[i] <= 0 if w < 0 else slope[i] >= 0 for i, w in enumerate(distinct)]
     cost = cvxpy.sum_squares(slope[at] - target.double().numpy())
     cvxpy.Problem(cvxpy.Minimize(cost), constraints).solve(solver="CLARABEL")
     found: np.ndarray[Any, Any] = slope.value[at]
@@ -43,14 +45,32 @@ def best_slopes(weights: Tensor, target: Tensor) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("n", [1, 2, 7, 60])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
-def test_is_the_best_of_all_convex_functions(n: int, scale: float) -> None:
+@pytest.mark.parametrize("least_at_zero", [False, True])
+def test_is_the_best_of_all_convex_functions(n: int, scale: float, least_at_zero: bool) -> None:
     """Where weights have bins of their own, up to the program's accuracy."""
     w, train, valid = model(n, n, scale)
     w = w.sign() * scale * 1.01 ** torch.arange(n).flip(0)
     assert len(np.unique(_bins(w))) == n
     w[n // 2] = w[0]  # equal ones have one slope
-    expected = best_slopes(w, valid - train)
-    np.testing.assert_allclose(fitted((w, train, valid)).slope(w), expected, atol=1e-6)
+    expected = best_slopes(w, valid - train, least_at_zero)
+    found = fitted((w, train, valid), least_at_zero=least_at_zero)
+    np.testing.assert_allclose(found.slope(w), expected, atol=1e-6)
+    if least_at_zero:
+        points = torch.linspace(-3 * scale, 3 * scale, 99)
+        assert found.value(points).min() == 0 and found.slope(torch.zeros(1)) == 0
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0, 3.0], [-3.0, -2.0], [0.0, -0.0], [0.0, 2.0, -2.0]])
+def test_least_at_zero_where_weights_are_on_one_side(weights: list[float]) -> None:
+    """Weights that are 0 stay where they are, whatever their gradients."""
+    w = torch.tensor(weights)
+    target = 0.5 * w + (w == 0).float()
+    found = fitted((w, torch.zeros(len(w)), target), least_at_zero=True)
+    torch.testing.assert_close(found.slope(w), (0.5 * w).double())
+    # Where nothing says otherwise a weight is let alone.
+    assert (found.slope(torch.tensor([-9.0, 9.0])).abs().min() > 0) == (w.min() < 0 < w.max())
+    opposite = fitted((w, torch.zeros(len(w)), -w), least_at_zero=True)
+    assert opposite.slope(torch.linspace(-5, 5, 11)).abs().max() == 0
 
 
 def test_is_the_best_over_the_window() -> None:
@@ -130,7 +150,8 @@ def test_groups_have_regularisers_of_their_own() -> None:
     regularizer = ConvexRegularizer()
     regularizer.observe(*([x, y] for x, y in zip(a, b, strict=True)))
     for r, m in zip(regularizer.fit(), (a, b), strict=True):
-        assert torch.equal(r.slopes, fitted(m).slopes) and torch.equal(r.knots, fitted(m).knots)
+        alone = fitted(m, least_at_zero=True)
+        assert torch.equal(r.slopes, alone.slopes) and torch.equal(r.knots, alone.knots)
 
 
 def test_goes_on_from_a_state_to_the_same_bits() -> None:
@@ -150,6 +171,10 @@ def test_goes_on_from_a_state_to_the_same_bits() -> None:
     )
     with pytest.raises(ValueError, match=r"^ConvexRegularizer: the state must be of window 5, got 3"):
         ConvexRegularizer().load_state_dict(whole.state_dict())
+    with pytest.raises(
+        ValueError, match=r"^ConvexRegularizer: the state must be of least_at_zero False, got True"
+    ):
+        ConvexRegularizer(3, least_at_zero=False).load_state_dict(whole.state_dict())
 
 
 @pytest.mark.parametrize(
