@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -414,3 +415,9 @@ def test_without_optuna() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.startswith("lossmeta.integrations.optuna: optuna must be installed, got ")
     assert shown.strip().endswith('pip install "lossmeta[integrations]"')
+
+
+def test_example_runs(run_example: Callable[[str], str]) -> None:
+    printed = run_example("optuna_shared_study.py")
+    first, best = printed.removeprefix("first ").split(", best of 4: ")
+    assert float(best.split()[0]) < float(first) - 0.05
