@@ -21,7 +21,7 @@ class ConvexPWLRegularizer:
     The knots are quantiles of the first model's weights, and stay. The task's loss has coefficient 1 and all hinges at
     least 0; there is no other bound. The gradients are those of the regularised weights.
 
-    :class:`ConvexRegularizer` is quicker and was better wherever both were tried.
+    :class:`ConvexRegularizer` needs no knots and no solver.
 
     Args:
         count: of knots for each group of weights.

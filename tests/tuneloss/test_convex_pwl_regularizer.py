@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,8 @@ def test_says_so_where_no_answer_is_certain(monkeypatch: pytest.MonkeyPatch) -> 
     def fails(*args: Any, **options: Any) -> None:
         raise NotCertified("learn_loss: none")
 
-    monkeypatch.setattr("lossmeta.tuneloss.learn_loss.learn_loss", fails)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["lossmeta.tuneloss.learn_loss"], "learn_loss", fails)
     regularizer = ConvexPWLRegularizer(2)
     regularizer.observe(*([x] for x in vectors(0, 5, 5, 5)), 0.5, 0.6)
     with pytest.raises(NotFitted, match=r"^learn_loss: none$"):
