@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lossmeta._checks import check_at_least_one
+from lossmeta.tuneloss._regularizer import NotFitted, check_model
 from lossmeta.tuneloss.convex_pwl import ConvexPWL
-from lossmeta.tuneloss.convex_regularizer import check_model
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
 
@@ -21,7 +21,7 @@ class ConvexPWLRegularizer:
     The knots are quantiles of the first model's weights, and stay. The task's loss has coefficient 1 and all hinges at
     least 0; there is no other bound. The gradients are those of the regularised weights.
 
-    :class:`ConvexRegularizer` is quicker and was better wherever both were tried.
+    :class:`ConvexRegularizer` needs no knots and no solver.
 
     Args:
         count: of knots for each group of weights.
@@ -119,16 +119,23 @@ class ConvexPWLRegularizer:
         """The regularisers of the models in the window, one for each group.
 
         Raises:
-            ValueError: before any model, and whatever :func:`learn_loss` raises.
+            ValueError: before any model, and what :func:`learn_loss` refuses.
+            RuntimeError: where no solver's answer could be verified.
         """
         from lossmeta.tuneloss.learn_loss import learn_loss
+        from lossmeta.tuneloss.solvers import NotCertified
 
         if not self._models:
             raise ValueError("ConvexPWLRegularizer: a model must be observed before the fit, got none")
         errors, features, grams = (torch.stack(part).numpy() for part in zip(*self._models, strict=True))
         lower, upper = np.zeros(features.shape[1]), np.full(features.shape[1], np.inf)
         lower[0] = upper[0] = 1  # the task's loss
-        learned = learn_loss(errors, features, lower, upper, grams=grams, eps=self.eps, solver=self.solver)
+        try:
+            learned = learn_loss(
+                errors, features, lower, upper, grams=grams, eps=self.eps, solver=self.solver
+            )
+        except NotCertified as error:
+            raise NotFitted(str(error)) from error
         coefficients = torch.from_numpy(learned.values[1:]).split([h.size for h in self.features])
         return [h.function(c) for h, c in zip(self.features, coefficients, strict=True)]
 

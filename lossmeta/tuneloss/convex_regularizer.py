@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossmeta._checks import check_at_least_one
-from lossmeta.tuneloss._weights import finite
+from lossmeta.tuneloss._regularizer import check_model
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
 BINS = 1 << 16
@@ -133,26 +133,6 @@ class ConvexRegularizer:
             ]
             for m in state["models"]
         ]
-
-
-def check_model(where: str, weights: Sequence[Tensor], *gradients: Sequence[Tensor]) -> None:
-    """Refuses what is not groups of weights with their gradients."""
-    for given in (weights, *gradients):
-        if isinstance(given, Tensor) or not all(isinstance(t, Tensor) for t in given):
-            raise TypeError(f"{where}: weights and gradients must be lists of tensors, one for each group")
-        if not len(given) or len(given) != len(weights):
-            raise ValueError(
-                f"{where}: weights and gradients must be of the same groups, one at least, got {len(weights)} and "
-                f"{len(given)}"
-            )
-        for w, t in zip(weights, given, strict=True):
-            if w.dim() != 1 or t.shape != w.shape or not len(w):
-                raise ValueError(
-                    f"{where}: weights and gradients of a group must be [P] with one P >= 1, got {list(w.shape)} and "
-                    f"{list(t.shape)}"
-                )
-            if not finite(t):
-                raise ValueError(f"{where}: weights and gradients must be finite, got NaN or infinity")
 
 
 def _counted(weights: Tensor, train_gradient: Tensor, valid_gradient: Tensor) -> _Counts:

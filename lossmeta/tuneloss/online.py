@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from lossmeta._model_state import refuse_shards
 from lossmeta.tuneloss import _plot
 from lossmeta.tuneloss._full_gradient import DataSet, FullGradient
 from lossmeta.tuneloss._penalty import pwl_penalty, with_slope
+from lossmeta.tuneloss._regularizer import NotFitted, Regularizer
 from lossmeta.tuneloss._weights import finite, flat, selected
 from lossmeta.tuneloss.convex_regularizer import ConvexRegularizer
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
@@ -26,25 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALL = "all"
-
-
-class Regularizer(Protocol):
-    """What learns regularisers from models: :class:`ConvexRegularizer`, or :class:`ConvexPWLRegularizer`."""
-
-    def observe(
-        self,
-        weights: Sequence[Tensor],
-        train_gradients: Sequence[Tensor],
-        valid_gradients: Sequence[Tensor],
-        train_loss: float,
-        valid_loss: float,
-    ) -> None: ...
-
-    def fit(self) -> list[PiecewiseLinear]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -293,7 +275,7 @@ class OnlineTuner:
         try:
             self.regularizer.observe(weights, train, valid, train_loss, valid_loss)
             found = self.regularizer.fit() if fit else []
-        except RuntimeError as error:  # no solver's answer could be verified
+        except NotFitted as error:
             return f"no regulariser was found ({error})"
         except BaseException:
             self.regularizer.load_state_dict(before)

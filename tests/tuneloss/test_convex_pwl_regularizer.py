@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adagrad
 
-from lossmeta.tuneloss import ConvexPWL, ConvexPWLRegularizer, OnlineTuner, learn_loss
+from lossmeta.tuneloss import ConvexPWL, ConvexPWLRegularizer, NotCertified, OnlineTuner, learn_loss
+from lossmeta.tuneloss._regularizer import NotFitted
 
 
 def vectors(seed: int, *sizes: int) -> list[Tensor]:
@@ -113,6 +115,18 @@ def test_refuses(arguments: Any, message: str) -> None:
     for options in ({"count": 0}, {"window": 0}):
         with pytest.raises(ValueError, match="must be at least 1, got 0"):
             ConvexPWLRegularizer(**options)
+
+
+def test_says_so_where_no_answer_is_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise NotCertified("learn_loss: none")
+
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["lossmeta.tuneloss.learn_loss"], "learn_loss", fails)
+    regularizer = ConvexPWLRegularizer(2)
+    regularizer.observe(*([x] for x in vectors(0, 5, 5, 5)), 0.5, 0.6)
+    with pytest.raises(NotFitted, match=r"^learn_loss: none$"):
+        regularizer.fit()
 
 
 def test_trains_in_a_loop() -> None:

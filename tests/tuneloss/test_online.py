@@ -17,6 +17,7 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lossmeta.tuneloss import ConvexRegularizer, OnlineReport, OnlineTuner, PiecewiseLinear
+from lossmeta.tuneloss._regularizer import NotFitted
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -465,6 +466,27 @@ def test_whatever_raises_nothing_has_changed() -> None:
     with pytest.raises(KeyError, match="broken"):
         tuner.step()
     assert tuner.steps_done == 5 and len(tuner.state_dict()["regularizer"]["models"]) == 1
+
+
+def test_a_round_without_a_solution_keeps_the_regulariser() -> None:
+    class Failing(ConvexRegularizer):
+        def fit(self) -> list[PiecewiseLinear]:
+            raise NotFitted("none")
+
+    train_data, valid = batches(60, 0), batches(60, 1)
+    model = linear()
+    tuner = OnlineTuner(model, train_data, valid, start="now", every=1)
+    train(model, SGD(model.parameters(), lr=0.1), tuner, train_data[:1], 1)
+    kept = tuner.regularizers["weight"]
+    tuner.regularizer.__class__ = Failing
+    tuner.penalty()
+    with pytest.warns(
+        UserWarning, match=r"^OnlineTuner: no regulariser was found \(none\); the regulariser stays"
+    ):
+        report = tuner.step()
+    assert report is not None and report.skipped == "no regulariser was found (none)" and report.on
+    assert tuner.regularizers["weight"] is kept and tuner.steps_done == 2
+    assert len(tuner.state_dict()["regularizer"]["models"]) == 2  # the model counts
 
 
 def test_warns_of_a_loss_without_the_penalty() -> None:
