@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from lossmeta import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
-
 POINTS = 401
+
+
+class Drawn(Protocol):
+    """A piecewise-linear function."""
+
+    @property
+    def knots(self) -> Tensor: ...
+
+    def value(self, x: Tensor) -> Tensor: ...
+
+    def slope(self, x: Tensor) -> Tensor: ...
 
 
 def draw(
     name: str,
-    rows: Mapping[str, Sequence[PiecewiseLinear]],
+    rows: Mapping[str, Sequence[Drawn]],
     spans: Mapping[str, tuple[float, float]],
     steps: Sequence[int],
 ) -> Figure:
