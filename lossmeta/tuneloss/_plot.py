@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from lossmeta import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
-
 POINTS = 401
+
+
+class Function(Protocol):
+    """Piecewise linear."""
+
+    @property
+    def knots(self) -> Tensor: ...
+
+    def value(self, weights: Tensor) -> Tensor: ...
+
+    def slope(self, weights: Tensor) -> Tensor: ...
 
 
 def draw(
     name: str,
-    rows: Mapping[str, Sequence[PiecewiseLinear]],
+    rows: Mapping[str, Sequence[Function]],
     spans: Mapping[str, tuple[float, float]],
     steps: Sequence[int],
 ) -> Figure:
