@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 POINTS = 401
 
 
-class Drawn(Protocol):
-    """A piecewise-linear function."""
+class Function(Protocol):
+    """Piecewise linear."""
 
     @property
     def knots(self) -> Tensor: ...
 
-    def value(self, x: Tensor) -> Tensor: ...
+    def value(self, weights: Tensor) -> Tensor: ...
 
-    def slope(self, x: Tensor) -> Tensor: ...
+    def slope(self, weights: Tensor) -> Tensor: ...
 
 
 def draw(
     name: str,
-    rows: Mapping[str, Sequence[Drawn]],
+    rows: Mapping[str, Sequence[Function]],
     spans: Mapping[str, tuple[float, float]],
     steps: Sequence[int],
 ) -> Figure:

@@ -47,7 +47,7 @@ class ConvexRegularizer:
     Args:
         window: models that are looked at, the last ones. A model is kept as its bins, 1.5 MB at most.
         least_at_zero: take the best of those r that are least at 0, and so push no weight away from it: deep networks
-            were less steady without. The slope is 0 at 0 itself, and half-way to the nearest weight.
+            were less steady without. The slope is then 0 from 0 half-way to the nearest weight of either sign.
 
     Raises:
         ValueError: for a window below 1.
