@@ -203,3 +203,15 @@ def test_mixed_dtypes_are_one_vector() -> None:
     parts = weights.parts(vector)
     assert [p.dtype for p in parts] == [torch.float32] * 2 + [torch.float64] * 2
     torch.testing.assert_close(weights.flat(parts), vector, rtol=1e-6, atol=1e-6)
+
+
+def test_every_pass_over_a_batch_sees_the_same_random_numbers() -> None:
+    """However many the pass before it drew, so that gradients and products are of one function."""
+    data = Data(batches([2, 3]), lambda: torch.manual_seed(0) and None)
+    first = []
+    for draws in (1, 5):
+        seen = []
+        for _ in data:
+            seen.append(torch.rand(draws)[0].item())
+        first.append(seen)
+    assert first[0] == first[1]

@@ -204,7 +204,7 @@ def test_damping_is_a_share_of_the_diagonal() -> None:
     mean = d["h"].diagonal().mean().item()
     shifts = mean * np.linspace(1, 4, 301)
     gap, best = min((float(np.abs(slope(s) - found.slope).max()), s) for s in shifts)
-    assert gap < 1e-3 * np.abs(found.slope).max() and best == pytest.approx(2 * mean, rel=0.3)  # type: ignore[arg-type]
+    assert gap < 1e-3 * np.abs(found.slope).max() and best == pytest.approx(2 * mean, rel=0.5)  # type: ignore[arg-type]
 
 
 def test_auto() -> None:
@@ -331,6 +331,17 @@ def test_deep_models_are_as_before(kind: str, metric: str) -> None:
     again = measure(model, loss, VALUES, train, valid, metric=metric, damping=1e-3)
     for name, value in found.state_dict().items():
         assert np.array_equal(value, getattr(again, name)), name
+
+
+def test_the_model_evaluates() -> None:
+    model, shape = network("conv")
+    train, valid = [(torch.randn(n, *shape), torch.randint(3, (n,))) for n in (12, 8)]
+    found = measure(model, tuned(12), VALUES, train, valid)
+    assert model.training
+    model.eval()
+    assert found.error == pytest.approx(F.cross_entropy(model(valid[0]), valid[1]).item(), rel=1e-6)
+    assert found.features is not None
+    assert found.features[0] == pytest.approx(F.cross_entropy(model(train[0]), train[1]).item(), rel=1e-6)
 
 
 def test_as_before_when_something_raises() -> None:
