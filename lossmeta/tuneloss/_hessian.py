@@ -14,6 +14,7 @@ from lossmeta.tuneloss.features import PredictionFeature, uses_data
 from lossmeta.tuneloss.loss import TunedLoss
 
 Replay = Callable[[], None]
+SCALE_PROBES = 8  # in the space of predictions, where they cost little
 
 
 class Weights:
@@ -152,17 +153,19 @@ class _Part:
         """An unbiased estimate from random signs; exact for a part whose Hessian is diagonal."""
         total = torch.zeros(self.weights.size, dtype=self.weights.dtype, device=self.weights.device)
         if self.linear is not None and self.linear.outputs:
-            # E[(Jᵀ a ξ) ∘ (Jᵀ S ξ / a)] = diag(Jᵀ S J) for any a; a = diag(S)^½ makes both factors alike.
-            signs = [[_signs(f, generator) for f in self.linear.outputs] for _ in range(probes)]
+            # E[(Jᵀ a ξ) ∘ (Jᵀ S ξ / a)] = diag(Jᵀ S J) for any a of other probes; near diag(S)^½ both
+            # factors are alike.
             rough = [torch.zeros_like(f) for f in self.linear.outputs]
-            for xi in signs:
+            for _ in range(SCALE_PROBES):
+                xi = [_signs(f, generator) for f in self.linear.outputs]
                 for r, x, s in zip(rough, xi, self.linear.curve(xi), strict=True):
-                    r += (x * s).abs() / probes
+                    r += (x * s).abs() / SCALE_PROBES
             a = [(r + 1e-8 * r.max() + torch.finfo(r.dtype).tiny).sqrt() for r in rough]
-            for xi in signs:
-                x = self.linear.pull([s * t for s, t in zip(xi, a, strict=True)])
-                y = self.linear.pull(self.linear.curve([s / t for s, t in zip(xi, a, strict=True)]))
-                total += x * y / probes
+            for _ in range(probes):
+                xi = [_signs(f, generator) for f in self.linear.outputs]
+                left = self.linear.pull([s * t for s, t in zip(xi, a, strict=True)])
+                right = self.linear.pull(self.linear.curve([s / t for s, t in zip(xi, a, strict=True)]))
+                total += left * right / probes
         if self.rest is not None and any(g is not None and g.requires_grad for g in self.rest):
             for _ in range(probes):
                 sign = _signs(total, generator)

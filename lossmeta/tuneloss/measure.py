@@ -74,9 +74,8 @@ def measure(
         valid: the same.
         metric: see above.
         iterations: of conjugate gradients at most; by default 10 for full and 30 for hyper.
-        damping: added to H's diagonal, as a share of the mean of D; for deep networks 0.1 is as good or better, and 0
-            is the exact solve. Where H is not positive definite it is raised tenfold, to 1e-3 at least, until it is; a
-            warning says so.
+        damping: added to H's diagonal, as a share of the mean of D; 0 is H itself. Where H is not positive definite it
+            is raised tenfold, to 1e-3 at least, until it is; a warning says so.
         hessian: ``"gauss_newton"`` products through the predictions of the task's loss and of each
             :class:`PredictionFeature`, or ``"exact"``. Both are the same where predictions are linear in the weights.
             Other features always count exactly.

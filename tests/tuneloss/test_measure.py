@@ -202,7 +202,7 @@ def test_damping_is_a_share_of_the_diagonal() -> None:
         return -(torch.linalg.solve(d["h"] + shift * torch.eye(21), d["j"].T).T @ d["g"]).numpy()
 
     mean = d["h"].diagonal().mean().item()
-    shifts = mean * np.linspace(1, 4, 301)
+    shifts = mean * np.linspace(1, 4, 3001)
     gap, best = min((float(np.abs(slope(s) - found.slope).max()), s) for s in shifts)
     assert gap < 1e-3 * np.abs(found.slope).max() and best == pytest.approx(2 * mean, rel=0.5)  # type: ignore[arg-type]
 
