@@ -21,6 +21,7 @@ TINY = replace(
     least_eases=(5.0,),
     children=2,
     episodes=2,
+    teacher_rates=(0.1,),
     meta_rates=(1e-3,),
     window=4,
     tuning_seeds=1,
