@@ -292,6 +292,21 @@ def test_two_groups_of_the_optimizer_and_frozen_weights() -> None:
     assert list(tuner.regularizers) == ["4.weight"]
 
 
+def test_weights_that_are_frozen_later() -> None:
+    train_data, valid = batches(60, 0), batches(60, 1)
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    tuner = OnlineTuner(model, train_data, valid, start="now")
+    train(model, optimizer, tuner, train_data, 1)
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.detach().clone()
+    reports = train(model, optimizer, tuner, train_data, 6)
+    assert torch.equal(model[0].weight, frozen) and reports[-1].skipped is None
+    assert reports[-1].regularizers["0.weight"].slopes.tolist() == [0.0]
+    tuner.add_gradient()
+    assert model[0].weight.grad is None and model[4].weight.grad is not None
+
+
 def test_shared_weights_count_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
