@@ -120,7 +120,7 @@ class FullGradient:
         """Loss and gradient for each data set; in the precision of the tensors, float32 at least.
 
         Args:
-            tensors: trainable parameters of the model.
+            tensors: parameters of the model; the gradient of a frozen one is zero.
             data: to run through.
         """
         device = tensors[0].device
@@ -150,11 +150,12 @@ class FullGradient:
                 raise TypeError(f"{self.where}: task_loss must give a tensor, got {type(loss).__name__}")
             check_scalar(self.where, "task_loss", loss, hint=", a mean over samples")
             number = samples(target)
-            if loss.requires_grad:
-                found = torch.autograd.grad(loss, tensors, allow_unused=True)
-                for s, g in zip(sums, found, strict=True):
+            moving = [i for i, t in enumerate(tensors) if t.requires_grad]
+            if moving and loss.requires_grad:
+                found = torch.autograd.grad(loss, [tensors[i] for i in moving], allow_unused=True)
+                for i, g in zip(moving, found, strict=True):
                     if g is not None:
-                        s.add_(g.to(s.dtype), alpha=number)
+                        sums[i].add_(g.to(sums[i].dtype), alpha=number)
             total += number * float(loss.detach())
             count += number
         for s in sums:

@@ -38,7 +38,7 @@ class OnlineReport:
         train_loss: the task's loss on the training data.
         valid_loss: on the validation data.
         on: whether the model trains under a regulariser from here on.
-        skipped: why the regulariser was not learned anew although it is on, or ``None``.
+        skipped: why nothing was learned from the round, or ``None``.
         regularizers: by the names of their weights; empty before it is on.
     """
 

@@ -292,6 +292,21 @@ def test_two_groups_of_the_optimizer_and_frozen_weights() -> None:
     assert list(tuner.regularizers) == ["4.weight"]
 
 
+def test_weights_that_are_frozen_later() -> None:
+    train_data, valid = batches(60, 0), batches(60, 1)
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    tuner = OnlineTuner(model, train_data, valid, start="now")
+    train(model, optimizer, tuner, train_data, 1)
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.detach().clone()
+    reports = train(model, optimizer, tuner, train_data, 6)
+    assert torch.equal(model[0].weight, frozen) and reports[-1].skipped is None
+    assert reports[-1].regularizers["0.weight"].slopes.tolist() == [0.0]
+    tuner.add_gradient()
+    assert model[0].weight.grad is None and model[4].weight.grad is not None
+
+
 def test_shared_weights_count_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -337,14 +352,14 @@ def test_precisions_in_one_model() -> None:
 # ---- State.
 
 
-@pytest.mark.parametrize("at", [1, 4, 17, 30])
+@pytest.mark.parametrize("at", [1, 16, 19, 20, 30, 50])
 def test_goes_on_to_the_same_bits(at: int) -> None:
     """Interrupted inside a round or between two, before and after the regulariser is on."""
     train_data, valid = batches(60, 0), batches(60, 1)
 
     def parts() -> tuple[nn.Module, Optimizer, OnlineTuner]:
         model = linear()
-        return model, Adam(model.parameters(), lr=0.05), OnlineTuner(model, train_data, valid, every=4)
+        return model, Adam(model.parameters(), lr=0.1), OnlineTuner(model, train_data, valid, every=4)
 
     def run(model: nn.Module, optimizer: Optimizer, tuner: OnlineTuner, steps: Iterator[int]) -> None:
         for i in steps:
@@ -357,6 +372,7 @@ def test_goes_on_to_the_same_bits(at: int) -> None:
     whole, first, second = parts(), parts(), parts()
     run(*whole, iter(range(60)))
     run(*first, iter(range(at)))
+    assert first[2].on == (at >= 20)
     saved = copy.deepcopy([part.state_dict() for part in first])
     run(*first, iter(range(at, at + 9)))  # a state is of its time
     for part, state in zip(second, saved, strict=True):
