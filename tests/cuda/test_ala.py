@@ -31,7 +31,8 @@ def data(
 
 @pytest.mark.parametrize("optimizer", [SGD, Adam])
 def test_as_on_the_cpu(optimizer: type[torch.optim.Optimizer]) -> None:
-    # In float64, and without a bias before BatchNorm, whose gradient is rounding alone: Adam makes steps of it.
+    # In float64 but for the values, and without a bias before BatchNorm, whose gradient is rounding alone: Adam makes
+    # steps of it.
     dtype = torch.float64
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(
@@ -54,9 +55,9 @@ def test_as_on_the_cpu(optimizer: type[torch.optim.Optimizer]) -> None:
         assert reports[-1].loss.device.type == device.type and population.in_turn is None
         found.append((population.values, [p.cpu() for p in model.parameters()]))
     for name, value in found[0][0].items():
-        torch.testing.assert_close(found[1][0][name], value, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-6)
     for a, b in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(DRY, reason="a CPU is never waited for")
