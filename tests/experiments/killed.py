@@ -64,14 +64,17 @@ def run(folder: Path) -> int:
 
 
 def fork(work: Callable[[], int], output: Path) -> int:
-    """The process's number; what it writes goes to a file."""
+    """The process's number; what it writes goes to a file. An interrupt waits until it can be caught."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return child
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             status = work()
         except BaseException as error:
             print(repr(error), flush=True)
