@@ -41,8 +41,10 @@ struct InMemory {
       using Double = __m256d;
 #endif
       const auto r0 = all(0), r1 = all(1), r2 = all(2), r3 = all(3);
-      const auto low01 = (Double)LOSSMETA_UNPACK(lo, ps, r0, r1), low23 = (Double)LOSSMETA_UNPACK(lo, ps, r2, r3);
-      const auto high01 = (Double)LOSSMETA_UNPACK(hi, ps, r0, r1), high23 = (Double)LOSSMETA_UNPACK(hi, ps, r2, r3);
+      const auto low01 = (Double)LOSSMETA_UNPACK(lo, ps, r0, r1),
+                 low23 = (Double)LOSSMETA_UNPACK(lo, ps, r2, r3);
+      const auto high01 = (Double)LOSSMETA_UNPACK(hi, ps, r0, r1),
+                 high23 = (Double)LOSSMETA_UNPACK(hi, ps, r2, r3);
       using Native = typename Vec<A>::Native;
       columns[0].v = (Native)LOSSMETA_UNPACK(lo, pd, low01, low23);
       columns[1].v = (Native)LOSSMETA_UNPACK(hi, pd, low01, low23);
@@ -89,13 +91,14 @@ struct Table {
   explicit Table(const PwlPenalty& a)
       : values(a.knots_count), r(function(a)), buckets(choose(a)), rows(2 * int64_t(buckets.count)) {
     // Outwards from 0 on either side: the knots of a bucket follow those of the one before.
-    const auto in_bucket = [&](int64_t k, int64_t b) { return buckets.of_magnitude(r.knots[k]) == b; };
-    int64_t first = r.zero, last = math::knots_below(r.knots, r.zero, r.count, A(0), true);
-    for (int64_t b = 0, k = first; b < buckets.count; ++b, first = k) {
+    const auto in_bucket = [&](int32_t k, int64_t b) { return buckets.of_magnitude(r.knots[k]) == b; };
+    int32_t first = r.zero, last = math::knots_below(r.knots, r.zero, r.count, A(0), true), k = first;
+    for (int64_t b = 0; b < buckets.count; ++b, first = k) {
       while (k < r.count && in_bucket(k, b)) ++k;
       rows[b] = math::bucket_row(r, first, k);
     }
-    for (int64_t b = 0, k = last; b < buckets.count; ++b, last = k) {
+    k = last;
+    for (int64_t b = 0; b < buckets.count; ++b, last = k) {
       while (k > 0 && in_bucket(k - 1, b)) --k;
       rows[buckets.count + b] = math::bucket_row(r, k, last);
     }
@@ -104,18 +107,18 @@ struct Table {
  private:
   math::PwlFunction<A> function(const PwlPenalty& a) const {
     const A *knots = static_cast<const A*>(a.knots), *slopes = static_cast<const A*>(a.slopes);
-    const int64_t count = a.knots_count, zero = math::knots_below(knots, 0, count, A(0), false);
+    const int32_t count = a.knots_count, zero = math::knots_below(knots, 0, count, A(0), false);
     double sum = 0;
-    for (int64_t k = zero; k < count; ++k) values[k] = A(sum += math::pwl_rise(knots, slopes, zero, k));
+    for (int32_t k = zero; k < count; ++k) values[k] = A(sum += math::pwl_rise(knots, slopes, zero, k));
     sum = 0;
-    for (int64_t k = zero; k-- > 0;) values[k] = A(sum += math::pwl_rise(knots, slopes, zero, k));
+    for (int32_t k = zero; k-- > 0;) values[k] = A(sum += math::pwl_rise(knots, slopes, zero, k));
     return {count, knots, slopes, values.data(), zero};
   }
 
   math::PwlBuckets<A> choose(const PwlPenalty& a) const {
     A smallest(0), largest(0);
     int32_t shift = math::widest_shift<A>;
-    for (int64_t k = 0; k < r.count; ++k) {
+    for (int32_t k = 0; k < r.count; ++k) {
       const A size = math::abs(r.knots[k]);
       if (size > A(0) && (smallest == A(0) || size < smallest)) smallest = size;
       if (size > largest) largest = size;
@@ -125,7 +128,9 @@ struct Table {
     }
     const int64_t wanted = a.parameters / weights_per_row, most = r.count > rows_most ? r.count : rows_most;
     return math::PwlBuckets<A>::between(smallest, largest, shift,
-                                        wanted < rows_least ? rows_least : wanted < most ? wanted : most);
+                                        wanted < rows_least ? rows_least
+                                        : wanted < most     ? wanted
+                                                            : most);
   }
 };
 
@@ -145,8 +150,14 @@ struct Sum {
   double total() const { return reduce_add(low + high); }
 };
 
+template <class T>
+void prefetch_range(const T* p, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+}
+
 // What becomes of the slopes of n weights from the i-th on, and of that of a NaN.
 struct Dropped {
+  void prefetch(int64_t, int64_t) const {}
   template <class V>
   LOSSMETA_SIMD void operator()(int64_t, V, int) const {}
   void poison(int64_t) const {}
@@ -154,6 +165,7 @@ struct Dropped {
 template <class S>
 struct Written {
   S* slope;
+  void prefetch(int64_t, int64_t) const {}
   LOSSMETA_SIMD void operator()(int64_t i, Vec<accumulate_t<S>> s, int n) const {
     if (n == s.size)
       store(slope + i, s);
@@ -165,6 +177,7 @@ struct Written {
 template <class T>
 struct Added {
   T* gradient;
+  void prefetch(int64_t begin, int64_t end) const { prefetch_range(gradient, begin, end); }
   LOSSMETA_SIMD void operator()(int64_t i, Vec<accumulate_t<T>> s, int n) const {
     if (n == s.size)
       store(gradient + i, load(gradient + i) + s);
@@ -223,13 +236,17 @@ double sum_weights(const Table<accumulate_t<T>>& table, const Lookup& lookup, co
   Sum<A> sum;
   for (int64_t first = begin; first < end; first += block) {
     const int64_t stop = first + block < end ? first + block : end;
+    const int64_t next = stop + block < end ? stop + block : end;
+    use.prefetch(stop, next);
+    prefetch_range(theta, stop, next);
     find_buckets(table.buckets, theta + first, stop - first, at);
     int64_t i = first;
     for (; i + unroll * V::size <= stop; i += unroll * V::size) {
       V r[unroll];
       for (int u = 0; u < unroll; ++u) {
         const int64_t j = i + u * V::size;
-        r[u] = penalty<shared>(table, lookup, at + (j - first), load(theta + j), [&](V s) { use(j, s, V::size); });
+        r[u] = penalty<shared>(table, lookup, at + (j - first), load(theta + j),
+                               [&](V s) { use(j, s, V::size); });
       }
       sum.add((r[0] + r[1]) + (r[2] + r[3]));
     }
@@ -266,8 +283,7 @@ void forward(const PwlPenalty& a, const Use& use) {
             use);
     });
   };
-  if (table.buckets.shared)
-    run(std::true_type(), InMemory<A>(table.rows.data(), rows));
+  if (table.buckets.shared) run(std::true_type(), InMemory<A>(table.rows.data(), rows));
 #if defined(__AVX512F__)
   else if (rows <= 2 * Vec<A>::size)
     run(std::false_type(), InRegisters<A>(table.rows.data(), rows));
@@ -284,9 +300,10 @@ void backward(const PwlPenalty& a) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   const slope_t<T>* slope = static_cast<const slope_t<T>*>(a.slope);
+  const A* factor = static_cast<const A*>(a.grad);
   T* gradient = static_cast<T*>(a.gradient);
-  const A grad = *static_cast<const A*>(a.grad);
-  parallel_for(a.parameters, grain_elements, [&](int64_t begin, int64_t end) {
+  parallel_for(a.parameters, grain_elements, [=](int64_t begin, int64_t end) {
+    const A grad = *factor;
     int64_t i = begin;
     for (; i + V::size <= end; i += V::size) store(gradient + i, load(slope + i) * grad);
     if (i < end) {

@@ -7,7 +7,8 @@
 namespace lossmeta::cuda {
 namespace {
 
-constexpr int table_threads = 1024;
+constexpr int table_threads = 512;
+constexpr int resident_blocks = 3;  // at least: for more the compiler spills registers
 
 // What the blocks share, at the head of the scratch.
 template <class A>
@@ -51,27 +52,27 @@ __device__ double sum_before(double x) {
 
 // One block: r at the knots, from 0 outwards, and the rows of the buckets.
 template <class A>
-__global__ void __launch_bounds__(table_threads)
-    table_kernel(const A* knots,   // [X]
-                 const A* slopes,  // [X+1]
-                 int64_t count, Shared<A> shared) {
+__global__ void __launch_bounds__(table_threads) table_kernel(const A* knots,   // [X]
+                                                              const A* slopes,  // [X+1]
+                                                              int32_t count, Shared<A> shared) {
   __shared__ int32_t least_shift;
   const int t = int(threadIdx.x);
-  const int64_t zero = math::knots_below(knots, 0, count, A(0), false);
-  const int64_t positive = math::knots_below(knots, zero, count, A(0), true);
+  const int32_t zero = math::knots_below(knots, 0, count, A(0), false);
+  const int32_t positive = math::knots_below(knots, zero, count, A(0), true);
   if (t == 0) least_shift = math::widest_shift<A>;
   __syncthreads();
   // A thread has `share` neighbouring knots of each side, the nearest to 0 first.
   int32_t shift = math::widest_shift<A>;
   for (int side = 0; side < 2; ++side) {
     const int64_t size = side ? count - zero : zero, share = (size + table_threads - 1) / table_threads;
-    const int64_t begin = t * share < size ? t * share : size, end = begin + share < size ? begin + share : size;
-    const auto knot = [&](int64_t i) { return side ? zero + i : zero - 1 - i; };
+    const int64_t begin = t * share < size ? t * share : size,
+                  end = begin + share < size ? begin + share : size;
+    const auto knot = [&](int64_t i) { return int32_t(side ? zero + i : zero - 1 - i); };
     double sum = 0;
     for (int64_t i = begin; i < end; ++i) sum += math::pwl_rise(knots, slopes, zero, knot(i));
     sum = sum_before(sum);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = knot(i);
+      const int32_t k = knot(i);
       shared.values[k] = A(sum += math::pwl_rise(knots, slopes, zero, k));
       const int32_t own = k > 0 ? math::separating_shift(knots[k - 1], knots[k]) : shift;
       shift = own < shift ? own : shift;
@@ -92,23 +93,22 @@ __global__ void __launch_bounds__(table_threads)
   __threadfence_block();
   __syncthreads();
   // Knots come in the order of their buckets, on either side outwards.
-  const auto bucket_of = [&](int64_t k) { return buckets.of_magnitude(knots[k]); };
+  const auto bucket_of = [&](int32_t k) { return buckets.of_magnitude(knots[k]); };
   for (int64_t row = t; row < 2 * int64_t(buckets.count); row += table_threads) {
     const bool negative = row >= buckets.count;
     const int64_t b = negative ? row - buckets.count : row;
-    const int64_t size = negative ? positive : count - zero;
+    const int32_t size = negative ? positive : count - zero;
     const auto before = [&](int64_t bound) {  // knots of this side whose bucket is below the bound
-      int64_t low = 0, high = size;
+      int32_t low = 0, high = size;
       while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (bucket_of(negative ? positive - 1 - middle : zero + middle) < bound)
-          low = middle + 1;
-        else
-          high = middle;
+        const int32_t middle = low + (high - low) / 2;
+        const bool below = bucket_of(negative ? positive - 1 - middle : zero + middle) < bound;
+        low = below ? middle + 1 : low;
+        high = below ? high : middle;
       }
       return low;
     };
-    const int64_t begin = before(b), beyond = before(b + 1), end = beyond > begin ? beyond : begin;
+    const int32_t begin = before(b), beyond = before(b + 1), end = beyond > begin ? beyond : begin;
     shared.rows[row] = negative ? math::bucket_row(r, positive - end, positive - begin)
                                 : math::bucket_row(r, zero + begin, zero + end);
   }
@@ -127,10 +127,10 @@ __device__ __forceinline__ A tree_sum(const A (&x)[n]) {
 
 // A block has `share` weights, a thread `width` of them at a time. The last block adds up what all found.
 template <int width, class T>
-__global__ void __launch_bounds__(block_threads)
-    penalty_kernel(const T* theta,       // [P]
-                   slope_t<T>* slope,    // [P] or null
-                   T* gradient,          // [P] or null
+__global__ void __launch_bounds__(block_threads, resident_blocks)
+    penalty_kernel(const T* theta,     // [P]
+                   slope_t<T>* slope,  // [P] or null
+                   T* gradient,        // [P] or null
                    accumulate_t<T>* value, int64_t parameters, int64_t share,
                    Shared<accumulate_t<T>> shared) {
   using A = accumulate_t<T>;
@@ -189,11 +189,10 @@ __global__ void __launch_bounds__(block_threads)
 }
 
 template <int width, class T>
-__global__ void __launch_bounds__(block_threads)
-    scale_kernel(const slope_t<T>* slope,      // [P]
-                 const accumulate_t<T>* grad,  // []
-                 T* gradient,                  // [P]
-                 int64_t parameters) {
+__global__ void __launch_bounds__(block_threads) scale_kernel(const slope_t<T>* slope,      // [P]
+                                                              const accumulate_t<T>* grad,  // []
+                                                              T* gradient,                  // [P]
+                                                              int64_t parameters) {
   using A = accumulate_t<T>;
   const A factor = *grad;
   const int64_t step = int64_t(gridDim.x) * block_threads * width;
@@ -215,7 +214,8 @@ void forward(const PwlPenalty& a, const Shared<accumulate_t<T>>& shared, cudaStr
   LOSSMETA_LAUNCH((penalty_kernel<width, T>), unsigned(pwl_penalty_blocks(a.parameters)), block_threads,
                   2 * pwl_row_bytes, stream, static_cast<const T*>(a.theta),
                   static_cast<slope_t<T>*>(a.slope), static_cast<T*>(a.gradient),
-                  static_cast<accumulate_t<T>*>(a.value), a.parameters, pwl_penalty_share(a.parameters), shared);
+                  static_cast<accumulate_t<T>*>(a.value), a.parameters, pwl_penalty_share(a.parameters),
+                  shared);
 }
 
 template <int width, class T>

@@ -14,15 +14,16 @@ namespace lossmeta {
 struct PwlPenalty {
   DType dtype;          // of theta; knots, slopes and value are in its accumulation type
   int64_t parameters;   // P
-  int64_t knots_count;  // X
+  int32_t knots_count;  // X
   const void* theta;    // [P]
   const void* knots;    // [X], each at least the one before
   const void* slopes;   // [X+1]
   void* value;          // forward: []
   void* slope;          // [P] of slope_t; forward: or null
   const void* grad;     // backward: []
-  void* gradient;       // [P], as theta; forward: the slope is added to it, or null; backward: grad times the slope
-  void* scratch;        // on the GPU, forward: of pwl_penalty_scratch(...) bytes
+  void*
+      gradient;   // [P], as theta; forward: the slope is added to it, or null; backward: grad times the slope
+  void* scratch;  // on the GPU, forward: of pwl_penalty_scratch(...) bytes
 };
 
 namespace math {
@@ -45,13 +46,13 @@ LOSSMETA_HD bits_t<A> magnitude_bits(A x) {
 
 // How many of the knots lie below x, or below or at x; known to be at least `begin` and at most `end`.
 template <class A>
-LOSSMETA_HD int64_t knots_below(const A* knots, int64_t begin, int64_t end, A x, bool or_at) {
+LOSSMETA_HD int32_t knots_below(const A* knots, int32_t begin, int32_t end, A x, bool or_at) {
   while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (knots[middle] < x || (or_at && knots[middle] == x))
-      begin = middle + 1;
-    else
-      end = middle;
+    const int32_t middle = begin + (end - begin) / 2;
+    const A knot = knots[middle];
+    const bool below = or_at ? knot <= x : knot < x;
+    begin = below ? middle + 1 : begin;
+    end = below ? end : middle;
   }
   return begin;
 }
@@ -62,8 +63,8 @@ struct alignas(16) PwlPiece {
   A knot, below, above, value;
 
   LOSSMETA_HD A slope(A x) const {
-    if (x != x) return x;
-    return x < knot ? below : x > knot ? above : A(0.5) * below + A(0.5) * above;
+    const A mean = A(0.5) * below + A(0.5) * above, s = x < knot ? below : x > knot ? above : mean;
+    return x == x ? s : x;
   }
   // Where the slope is 0, r is constant up to infinity.
   LOSSMETA_HD A penalty(A x) const {
@@ -74,32 +75,32 @@ struct alignas(16) PwlPiece {
 
 template <class A>
 struct PwlFunction {
-  int64_t count;    // X
+  int32_t count;    // X
   const A* knots;   // [X]
   const A* slopes;  // [X+1]
   const A* values;  // [X], r at the knots
-  int64_t zero;     // knots below 0: the interval of this number holds 0, or ends there
+  int32_t zero;     // knots below 0: the interval of this number holds 0, or ends there
 
   // For all x above `first` knots that meet no others but the knots [first, last), which are equal. Without such the
   // piece hangs on the next knot on the way to 0, or on 0: nothing cancels there.
-  LOSSMETA_HD PwlPiece<A> piece(int64_t first, int64_t last) const {
+  LOSSMETA_HD PwlPiece<A> piece(int32_t first, int32_t last) const {
     const A s = slopes[first];
     if (first < last) return {knots[first], s, slopes[last], values[first]};
     if (first == zero) return {A(0), s, s, A(0)};
-    const int64_t next = first > zero ? first - 1 : first;
+    const int32_t next = first > zero ? first - 1 : first;
     return {knots[next], s, s, values[next]};
   }
 
   // The piece for one x, which is above `begin` knots at least and `end` at most.
-  LOSSMETA_HD PwlPiece<A> search(A x, int64_t begin, int64_t end) const {
-    const int64_t first = knots_below(knots, begin, end, x, false);
+  LOSSMETA_HD PwlPiece<A> search(A x, int32_t begin, int32_t end) const {
+    const int32_t first = knots_below(knots, begin, end, x, false);
     return piece(first, knots_below(knots, first, end, x, true));
   }
 };
 
 // By how much r rises to knot k from the next one on the way to 0, or from 0.
 template <class A>
-LOSSMETA_HD double pwl_rise(const A* knots, const A* slopes, int64_t zero, int64_t k) {
+LOSSMETA_HD double pwl_rise(const A* knots, const A* slopes, int32_t zero, int32_t k) {
   if (k < zero)
     return double(slopes[k + 1]) * (double(knots[k]) - (k + 1 < zero ? double(knots[k + 1]) : 0.0));
   return double(slopes[k]) * (double(knots[k]) - (k > zero ? double(knots[k - 1]) : 0.0));
@@ -143,7 +144,7 @@ LOSSMETA_HD int32_t separating_shift(A a, A b) {
 
 // The row of a bucket that holds the knots [first, last). Where these differ the row has no knot but says which they are.
 template <class A>
-LOSSMETA_HD PwlPiece<A> bucket_row(const PwlFunction<A>& r, int64_t first, int64_t last) {
+LOSSMETA_HD PwlPiece<A> bucket_row(const PwlFunction<A>& r, int32_t first, int32_t last) {
   if (first == last || r.knots[first] == r.knots[last - 1]) return r.piece(first, last);
   const bits_t<A> range[2] = {bits_t<A>(first), bits_t<A>(last)};
   PwlPiece<A> row{A(NAN), A(0), A(0), A(0)};
@@ -157,7 +158,7 @@ LOSSMETA_HD PwlPiece<A> resolved(const PwlFunction<A>& r, const PwlPiece<A>& row
   bits_t<A> range[2];
   memcpy(&range[0], &row.below, sizeof(A));
   memcpy(&range[1], &row.above, sizeof(A));
-  return r.search(x, range[0], range[1]);
+  return r.search(x, int32_t(range[0]), int32_t(range[1]));
 }
 
 }  // namespace math

@@ -23,7 +23,8 @@ struct Arguments {
     float_dtype(knots, op, "knots");
     check_same_device(knots, theta, op, "knots", "theta");
     LOSSMETA_CHECK(knots.dim() == 1, op, ": knots must be [X], got ", shape(knots));
-    a.knots_count = knots.size(0);
+    LOSSMETA_CHECK(knots.size(0) < INT32_MAX, op, ": knots must be fewer than 2^31, got ", knots.size(0));
+    a.knots_count = int32_t(knots.size(0));
     float_dtype(slopes, op, "slopes");
     check_same_device(slopes, theta, op, "slopes", "theta");
     LOSSMETA_CHECK(slopes.dim() == 1 && slopes.size(0) == a.knots_count + 1, op, ": slopes must be [",

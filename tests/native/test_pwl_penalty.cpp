@@ -55,11 +55,12 @@ struct Case {
     std::normal_distribution<float> normal;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t j = k - count / 2;
-      knots[k] = kind == Knots::uniform       ? A(j) / 8
-                 : kind == Knots::logarithmic ? (j < 0 ? -1 : j > 0) * std::ldexp(A(1), int(std::abs(j)) - int(count / 2))
-                 : kind == Knots::positive    ? A(k + 1) / 4
-                 : kind == Knots::equal       ? A(j / 3) / 4
-                                              : A(0.5) + A(k) * 4 * std::numeric_limits<A>::epsilon();
+      knots[k] = kind == Knots::uniform ? A(j) / 8
+                 : kind == Knots::logarithmic
+                     ? (j < 0 ? -1 : j > 0) * std::ldexp(A(1), int(std::abs(j)) - int(count / 2))
+                 : kind == Knots::positive ? A(k + 1) / 4
+                 : kind == Knots::equal    ? A(j / 3) / 4
+                                           : A(0.5) + A(k) * 4 * std::numeric_limits<A>::epsilon();
     }
     for (A& s : slopes) s = A(normal(random));
     slopes.front() = slopes.back() = 0;
@@ -82,7 +83,7 @@ struct Case {
   PwlPenalty problem(std::vector<A>& result, std::vector<char>& scratch) const {
     PwlPenalty a{};
     a.dtype = dtype_of<T>;
-    a.parameters = parameters, a.knots_count = int64_t(knots.size());
+    a.parameters = parameters, a.knots_count = int32_t(knots.size());
     a.theta = theta.data(), a.knots = knots.data(), a.slopes = slopes.data(), a.value = result.data();
     scratch.assign(pwl_penalty_scratch(a) + 64, char(-1));
     a.scratch = scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 15);
@@ -91,7 +92,8 @@ struct Case {
 
   // `offset` elements before the slope and the gradient: other alignments.
   template <class Forward, class Backward>
-  void check(const Forward& forward, const Backward& backward, const char* backend, int variant, int offset = 0) const {
+  void check(const Forward& forward, const Backward& backward, const char* backend, int variant,
+             int offset = 0) const {
     std::vector<A> result(2, A(-77));
     std::vector<char> scratch;
     PwlPenalty a = problem(result, scratch);
