@@ -56,7 +56,8 @@ def weights(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "candidate", ["eager", "compile", "compile, ramps", "lossmeta", "lossmeta, without autograd", "lossmeta, added"]
+    "candidate",
+    ["eager", "compile", "compile, ramps", "lossmeta", "lossmeta, without autograd", "lossmeta, added"],
 )
 @pytest.mark.by_device("size", SIZES)
 def test_passes(size: tuple[int, int], candidate: str, device: Any, measure: Any) -> None:

@@ -14,72 +14,6 @@ constexpr int64_t rows_least = 64;   // fewer weights repay no more
 constexpr int64_t weights_per_row = 16;
 constexpr int64_t block = 256;  // weights whose buckets are found before their rows are read
 
-// Where rows are found, of the buckets `at` [V::size]: in memory, or in registers where two hold a column.
-template <class A>
-struct InMemory {
-  const math::PwlPiece<A>* rows;
-
-  InMemory(const math::PwlPiece<A>* table, int64_t) : rows(table) {}
-
-  LOSSMETA_SIMD void find(const math::bits_t<A>* at, Vec<A> (&columns)[4]) const {
-#if defined(__AVX2__)
-    if constexpr (sizeof(A) == 4) {
-      // A row is one load, where a gather makes one of each number. Rows are then exchanged for columns, four by four.
-      const auto row = [&](int i) { return _mm_load_ps(&rows[at[i]].knot); };
-      const auto two = [&](int i) {
-        return _mm256_insertf128_ps(_mm256_castps128_ps256(row(i)), row(4 + i), 1);
-      };
-#if defined(__AVX512F__)
-      const auto all = [&](int i) {
-        return _mm512_insertf32x8(_mm512_castps256_ps512(two(i)), two(8 + i), 1);
-      };
-#define LOSSMETA_UNPACK(half, type, a, b) (__m512) _mm512_unpack##half##_##type(a, b)
-      using Double = __m512d;
-#else
-      const auto& all = two;
-#define LOSSMETA_UNPACK(half, type, a, b) (__m256) _mm256_unpack##half##_##type(a, b)
-      using Double = __m256d;
-#endif
-      const auto r0 = all(0), r1 = all(1), r2 = all(2), r3 = all(3);
-      const auto low01 = (Double)LOSSMETA_UNPACK(lo, ps, r0, r1),
-                 low23 = (Double)LOSSMETA_UNPACK(lo, ps, r2, r3);
-      const auto high01 = (Double)LOSSMETA_UNPACK(hi, ps, r0, r1),
-                 high23 = (Double)LOSSMETA_UNPACK(hi, ps, r2, r3);
-      using Native = typename Vec<A>::Native;
-      columns[0].v = (Native)LOSSMETA_UNPACK(lo, pd, low01, low23);
-      columns[1].v = (Native)LOSSMETA_UNPACK(hi, pd, low01, low23);
-      columns[2].v = (Native)LOSSMETA_UNPACK(lo, pd, high01, high23);
-      columns[3].v = (Native)LOSSMETA_UNPACK(hi, pd, high01, high23);
-#undef LOSSMETA_UNPACK
-      return;
-    }
-#endif
-    for (int i = 0; i < Vec<A>::size; ++i) {
-      const math::PwlPiece<A>& row = rows[at[i]];
-      columns[0].v[i] = row.knot, columns[1].v[i] = row.below;
-      columns[2].v[i] = row.above, columns[3].v[i] = row.value;
-    }
-  }
-};
-template <class A>
-struct InRegisters {
-  Vec<A> low[4], high[4];
-
-  InRegisters(const math::PwlPiece<A>* table, int64_t count) {
-    for (int i = 0; i < 2 * Vec<A>::size; ++i) {
-      const math::PwlPiece<A> row = i < count ? table[i] : math::PwlPiece<A>{};
-      const A numbers[4] = {row.knot, row.below, row.above, row.value};
-      for (int k = 0; k < 4; ++k) (i < Vec<A>::size ? low : high)[k].v[i % Vec<A>::size] = numbers[k];
-    }
-  }
-
-  LOSSMETA_SIMD void find(const math::bits_t<A>* at, Vec<A> (&columns)[4]) const {
-    typename Vec<A>::Bits index;
-    memcpy(&index, at, sizeof index);
-    for (int k = 0; k < 4; ++k) columns[k] = permute(low[k], high[k], index);
-  }
-};
-
 // r at the knots, and the rows of all buckets.
 template <class A>
 struct Table {
@@ -132,6 +66,109 @@ struct Table {
                                         : wanted < most     ? wanted
                                                             : most);
   }
+};
+
+// PwlBuckets::of().
+template <class A>
+LOSSMETA_SIMD typename Vec<A>::Bits bucket(const math::PwlBuckets<A>& buckets, Vec<A> x) {
+  using Bits = typename Vec<A>::Bits;
+  const Bits zero{}, last = zero + (buckets.count - 1);
+  Bits at = (abs(x).bits() >> buckets.shift) - buckets.base;
+  at = at > zero ? at : zero;
+  at = at < last ? at : last;
+  return at + ((x.bits() >> (8 * int(sizeof(A)) - 1)) & buckets.count);  // the sign, in all bits
+}
+
+// Finds rows in memory.
+template <class A>
+class InMemory {
+ public:
+  explicit InMemory(const Table<A>& table) : buckets_(table.buckets), rows_(table.rows.data()) {}
+
+  // For n weights at once: what was stored just now is slow to load in other sizes.
+  template <class T>
+  void prepare(const T* theta, int64_t n) {
+    const math::PwlBuckets<A> buckets = buckets_;  // stays in registers
+    for (int64_t i = 0; i < n; i += Vec<A>::size) {
+      const Vec<A> x = n - i >= Vec<A>::size ? load(theta + i) : load_partial(theta + i, int(n - i), A(0));
+      const auto found = bucket(buckets, x);
+      memcpy(at_ + i, &found, sizeof found);
+    }
+  }
+
+  // The rows of the weights x, which are the i-th prepared and those that follow.
+  LOSSMETA_SIMD void find(int64_t i, Vec<A>, Vec<A> (&columns)[4]) const {
+    const math::bits_t<A>* at = at_ + i;
+#if defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) {
+      // A row is one load, where a gather makes one of each number. Rows are then exchanged for columns, four by four.
+      const auto row = [&](int k) { return _mm_load_ps(&rows_[at[k]].knot); };
+      const auto two = [&](int k) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(row(k)), row(4 + k), 1);
+      };
+#if defined(__AVX512F__)
+      const auto all = [&](int k) {
+        return _mm512_insertf32x8(_mm512_castps256_ps512(two(k)), two(8 + k), 1);
+      };
+#define LOSSMETA_UNPACK(half, type, a, b) (__m512) _mm512_unpack##half##_##type(a, b)
+      using Double = __m512d;
+#else
+      const auto& all = two;
+#define LOSSMETA_UNPACK(half, type, a, b) (__m256) _mm256_unpack##half##_##type(a, b)
+      using Double = __m256d;
+#endif
+      const auto r0 = all(0), r1 = all(1), r2 = all(2), r3 = all(3);
+      const auto low01 = (Double)LOSSMETA_UNPACK(lo, ps, r0, r1),
+                 low23 = (Double)LOSSMETA_UNPACK(lo, ps, r2, r3);
+      const auto high01 = (Double)LOSSMETA_UNPACK(hi, ps, r0, r1),
+                 high23 = (Double)LOSSMETA_UNPACK(hi, ps, r2, r3);
+      using Native = typename Vec<A>::Native;
+      columns[0].v = (Native)LOSSMETA_UNPACK(lo, pd, low01, low23);
+      columns[1].v = (Native)LOSSMETA_UNPACK(hi, pd, low01, low23);
+      columns[2].v = (Native)LOSSMETA_UNPACK(lo, pd, high01, high23);
+      columns[3].v = (Native)LOSSMETA_UNPACK(hi, pd, high01, high23);
+#undef LOSSMETA_UNPACK
+      return;
+    }
+#endif
+    for (int k = 0; k < Vec<A>::size; ++k) {
+      const math::PwlPiece<A>& row = rows_[at[k]];
+      columns[0].v[k] = row.knot, columns[1].v[k] = row.below;
+      columns[2].v[k] = row.above, columns[3].v[k] = row.value;
+    }
+  }
+
+ private:
+  math::PwlBuckets<A> buckets_;
+  const math::PwlPiece<A>* rows_;
+  alignas(64) math::bits_t<A> at_[block];
+};
+
+// Finds rows in registers: two hold a column.
+template <class A>
+class InRegisters {
+ public:
+  static constexpr int most = 2 * Vec<A>::size;
+
+  explicit InRegisters(const Table<A>& table) : buckets_(table.buckets) {
+    for (int i = 0; i < most; ++i) {
+      const math::PwlPiece<A> row = i < 2 * buckets_.count ? table.rows[i] : math::PwlPiece<A>{};
+      const A numbers[4] = {row.knot, row.below, row.above, row.value};
+      for (int k = 0; k < 4; ++k) (i < Vec<A>::size ? low_ : high_)[k].v[i % Vec<A>::size] = numbers[k];
+    }
+  }
+
+  template <class T>
+  LOSSMETA_SIMD void prepare(const T*, int64_t) {}
+
+  LOSSMETA_SIMD void find(int64_t, Vec<A> x, Vec<A> (&columns)[4]) const {
+    const auto at = bucket(buckets_, x);
+    for (int k = 0; k < 4; ++k) columns[k] = permute(low_[k], high_[k], at);
+  }
+
+ private:
+  math::PwlBuckets<A> buckets_;
+  Vec<A> low_[4], high_[4];
 };
 
 // Sums of vectors in float64.
@@ -187,36 +224,19 @@ struct Added {
   void poison(int64_t i) const { math::store(gradient + i, accumulate_t<T>(NAN)); }
 };
 
-// The numbers of the buckets of n weights.
-template <class T>
-void find_buckets(const math::PwlBuckets<accumulate_t<T>>& buckets, const T* theta, int64_t n,
-                  math::bits_t<accumulate_t<T>>* at) {  // [n, but whole vectors]
-  using V = Vec<accumulate_t<T>>;
-  using Bits = typename V::Bits;
-  const Bits zero{}, last = zero + (buckets.count - 1);
-  for (int64_t i = 0; i < n; i += V::size) {
-    const V x = n - i >= V::size ? load(theta + i) : load_partial(theta + i, int(n - i), 0);
-    Bits found = (abs(x).bits() >> buckets.shift) - buckets.base;
-    found = found > zero ? found : zero;
-    found = found < last ? found : last;
-    found += (x.bits() >> (8 * int(sizeof(x.v[0])) - 1)) & buckets.count;  // the sign, in all bits
-    memcpy(at + i, &found, sizeof found);
-  }
-}
-
 // r of n weights x, whose slopes go to `use`.
 template <bool shared, class Lookup, class A, class Use>
-LOSSMETA_SIMD Vec<A> penalty(const Table<A>& table, const Lookup& lookup, const math::bits_t<A>* at, Vec<A> x,
+LOSSMETA_SIMD Vec<A> penalty(const Table<A>& table, const Lookup& lookup, int64_t i, Vec<A> x,
                              const Use& use) {
   using V = Vec<A>;
   V row[4];  // knot, below, above, value
-  lookup.find(at, row);
+  lookup.find(i, x, row);
   if constexpr (shared) {
     for (uint32_t open = lane_bits(row[0] != row[0]); open; open &= open - 1) {
-      const int i = __builtin_ctz(open);
-      const auto piece = math::resolved(table.r, {row[0][i], row[1][i], row[2][i], row[3][i]}, x[i]);
-      row[0].v[i] = piece.knot, row[1].v[i] = piece.below;
-      row[2].v[i] = piece.above, row[3].v[i] = piece.value;
+      const int k = __builtin_ctz(open);
+      const auto piece = math::resolved(table.r, {row[0][k], row[1][k], row[2][k], row[3][k]}, x[k]);
+      row[0].v[k] = piece.knot, row[1].v[k] = piece.below;
+      row[2].v[k] = piece.above, row[3].v[k] = piece.value;
     }
   }
   const V mean = row[1] * A(0.5) + row[2] * A(0.5);
@@ -227,33 +247,32 @@ LOSSMETA_SIMD Vec<A> penalty(const Table<A>& table, const Lookup& lookup, const 
 
 // The sum over the weights [begin, end).
 template <bool shared, class Lookup, class T, class Use>
-double sum_weights(const Table<accumulate_t<T>>& table, const Lookup& lookup, const T* theta, int64_t begin,
-                   int64_t end, const Use& use) {
+double sum_weights(const Table<accumulate_t<T>>& table, const T* theta, int64_t begin, int64_t end,
+                   const Use& use) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   constexpr int unroll = 4;
-  alignas(64) math::bits_t<A> at[block];
+  Lookup lookup(table);
   Sum<A> sum;
   for (int64_t first = begin; first < end; first += block) {
     const int64_t stop = first + block < end ? first + block : end;
     const int64_t next = stop + block < end ? stop + block : end;
     use.prefetch(stop, next);
     prefetch_range(theta, stop, next);
-    find_buckets(table.buckets, theta + first, stop - first, at);
+    lookup.prepare(theta + first, stop - first);
     int64_t i = first;
     for (; i + unroll * V::size <= stop; i += unroll * V::size) {
       V r[unroll];
       for (int u = 0; u < unroll; ++u) {
         const int64_t j = i + u * V::size;
-        r[u] = penalty<shared>(table, lookup, at + (j - first), load(theta + j),
-                               [&](V s) { use(j, s, V::size); });
+        r[u] = penalty<shared>(table, lookup, j - first, load(theta + j), [&](V s) { use(j, s, V::size); });
       }
       sum.add((r[0] + r[1]) + (r[2] + r[3]));
     }
     for (; i < stop; i += V::size) {
       const int n = int(stop - i < V::size ? stop - i : V::size);
       const V x = load_partial(theta + i, n, A(0));  // r(0) = 0
-      sum.add(penalty<shared>(table, lookup, at + (i - first), x, [&](V s) { use(i, s, n); }));
+      sum.add(penalty<shared>(table, lookup, i - first, x, [&](V s) { use(i, s, n); }));
     }
   }
   const double total = sum.total();
@@ -273,23 +292,24 @@ void forward(const PwlPenalty& a, const Use& use) {
   using A = accumulate_t<T>;
   const T* theta = static_cast<const T*>(a.theta);
   const Table<A> table(a);
-  const int64_t chunks = (a.parameters + chunk - 1) / chunk, rows = 2 * int64_t(table.buckets.count);
+  const int64_t chunks = (a.parameters + chunk - 1) / chunk;
   const Buffer<double> partial(chunks);
-  const auto run = [&](auto shared, const auto& lookup) {
+  const auto run = [&](auto shared, auto lookup) {
     parallel_for(chunks, grain_elements / chunk, [&](int64_t first, int64_t last) {
-      for (int64_t c = first; c < last; ++c)
-        partial[c] = sum_weights<decltype(shared)::value>(
-            table, lookup, theta, c * chunk, (c + 1) * chunk < a.parameters ? (c + 1) * chunk : a.parameters,
-            use);
+      for (int64_t c = first; c < last; ++c) {
+        const int64_t begin = c * chunk, end = begin + chunk < a.parameters ? begin + chunk : a.parameters;
+        partial[c] = sum_weights<decltype(shared)::value, typename decltype(lookup)::type>(table, theta,
+                                                                                           begin, end, use);
+      }
     });
   };
-  if (table.buckets.shared) run(std::true_type(), InMemory<A>(table.rows.data(), rows));
+  if (table.buckets.shared) run(std::true_type(), type_tag<InMemory<A>>());
 #if defined(__AVX512F__)
-  else if (rows <= 2 * Vec<A>::size)
-    run(std::false_type(), InRegisters<A>(table.rows.data(), rows));
+  else if (2 * table.buckets.count <= InRegisters<A>::most)
+    run(std::false_type(), type_tag<InRegisters<A>>());
 #endif
   else
-    run(std::false_type(), InMemory<A>(table.rows.data(), rows));
+    run(std::false_type(), type_tag<InMemory<A>>());
   double total = 0;
   for (int64_t c = 0; c < chunks; ++c) total += partial[c];
   *static_cast<A*>(a.value) = A(total);

@@ -326,9 +326,7 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
                 result[differentiable[0]] = shortcut[1](output, grads, saved[differentiable[0]].dtype)
                 needs[0] = result[differentiable[0]] is None
         if any(needs):
-            values = _as_tuple(
-                run(*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)
-            )
+            values = _as_tuple(run(*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs))
             for i, g, need in zip(differentiable, values, needs, strict=True):
                 if need:
                     result[i] = g

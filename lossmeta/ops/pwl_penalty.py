@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,15 +30,15 @@ def pwl_penalty(theta: Tensor, knots: Tensor, slopes: Tensor) -> Tensor:
         slopes: :math:`s`, ``[X + 1]``, finite; any floating-point dtype, rounded as the knots.
 
     Returns:
-        The value, ``[]``, float64 for float64, else float32; it is summed in float64, in an order that depends on P alone.
-        Differentiable in ``theta`` only; second derivatives are 0. A NaN makes the value and its own slope NaN. An
-        infinite weight costs what r tends to, and has the outermost slope. The slope is kept in the dtype of ``theta``,
-        for float16 in float32.
+        The value, ``[]``, float64 for float64, else float32; it is summed in float64, in an order that depends on P
+        alone. Differentiable in ``theta`` only; second derivatives are 0. A NaN makes the value and its own slope NaN.
+        An infinite weight costs what r tends to, and has the outermost slope. The slope is kept in the dtype of
+        ``theta``, for float16 in float32.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, for knots or slopes that require grad while gradients
-            are recorded, and on the CPU for knots that are not sorted or not finite and slopes that are not finite. On a
-            GPU the values are not looked at; the result is then meaningless.
+            are recorded, and on the CPU for knots that are not sorted or not finite and slopes that are not finite. On
+            a GPU the values are not looked at; the result is then meaningless.
         TypeError: for something that is not a tensor.
 
     Source:
@@ -67,8 +65,8 @@ def with_slope(
 
     Args:
         theta, knots, slopes: as there. A coefficient of the penalty is a factor of the slopes.
-        add_to: ``[P]``, of the dtype and device of ``theta``, such as its gradient: the slope is added to it in place, in
-            float32 where that is half precision. It must not share memory with the inputs.
+        add_to: ``[P]``, of the dtype and device of ``theta``, such as its gradient: the slope is added to it in place,
+            in float32 where that is half precision. It must not share memory with the inputs.
 
     Returns:
         The value, ``[]``, and ``add_to``, or without it the slope, ``[P]``, of the dtype of ``theta`` (float32 for
@@ -107,8 +105,8 @@ def _check(theta: Tensor, knots: Tensor, slopes: Tensor) -> None:
     for name, tensor in (("knots", knots), ("slopes", slopes)):
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"pwl_penalty: {name} must not require grad while gradients are recorded, got some that do; the penalty is "
-                f"differentiable in theta only: pass {name}.detach()"
+                f"pwl_penalty: {name} must not require grad while gradients are recorded, got some that do; the "
+                f"penalty is differentiable in theta only: pass {name}.detach()"
             )
 
 

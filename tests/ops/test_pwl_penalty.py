@@ -181,7 +181,9 @@ def test_sums_in_float64() -> None:
 
 
 @pytest.mark.parametrize("knots", ["none", "two", "clustered"])
-@pytest.mark.parametrize("function", [pwl_penalty, lambda *t: _reference(*t, True)], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "function", [pwl_penalty, lambda *t: _reference(*t, True)], ids=["kernel", "reference"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_not_finite(dtype: torch.dtype, function: Any, knots: str) -> None:
     theta, _, _ = inputs(701, KNOTS[knots], dtype)
@@ -239,12 +241,17 @@ def test_add_to() -> None:
 
 def test_add_to_is_seen_by_autograd() -> None:
     theta, a, s = inputs(37, KNOTS["two"])
-    leaf, target = torch.ones(37, dtype=torch.float64, requires_grad=True), torch.ones(37, dtype=torch.float64)
+    leaf, target = (
+        torch.ones(37, dtype=torch.float64, requires_grad=True),
+        torch.ones(37, dtype=torch.float64),
+    )
     product = (leaf * target).sum()
     with_slope(theta, a, s, add_to=target)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
-    with pytest.raises(ValueError, match=r"^pwl_penalty: add_to must not require grad while gradients are recorded"):
+    with pytest.raises(
+        ValueError, match=r"^pwl_penalty: add_to must not require grad while gradients are recorded"
+    ):
         with_slope(theta, a, s, add_to=leaf)
     with torch.no_grad():
         with_slope(theta, a, s, add_to=leaf)
@@ -257,7 +264,9 @@ def test_contract() -> None:
     check_opcheck(_operator, theta.detach().half().requires_grad_(), a, s, True)
     torch.library.opcheck(_operator_.op, (torch.zeros(131), theta.detach(), a, s))
     check_compiles(pwl_penalty, theta, a, s)
-    check_compiles(lambda t, k, r: pwl_penalty(t.flatten(), k, r).exp(), theta.detach()[None].requires_grad_(), a, s)
+    check_compiles(
+        lambda t, k, r: pwl_penalty(t.flatten(), k, r).exp(), theta.detach()[None].requires_grad_(), a, s
+    )
     check_compiles(lambda t, k, r: with_slope(t, k, r, add_to=torch.ones_like(t)), theta.detach(), a, s)
     check_strides(pwl_penalty, theta, a, s)
     check_threads(pwl_penalty, *inputs(200_003, KNOTS["uniform"], torch.float32))
@@ -307,7 +316,9 @@ def test_only_theta_is_differentiable() -> None:
         ("slopes", (theta.detach(), a, s.clone().requires_grad_())),
     ):
         for function in (pwl_penalty, with_slope):
-            with pytest.raises(ValueError, match=f"^pwl_penalty: {name} must not require grad while gradients are"):
+            with pytest.raises(
+                ValueError, match=f"^pwl_penalty: {name} must not require grad while gradients are"
+            ):
                 function(*arguments)
             with torch.no_grad():
                 function(*arguments)
@@ -385,7 +396,7 @@ def test_overlap() -> None:
     theta, knots, slopes = memory[:10], memory[10:13], memory[13:17]
     slopes.fill_(1)
     for name, target in (("theta", memory[9:19]), ("knots", memory[12:22]), ("slopes", memory[16:26])):
-        with pytest.raises(ValueError, match=rf"^pwl_penalty: add_to must not share memory with ") as error:
+        with pytest.raises(ValueError, match=r"^pwl_penalty: add_to must not share memory with ") as error:
             with_slope(theta, knots, slopes, add_to=target)
         assert name in str(error.value)
     assert memory.sum() == 4
