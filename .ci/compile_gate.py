@@ -31,6 +31,10 @@ ARCHITECTURES = {"80": ["80", "86", "89"], "90": ["90"], "100": ["100"], "120": 
 # Kernels that use float64 on purpose whatever their input: file -> (pattern of the demangled name, reason).
 FLOAT64 = {
     "class_confusion": (r".", "sums over a whole validation set stream into float64"),
+    "pwl_penalty": (
+        r"table|penalty",
+        "one sum over all parameters of a model, of one addition for each 16 bytes of them",
+    ),
     "pwl_statistics": (r".", "sums over all parameters of a model stream into float64"),
 }
 

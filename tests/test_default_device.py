@@ -138,6 +138,7 @@ def test_operators_without_gradients(elsewhere: None) -> None:
         *ops.class_confusion(values, labels),
         ops.perturb(line, directions, points),
         *ops.pwl_statistics(line, None, knots),
+        ops.pwl_penalty(line, knots, torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float32, device="cpu")),
         ops.gaussian_curvature(surface, 0.1, 0.1),
     ]
     assert all(r.device.type == "cpu" for r in results)

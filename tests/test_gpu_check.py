@@ -313,7 +313,7 @@ def test_every_case_can_be_made() -> None:
                 assert all(t.data_ptr() % 16 and t.is_contiguous() for t in inputs.values())
     assert {operator for operator, _, _ in seen} == {
         "adjusted_cross_entropy", "class_confusion", "distance_mixture", "focal_weighting", "gaussian_curvature",
-        "loss_network", "parametric_cross_entropy", "perturb", "pwl_statistics",
+        "loss_network", "parametric_cross_entropy", "perturb", "pwl_penalty", "pwl_statistics",
     }  # fmt: skip
 
 

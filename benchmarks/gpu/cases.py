@@ -21,10 +21,12 @@ from lossmeta.ops import (
     loss_network,
     parametric_cross_entropy,
     perturb,
+    pwl_penalty,
     pwl_statistics,
 )
 from lossmeta.ops._operator import OPERATORS
 from lossmeta.ops.loss_network import LINKS
+from lossmeta.ops.pwl_penalty import with_slope
 
 Make = Callable[[Draw], dict[str, Tensor]]
 
@@ -41,6 +43,7 @@ def all_cases() -> list[Case]:
         *_distance_mixture(),
         *_focal_weighting(),
         *_perturb(),
+        *_pwl_penalty(),
         *_pwl_statistics(),
         *_gaussian_curvature(),
     ]
@@ -672,6 +675,65 @@ def _perturb() -> list[Case]:
         case("17 points, 70 directions, 1031", _directions(17, 70, 1031), dtypes=ALL),
         misaligned(case("5 points, 3 directions, 4096", _directions(5, 3, 4096), dtypes=ALL)),
         replace(case("5 points, 3 directions, 4096, out", _directions(5, 3, 4096)), ours=into),
+    ]
+
+
+def _weights(count: int, knots: int, spacing: str) -> Make:
+    """Weights and a table for them, of a penalty that rises on either side of 0: in its value nothing cancels. No knot
+    is a number of half precision: no weight lies on one."""
+
+    def make(draw: Draw) -> dict[str, Tensor]:
+        steps = torch.arange(knots, dtype=draw.wide, device=draw.device) - knots // 2 + 1 / 3
+        places = {
+            "uniform": steps * (4 / max(knots, 1)),
+            "logarithmic": steps.sign() * torch.exp2(20 * steps.abs() / max(knots, 1) - 9),
+            "clustered": 0.5 + steps * 1e-5,  # several in one bucket
+        }
+        at, slopes = places[spacing].sort().values, draw.normal(knots + 1, dtype=draw.wide).abs_()
+        is_left = torch.arange(knots + 1, device=draw.device) < (at < 0).sum()
+        return {
+            "theta": draw.normal(draw.size(count)).requires_grad_(),
+            "knots": at,
+            "slopes": slopes.where(~is_left, -slopes),
+        }
+
+    return make
+
+
+def _pwl_penalty() -> list[Case]:
+    def case(name: str, make: Make, **more: Any) -> Case:
+        theirs = _reference("pwl_penalty", True)
+        return Case("pwl_penalty", name, make, pwl_penalty, theirs, ("value",), **{"dtypes": ALL, **more})
+
+    def added(theta: Tensor, knots: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        return with_slope(theta, knots, slopes, add_to=torch.ones_like(theta))
+
+    def added_by_autograd(theta: Tensor, knots: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = theta.detach().requires_grad_()
+        value = OPERATORS["pwl_penalty"].reference(leaf, knots, slopes, True)
+        return value.detach(), torch.ones_like(leaf) + torch.autograd.grad(value, leaf)[0]
+
+    def fixed(make: Make) -> Make:
+        return lambda draw: {name: t.detach() for name, t in make(draw).items()}
+
+    return [
+        case("no knots, 1031", _weights(1031, 0, "uniform")),
+        case("2 knots, 204800", _weights(204_800, 2, "uniform")),
+        case("200 knots, 204800", _weights(204_800, 200, "uniform")),
+        case("200 knots by size, 33003", _weights(33_003, 200, "logarithmic")),
+        case("13 close knots, 33003", _weights(33_003, 13, "clustered")),
+        case("10⁴ knots, 33003", _weights(33_003, 10_000, "uniform"), dtypes=USUAL),
+        misaligned(case("20 knots, 4096", _weights(4096, 20, "logarithmic"))),
+        Case(
+            "pwl_penalty",
+            "200 knots, 33003, added",
+            fixed(_weights(33_003, 200, "uniform")),
+            added,
+            added_by_autograd,
+            ("value", "gradient"),
+            dtypes=ALL,
+        ),
+        case("200 knots, 10⁷", _weights(10_000_003, 200, "uniform"), large=True, gibibytes=4, dtypes=USUAL),
     ]
 
 

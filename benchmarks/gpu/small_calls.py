@@ -125,6 +125,13 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[str]:
         knots = torch.linspace(-2, 2, count).to(device)
         operators.pwl_statistics(draw(5001), draw(5, 5001), knots)
     yield "pwl_statistics"
+    for count, parameters in ((3, 5001), (50, 2048), (3000, 5001)):
+        knots, slopes = torch.linspace(-2, 2, count).to(device), draw(count + 1, dtype=wide)
+        arguments = draw(parameters), knots, slopes, True
+        _, slope = operators.pwl_penalty(*arguments)
+        operators.pwl_penalty_backward(draw(dtype=wide), *arguments, slope, True)
+        operators.pwl_penalty_(draw(parameters), *arguments[:3])
+    yield "pwl_penalty"
     for parameters in (2048, 1031):
         operators.perturb(draw(parameters), draw(3, parameters), draw(17, 3, dtype=wide))
     yield "perturb"

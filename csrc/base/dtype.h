@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "base/portable.h"
 
@@ -32,6 +33,10 @@ struct accumulate<double> {
 };
 template <class T>
 using accumulate_t = typename accumulate<T>::type;
+
+// In which a derivative is kept for the backward pass: a float16 has too small a range for it.
+template <class T>
+using slope_t = std::conditional_t<std::is_same_v<T, float16>, float, T>;
 
 namespace math {
 

@@ -4,15 +4,9 @@
 // s = log sum e^d - d_y, and what smoothing adds is d_y less the mean of d.
 #pragma once
 
-#include <type_traits>
-
 #include "base/kernel.h"
 
 namespace lossmeta {
-
-// A float16 has too small a range for the derivative of a mean over many samples.
-template <class T>
-using slope_t = std::conditional_t<std::is_same_v<T, float16>, float, T>;
 
 struct AdjustedCrossEntropy {
   DType dtype;      // of logits; parameters and results are in its accumulation type

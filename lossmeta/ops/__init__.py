@@ -10,6 +10,7 @@ from lossmeta.ops.gaussian_curvature import gaussian_curvature
 from lossmeta.ops.loss_network import loss_network
 from lossmeta.ops.parametric_cross_entropy import LowRankPhi, parametric_cross_entropy
 from lossmeta.ops.perturb import perturb
+from lossmeta.ops.pwl_penalty import pwl_penalty
 from lossmeta.ops.pwl_statistics import pwl_statistics
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "loss_network",
     "parametric_cross_entropy",
     "perturb",
+    "pwl_penalty",
     "pwl_statistics",
 ]

@@ -31,7 +31,7 @@ class Operator:
     Its schema has the tensor arguments first and the options after them. It returns ``num_outputs`` differentiable
     results, then whatever its backward wants saved. The backward operator is
     ``<name>_backward(*grad_outputs, *arguments, *saved, *needs)``. It returns a gradient for each argument that
-    ``differentiable`` numbers; ``needs`` holds one ``bool`` for each of them.
+    ``differentiable`` numbers, of a single one no tuple; ``needs`` holds one ``bool`` for each of them.
 
     Args:
         name: the operator's name.
@@ -142,7 +142,7 @@ class Operator:
 
     def backward_without_autograd(self, *args: Any) -> tuple[Tensor, ...]:
         with _BelowAutograd():
-            return tuple(self.backward_op(*args))
+            return _as_tuple(self.backward_op(*args))
 
     def _check(self, args: Sequence[Any]) -> None:
         for i, name, required in self._tensor_arguments:
@@ -187,8 +187,7 @@ class Operator:
         arguments = list(arguments)
         for i, primal in zip(self._given(arguments), primals, strict=True):
             arguments[i] = primal
-        outputs = self.reference(*arguments)
-        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        return _as_tuple(self.reference(*arguments))
 
     def reference_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
         """The backward operator by differentiating the reference: itself differentiable. None for what is left out."""
@@ -206,7 +205,10 @@ class Operator:
         found = dict(zip(given, values, strict=True))
         return tuple(found.get(i) for i in self.differentiable)
 
-    def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _fake_backward(self, *args: Any) -> Any:
+        return _as_result(self._fake_gradients(*args))
+
+    def _fake_gradients(self, *args: Any) -> tuple[Tensor, ...]:
         _, arguments, needs = self._split_backward(args)
         accumulated = accumulation_dtype(arguments[0].dtype)
         like = arguments[0]
@@ -227,16 +229,17 @@ class Operator:
         results = self.fake(*args)
         if results is None or isinstance(results, Tensor):
             return self.reference(*args)
-        outputs = self.reference(*args)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        outputs = _as_tuple(self.reference(*args))
         return (*outputs, *(torch.zeros_like(r) for r in results[len(outputs) :]))
 
-    def _fallback_backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _fallback_backward(self, *args: Any) -> Any:
         needs = self._split_backward(args)[2]
-        fakes = self._fake_backward(*args)
-        return tuple(
-            f if g is None or not need else g.to(f.dtype)
-            for g, f, need in zip(self.reference_backward(*args), fakes, needs, strict=True)
+        fakes = self._fake_gradients(*args)
+        return _as_result(
+            tuple(
+                f if g is None or not need else g.to(f.dtype)
+                for g, f, need in zip(self.reference_backward(*args), fakes, needs, strict=True)
+            )
         )
 
     def _warn(self, args: Sequence[Any]) -> None:
@@ -247,6 +250,15 @@ class Operator:
             FallbackWarning,
             stacklevel=3,
         )
+
+
+def _as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def _as_result(results: tuple[Tensor, ...]) -> Any:
+    """As an operator returns them: a single one is no tuple."""
+    return results[0] if len(results) == 1 else results
 
 
 def _is_first_order() -> bool:
@@ -314,7 +326,7 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
                 result[differentiable[0]] = shortcut[1](output, grads, saved[differentiable[0]].dtype)
                 needs[0] = result[differentiable[0]] is None
         if any(needs):
-            values = run(*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs)
+            values = _as_tuple(run(*grads, *saved[:num_tensors], *ctx.options, *saved[num_tensors:], *needs))
             for i, g, need in zip(differentiable, values, needs, strict=True):
                 if need:
                     result[i] = g
@@ -364,7 +376,7 @@ def _functions(operator: Operator) -> tuple[Any, Any, Any]:
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return tuple(backward_op(*args))
+            return _as_tuple(backward_op(*args))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
