@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lossmeta._batches import Batch, Loss, Output
 from lossmeta._checks import check_at_least_one, choice
 from lossmeta._model_state import refuse_shards
+from lossmeta.ops.pwl_penalty import pwl_penalty, with_slope
 from lossmeta.tuneloss import _plot
 from lossmeta.tuneloss._full_gradient import DataSet, FullGradient
-from lossmeta.tuneloss._penalty import pwl_penalty, with_slope
 from lossmeta.tuneloss._regularizer import NotFitted, Regularizer
 from lossmeta.tuneloss._weights import finite, flat, selected
 from lossmeta.tuneloss.convex_regularizer import ConvexRegularizer

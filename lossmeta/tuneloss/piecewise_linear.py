@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lossmeta.ops import pwl_penalty
 from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.tuneloss import _plot
-from lossmeta.tuneloss._penalty import pwl_penalty
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
