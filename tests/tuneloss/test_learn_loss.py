@@ -36,7 +36,7 @@ def linear_error(seed: int, models: int, k: int, n: int) -> tuple[Arrays, np.nda
 @pytest.mark.parametrize("k", [2, 7, 40])
 @pytest.mark.parametrize("seed", range(3))
 def test_one_model_with_gradients_gives_lambda(k: int, seed: int) -> None:
-    """Theorem 4; with a component fixed, since its k + 1 independent vectors cannot be: all are orthogonal to (λ*, -α*)."""
+    """Theorem 4, with a component fixed: its k + 1 independent vectors cannot be, since (λ*, -α*) is orthogonal to all."""
     given, truth, unit = linear_error(seed, 1, k, 2 * k)
     found = learn_loss(**given)
     np.testing.assert_allclose(found.values / unit, truth / unit, rtol=0, atol=1e-6)
@@ -327,7 +327,9 @@ def test_refuses_one_model_without_gradients() -> None:
 
 
 def test_refuses_a_weight_of_no_gradients() -> None:
-    with pytest.raises(ValueError, match="eps must be 0 or 'balanced' where there are no gradients, got 2.0"):
+    with pytest.raises(
+        ValueError, match=r"eps must be 0 or 'balanced' where there are no gradients, got 2\.0"
+    ):
         learn_loss(**without_gradients(noisy(0)), eps=2.0)
 
 
