@@ -36,7 +36,7 @@ def linear_error(seed: int, models: int, k: int, n: int) -> tuple[Arrays, np.nda
 @pytest.mark.parametrize("k", [2, 7, 40])
 @pytest.mark.parametrize("seed", range(3))
 def test_one_model_with_gradients_gives_lambda(k: int, seed: int) -> None:
-    """Theorem 4, with a component fixed: its k + 1 independent vectors cannot be, since (λ*, -α*) is orthogonal to all."""
+    """Theorem 4, with a component fixed: it cannot have k + 1 independent vectors, all orthogonal to (λ*, -α*)."""
     given, truth, unit = linear_error(seed, 1, k, 2 * k)
     found = learn_loss(**given)
     np.testing.assert_allclose(found.values / unit, truth / unit, rtol=0, atol=1e-6)
