@@ -67,6 +67,7 @@ def made(model: nn.Module, optimizer: Optimizer | None = None, **options: Any) -
         "children": 4,
         "window": 4,
         "learning_rate": False,
+        "fallback": False,  # with a head there is none
         "metric": margin,
         "space": SPACE,
         **options,
