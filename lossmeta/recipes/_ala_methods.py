@@ -284,7 +284,7 @@ def population(
         fit = (new_fit or Fit)(trial, rate)
         options = {"children": children, "learning_rate": learning_rate, "fallback": fallback}
         controller = _population(fit, shuffled=shuffled, **options)
-        if (shuffled, *options.values()) == (False, 8, True, True):
+        if controller.windows and (shuffled, *options.values()) == (False, 8, True, True):
             trial.scratch[new_fit, rate] = controller.schedule()
         found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
         return {**fit.measures(), **found, "fell back": float(bool(controller.fell_back))}
