@@ -99,7 +99,7 @@ SMALL = Setting(
     evaluations=2,
     children=4,
     episodes=50,
-    teacher_rates=(0.01, 0.1),
+    teacher_rates=(0.01,),
     meta_rates=(1e-5, 1e-4, 1e-3),
     tuning_seeds=3,
 )
