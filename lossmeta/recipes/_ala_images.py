@@ -56,7 +56,7 @@ class Setting:
         evaluations: of the metric in a window.
         children: of multi-network training.
         episodes: that a teacher learns from.
-        teacher_rates: of its Adam to choose from.
+        teacher_rate: of its Adam.
         meta_rates: of Adam for a Phi that is learned by gradient, to choose from.
         tuning_seeds: how many seeds settings are chosen on.
     """
@@ -77,7 +77,7 @@ class Setting:
     evaluations: int
     children: int
     episodes: int
-    teacher_rates: tuple[float, ...]
+    teacher_rate: float
     meta_rates: tuple[float, ...]
     tuning_seeds: int
 
@@ -99,7 +99,7 @@ SMALL = Setting(
     evaluations=2,
     children=4,
     episodes=50,
-    teacher_rates=(0.01, 0.1),
+    teacher_rate=0.01,
     meta_rates=(1e-5, 1e-4, 1e-3),
     tuning_seeds=3,
 )
@@ -121,7 +121,7 @@ PAPER = Setting(
     evaluations=4,
     children=10,
     episodes=50,
-    teacher_rates=(1e-3,),
+    teacher_rate=1e-3,
     meta_rates=(1e-3,),
     tuning_seeds=1,
 )

@@ -25,26 +25,25 @@ SINGLE, MULTI = "ALA, single network", "ALA, several networks"
 LEGEND = """\
 All rows train the same network on the same batches. Settings of each row are chosen by the validation part of \
 other seeds: the learning rate, for the bandit and the controller also the step of Phi (0.1 in the paper, 0.01 \
-or 0.001), for L-Softmax the floor of its lambda, for L2T the rate of the teacher, for L2T-DLF that of Phi. \
-Validation rows choose settings and the best of several networks, and are what controller, bandit, populations, \
-the teacher of L2T and Phi of L2T-DLF see; one row trains on them too. L2T: a teacher chooses the samples of \
-each batch, and has learned from 50 other trainings how soon they reach a validation error; with a reward drawn \
-by chance; or not taught, which is a choice by chance. L2T-DLF: Phi follows the gradient of the validation \
-batches' cross-entropy through each step. Several networks: each with other first weights, the best one on the \
-validation part is reported, in four rows that may be compared with each other. Random reward: the same \
-controller, whose reward is drawn by chance. Phi >= 0: the same controller, which cannot go below 0 off the \
-diagonal. Random matrix: the identity with noise of 0.1, drawn anew after every window. Confusions: Eq. 7 as \
-they stand, or the probabilities that they stand for. The last rows are this library's own population, which \
-adapts the generalised cross-entropy's q, label smoothing and the learning rate. Paper: ResNet-32 on 32 x 32 \
-images and 40,000 rows, where rows without a controller train on 50,000."""
+or 0.001), for L-Softmax the floor of its lambda, for L2T-DLF the rate of Phi. Validation rows choose settings \
+and the best of several networks, and are what controller, bandit, populations, the teacher of L2T and Phi of \
+L2T-DLF see; one row trains on them too. L2T: a teacher chooses the samples of each batch, and has learned from \
+50 other trainings how soon they reach a validation error; with a reward drawn by chance; or not taught, which \
+is a choice by chance. L2T-DLF: Phi follows the gradient of the validation batches' cross-entropy through each \
+step. Several networks: each with other first weights, the best one on the validation part is reported, in four \
+rows that may be compared with each other. Random reward: the same controller, whose reward is drawn by chance. \
+Phi >= 0: the same controller, which cannot go below 0 off the diagonal. Random matrix: the identity with noise \
+of 0.1, drawn anew after every window. Confusions: Eq. 7 as they stand, or the probabilities that they stand \
+for. The last rows are this library's own population, which adapts the generalised cross-entropy's q, label \
+smoothing and the learning rate. Paper: ResNet-32 on 32 x 32 images and 40,000 rows, where rows without a \
+controller train on 50,000."""
 
 
 def rows_of(setting: Setting) -> list[Method | Tuned]:
     plain, bounded = {"rate": setting.rates}, {"rate": setting.bounded_rates}
     moving = bounded | {"step_size": setting.step_sizes}
     children = setting.children
-    taught = partial(learning_to_teach, episodes=setting.episodes)
-    teaching = plain | {"teacher_rate": setting.teacher_rates}
+    taught = partial(learning_to_teach, episodes=setting.episodes, teacher_rate=setting.teacher_rate)
 
     def rule(kind: type[rules.Rule]) -> Make:
         return partial(by_rule, kind=kind)
@@ -72,15 +71,13 @@ def rows_of(setting: Setting) -> list[Method | Tuned]:
             rule(rules.LargeMargin),
             plain | {"least_ease": setting.least_eases},
         ),
-        tuned("L2T", setting, taught, teaching),
+        tuned("L2T", setting, taught, plain),
         tuned(
             "L2T, random reward",
             setting,
             taught,
-            teaching,
-            lambda best: taught(
-                "", best.settings["rate"], teacher_rate=best.settings["teacher_rate"], reward="chance"
-            ),
+            plain,
+            lambda best: taught("", best.settings["rate"], reward="chance"),
         ),
         tuned("L2T, teacher not taught", setting, partial(learning_to_teach, episodes=0), plain),
         tuned("L2T-DLF", setting, dynamic_loss, bounded | {"meta_rate": setting.meta_rates}),
