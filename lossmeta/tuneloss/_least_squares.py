@@ -15,6 +15,7 @@ from lossmeta.tuneloss._box import Array
 LARGEST_INVERSE = 1e9
 # Of a Gram matrix with a diagonal of ones: what float32 rounding may leave of a semi-definite one.
 INDEFINITE = 1e-5
+GRAM_NOISE = 1e-13  # what float64 rounding may
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,7 @@ def factor_of_gram(gram: Array) -> Array | None:
     length = np.sqrt(diagonal)
     scale = np.where(length > 0, length, 1.0)
     unit = gram / np.outer(scale, scale)
-    upper, order, rank, _ = dpstrf(unit)
+    upper, order, rank, _ = dpstrf(unit, tol=GRAM_NOISE)
     found = np.zeros((rank, n))
     found[:, order - 1] = np.triu(upper)[:rank]
     if np.abs(found.T @ found - unit).max(initial=0) > INDEFINITE:

@@ -94,7 +94,7 @@ def certified(program: Program, proposal: Proposal) -> Answer:
     y, cost = proposal.values, program.cost(proposal.values)
     slack = program.rows @ y - program.right
     certificate = Certificate(
-        violation=float(-slack.min(initial=0.0)),
+        violation=max(0.0, float(-slack.min(initial=0.0))),
         gap=min(cost, _gap(program, proposal, slack)),  # no cost is negative
         cost=cost,
         unknowns=len(y),

@@ -22,7 +22,8 @@ class LearnedLoss:
 
     Attributes:
         values: λ, [k], inside the box.
-        multiplier: α >= 0, by which the validation error was multiplied to compare it with the loss.
+        multiplier: α >= 0, by which the validation error was multiplied to compare it with the loss. At 0 the loss does
+            not follow the error: no loss in the box does better, or the data leave λ open.
         matched: the model that has the least loss among all given, by its index in ``errors``.
         cost: of Eq. 6, ε included.
         feasible: whether λ in the box can make a model that of least loss, for the models that were tried, in ascending
