@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lossmeta.tuneloss import NotCertified, learn_loss
+from lossmeta.tuneloss._statement import Statement
 
 Arrays = dict[str, Any]
 
@@ -131,12 +132,15 @@ def test_the_matched_model_has_the_least_loss_in_the_box(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_grams_are_as_good_as_gradients(seed: int) -> None:
+@pytest.mark.parametrize("apart", [1.0, 1e-4])
+def test_grams_are_as_good_as_gradients(seed: int, apart: float) -> None:
     given = noisy(seed)
+    for name in ("features", "jacobians"):  # two that are alike
+        given[name][..., 3] = given[name][..., 2] + apart * given[name][..., 3]
     wanted = learn_loss(**given)
     found = learn_loss(**without_gradients(given), grams=grams(given))
-    np.testing.assert_allclose(found.values, wanted.values, atol=1e-9)
-    assert found.cost == pytest.approx(wanted.cost)
+    np.testing.assert_allclose(found.values, wanted.values, atol=1e-6)
+    assert found.cost == pytest.approx(wanted.cost, rel=1e-9)
 
 
 def test_gram_of_fewer_gradients_than_features() -> None:
@@ -358,6 +362,17 @@ def test_refuses_a_box_that_only_a_zero_feature_keeps_from_zero() -> None:
     given = noisy(0)
     given["features"][:, 0], given["jacobians"][:, :, 0], given["lower"][1:] = 0.0, 0.0, 0.0
     with pytest.raises(ValueError, match="exclude λ = 0 in a feature that is not 0 for all models"):
+        learn_loss(**given)
+
+
+def test_a_loss_that_scaling_has_spoilt_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is returned is verified once more, in the caller's units."""
+    given = noisy(2)
+    found = learn_loss(**given)
+    values = np.append(np.where(np.arange(4) == 0, 1.0, 0.1), found.multiplier)
+    assert np.argmin(given["features"] @ values[:4]) != found.matched
+    monkeypatch.setattr(Statement, "unscaled", lambda self, y: values)
+    with pytest.raises(NotCertified, match="learn_loss: scaling left a violation of"):
         learn_loss(**given)
 
 
