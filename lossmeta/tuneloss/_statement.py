@@ -116,7 +116,7 @@ class Statement:
         k = len(values)
         rows = self.features - self.features[model]
         length = np.sqrt(np.einsum("ij,j->i", rows**2, self.scale[:k] ** 2))
-        return float((-(rows @ values) / np.where(length > 0, length, 1.0)).max(initial=0.0))
+        return max(0.0, float((-(rows @ values) / np.where(length > 0, length, 1.0)).max()))
 
     def unscaled(self, y: Array) -> Array:
         """λ and α, [k + 1]."""

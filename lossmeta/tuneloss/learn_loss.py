@@ -94,7 +94,7 @@ def learn_loss(
         >>> features = [[1.0, 0.3], [0.5, 0.9], [0.4, 2.0]]  # log loss, and a regulariser
         >>> errors = [1.06, 0.68, 0.8]
         >>> found = lossmeta.tuneloss.learn_loss(errors, features, [1.0, 0.0], [1.0, 10.0])
-        >>> found.values.round(3), found.multiplier.round(3), found.matched
+        >>> found.values.round(3), round(found.multiplier, 3), found.matched
         (array([1. , 0.2]), 1.0, 1)
     """
     found_errors, found_features = _inputs.models(NAME, errors, features)
