@@ -28,7 +28,7 @@ class LearnedLoss:
         cost: of Eq. 6, ε included.
         feasible: whether λ in the box can make a model that of least loss, for the models that were tried, in ascending
             order of error. All but the last are ``False``, which was proven.
-        solver: that gave λ.
+        solver: that gave λ; ``"none"`` where all components are fixed and α is 0.
         certificate: what was verified of λ and α.
     """
 

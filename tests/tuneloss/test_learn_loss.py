@@ -378,3 +378,31 @@ def test_a_loss_that_scaling_has_spoilt_is_not_returned(monkeypatch: pytest.Monk
 
 def test_not_certified_is_a_runtime_error() -> None:
     assert issubclass(NotCertified, RuntimeError)
+
+
+# ---- Limits.
+
+
+def test_errors_that_are_all_zero_leave_the_multiplier_at_zero() -> None:
+    given = without_gradients(noisy(0))
+    given["errors"] = np.zeros(6)
+    found = learn_loss(**given)
+    assert found.multiplier == 0.0 and found.certificate.unknowns == 3
+    values = found.values
+    fixed = learn_loss(**{**given, "lower": values, "upper": values})  # nothing is left to find
+    assert fixed.solver == "none" and fixed.certificate.unknowns == 0
+    assert fixed.cost == pytest.approx(found.cost)
+
+
+@pytest.mark.parametrize("upper", [1.0, 3.0, np.inf])
+def test_one_feature(upper: float) -> None:
+    found = learn_loss([2.0, 1.0, 4.0], [[1.0], [0.5], [2.0]], [1.0], [upper])
+    assert found.matched == 1 and found.cost < 1e-20
+    assert found.values[0] / found.multiplier == pytest.approx(2.0)
+
+
+def test_many_models_and_few_features() -> None:
+    rng = np.random.default_rng(0)
+    features, truth = rng.uniform(0.5, 1.5, (3000, 4)), np.array([1.0, 0.3, 0.0, 2.0])
+    found = learn_loss(features @ truth, features, [1.0, 0.0, 0.0, 0.0], [1.0, 9.0, 9.0, 9.0])
+    np.testing.assert_allclose(found.values, truth, atol=1e-9)
