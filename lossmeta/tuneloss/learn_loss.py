@@ -27,7 +27,7 @@ class LearnedLoss:
         matched: the model that has the least loss among all given, by its index in ``errors``.
         cost: of Eq. 6, ε included.
         feasible: whether λ in the box can make a model that of least loss, for the models that were tried, in ascending
-            order of error. All but the last are ``False``, which was proven.
+            order of error. All but the last are ``False``; a linear program's dual proved it.
         solver: that gave λ; ``"none"`` where all components are fixed and α is 0.
         certificate: what was verified of λ and α.
     """
