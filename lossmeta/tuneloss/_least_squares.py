@@ -75,7 +75,7 @@ class SumOfSquares:
         stacked = np.column_stack([self.factor, self.offset])
         if damping:
             stacked = np.vstack([stacked, damping * np.eye(n, n + 1)])
-        if len(stacked) < n:
+        if len(stacked) < n or n == 0:
             return None
         triangular = upper_triangle(stacked)
         upper = triangular[:n, :n]

@@ -28,7 +28,7 @@ def nearest_point(constraints: Array, low: Array, high: Array, guess: Array) -> 
         max_iter=20_000,
     )
     solver.warm_start(y=-guess)
-    result = solver.solve()
+    result = solver.solve(raise_error=False)
     status = str(result.info.status)
     if "interrupted" in status:  # it takes the signal for itself
         raise KeyboardInterrupt

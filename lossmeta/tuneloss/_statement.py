@@ -26,17 +26,19 @@ def units(columns: Array, lower: Array, upper: Array) -> tuple[Array, float] | N
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Constraints rows y >= right, with rows of length 1 before the fixed unknowns were taken out of them.
+    """Constraints rows y >= right: rows have length 1 together with what the fixed unknowns add to them.
 
     Attributes:
         rows: [r, n].
         right: [r].
-        possible: whether those that had fixed unknowns alone are satisfied.
+        possible: whether those of fixed unknowns alone are satisfied.
+        length: [m], by which each was divided; 0 for equal models, which are no constraint.
     """
 
     rows: Array
     right: Array
     possible: bool
+    length: Array
 
 
 def argmin_rows(features: Array, model: int, scale: Array, free: NDArray[np.bool_], nearest: Array) -> Rows:
@@ -49,14 +51,15 @@ def argmin_rows(features: Array, model: int, scale: Array, free: NDArray[np.bool
         free: [k], those of y that are not fixed.
         nearest: [k], where the others are.
     """
-    rows = (features - features[model]) * scale
-    length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-    rows = rows[length > 0] / length[length > 0, None]  # equal models are no constraint
-    right = -(rows[:, ~free] @ nearest[~free])
-    rows = rows[:, free]
+    differences = (features - features[model]) * scale
+    rows, constant = differences[:, free], differences[:, ~free] * nearest[~free]
+    length = np.sqrt(np.einsum("ij,ij->i", rows, rows) + np.abs(constant).sum(axis=1) ** 2)
+    differ = length > 0
+    rows = rows[differ] / length[differ, None]
+    right = -constant[differ].sum(axis=1) / length[differ]
     moves = rows.any(axis=1)
     possible = bool((right[~moves] <= CONSTANT_ROW).all())
-    return Rows(rows[moves], right[moves], possible)
+    return Rows(rows[moves], right[moves], possible, length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,21 +105,23 @@ class Statement:
         offset = factor[:, ~free] @ nearest[~free]
         return cls(features, SumOfSquares(factor[:, free], offset), scale, low, high, nearest, free, size**2)
 
+    def _argmin_rows(self, model: int) -> Rows:
+        k = self.features.shape[1]
+        return argmin_rows(self.features, model, self.scale[:k], self.free[:k], self.nearest[:k])
+
     def program(self, model: int) -> Program | None:
         """With that model as argmin; ``None`` where fixed unknowns alone exclude it."""
-        k = self.features.shape[1]
-        found = argmin_rows(self.features, model, self.scale[:k], self.free[:k], self.nearest[:k])
+        found = self._argmin_rows(model)
         if not found.possible:
             return None
-        rows = np.hstack([found.rows, np.zeros((len(found.rows), int(self.free[k])))])
+        rows = np.hstack([found.rows, np.zeros((len(found.rows), int(self.free[-1])))])
         return Program(self.cost, rows, found.right, self.lower[self.free], self.upper[self.free])
 
     def violation(self, values: Array, model: int) -> float:
-        """By which λ, [k], violates that the model's loss is the least, most of all other models; see argmin_rows."""
-        k = len(values)
-        rows = self.features - self.features[model]
-        length = np.sqrt(np.einsum("ij,j->i", rows**2, self.scale[:k] ** 2))
-        return float((-(rows @ values) / np.where(length > 0, length, 1.0)).max(initial=0.0))
+        """By how much more than any other's the model's loss is with λ, [k], in units of the rows."""
+        excess = (self.features[model] - self.features) @ values
+        length = self._argmin_rows(model).length
+        return max(0.0, float((excess / np.where(length > 0, length, 1.0)).max()))
 
     def unscaled(self, y: Array) -> Array:
         """λ and α, [k + 1]."""

@@ -25,9 +25,9 @@ class FiniteArgmin:
         model: its index in ``errors``.
         values: λ, [k], of the loss that is least there, with the largest margin.
         margin: by which that loss is less than at any other model, per unit length of the difference of their features,
-            in scaled units and at most 1. It is 0 for a tie.
+            in scaled units and at most 1. It is 0 for a tie, and at least -1e-8 where it takes rounding to have one.
         feasible: whether λ in the box can make a model that of least loss, for the models that were tried, in ascending
-            order of error. All but the last are ``False``, which was proven.
+            order of error. All but the last are ``False``; a linear program's dual proved it.
     """
 
     model: int

@@ -22,12 +22,13 @@ class LearnedLoss:
 
     Attributes:
         values: λ, [k], inside the box.
-        multiplier: α >= 0, by which the validation error was multiplied to compare it with the loss.
+        multiplier: α >= 0, by which the validation error was multiplied to compare it with the loss. At 0 the loss does
+            not follow the error: no loss in the box does better, or the data leave λ open.
         matched: the model that has the least loss among all given, by its index in ``errors``.
         cost: of Eq. 6, ε included.
         feasible: whether λ in the box can make a model that of least loss, for the models that were tried, in ascending
-            order of error. All but the last are ``False``, which was proven.
-        solver: that gave λ.
+            order of error. All but the last are ``False``; a linear program's dual proved it.
+        solver: that gave λ; ``"none"`` where all components are fixed and α is 0.
         certificate: what was verified of λ and α.
     """
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from lossmeta.tuneloss import _clarabel, _cvxpy, _daqp, _osqp
 from lossmeta.tuneloss._margin import margin
-from lossmeta.tuneloss._program import VIOLATION, Answer, Program
+from lossmeta.tuneloss._program import VIOLATION, Answer, Program, Proposal, certified
 from lossmeta.tuneloss._refinement import Stopped, refined
 
 Solve = Callable[[Program], Answer]
@@ -20,7 +22,6 @@ SOLVERS: dict[str, Solve] = {
     "osqp": partial(refined, nearest_point=_osqp.nearest_point),
     "cvxpy": _cvxpy.solve,
 }
-
 
 # By how much constraints give way where only that lets any point satisfy them.
 SLACK = VIOLATION / 2
@@ -38,6 +39,7 @@ def order(name: str, solver: str) -> list[str]:
         ImportError: for a solver that is not installed.
     """
     if solver == "auto":
+        # DAQP was quickest at all sizes that were measured: 5 to 501 features, 10 to 20,000 models, gradients or none.
         return ["daqp", "clarabel", "osqp"]
     if solver not in SOLVERS:
         names = ", ".join(map(repr, ["auto", *SOLVERS]))
@@ -57,6 +59,8 @@ def solve(name: str, program: Program, solvers: list[str]) -> tuple[str, Answer]
     Raises:
         NotCertified: where neither can be verified.
     """
+    if not len(program.lower):
+        return "none", certified(program, Proposal(program.lower, np.zeros(0)))
     said: list[str] = []
     slack: float | None = None
     for solver in solvers:

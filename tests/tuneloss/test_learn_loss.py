@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lossmeta.tuneloss import NotCertified, learn_loss
+from lossmeta.tuneloss._statement import Statement
 
 Arrays = dict[str, Any]
 
@@ -36,7 +37,7 @@ def linear_error(seed: int, models: int, k: int, n: int) -> tuple[Arrays, np.nda
 @pytest.mark.parametrize("k", [2, 7, 40])
 @pytest.mark.parametrize("seed", range(3))
 def test_one_model_with_gradients_gives_lambda(k: int, seed: int) -> None:
-    """Theorem 4, with a component fixed: it cannot have k + 1 independent vectors, all orthogonal to (λ*, -α*)."""
+    """Theorem 4. Its k + 1 independent vectors cannot be, for (λ*, -α*) is orthogonal to all: a component is fixed."""
     given, truth, unit = linear_error(seed, 1, k, 2 * k)
     found = learn_loss(**given)
     np.testing.assert_allclose(found.values / unit, truth / unit, rtol=0, atol=1e-6)
@@ -47,16 +48,14 @@ def test_one_model_with_gradients_gives_lambda(k: int, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_k_independent_models_give_lambda(k: int, seed: int) -> None:
     given, truth, unit = linear_error(seed, k, k, 1)
-    del given["gradients"], given["jacobians"]
-    found = learn_loss(**given)
+    found = learn_loss(**without_gradients(given))
     np.testing.assert_allclose(found.values / unit, truth / unit, rtol=0, atol=1e-6)
     assert found.matched == int(np.argmin(given["errors"])) and found.feasible == (True,)
 
 
 def test_fewer_models_leave_lambda_open_and_say_so() -> None:
     given, _, _ = linear_error(0, 3, 7, 1)
-    del given["gradients"], given["jacobians"]
-    certificate = learn_loss(**given).certificate
+    certificate = learn_loss(**without_gradients(given)).certificate
     assert (certificate.rank, certificate.unknowns) == (3, 7)
 
 
@@ -78,6 +77,10 @@ def noisy(seed: int, models: int = 6, k: int = 4, n: int = 9) -> Arrays:
 def grams(given: Arrays) -> np.ndarray:
     columns = np.concatenate([given["jacobians"], given["gradients"][:, :, None]], axis=2)
     return np.einsum("inj,ink->ijk", columns, columns)
+
+
+def without_gradients(given: Arrays) -> Arrays:
+    return {name: given[name] for name in ("errors", "features", "lower", "upper")}
 
 
 def cost(given: Arrays, values: np.ndarray, multiplier: float, eps: float) -> float:
@@ -129,32 +132,38 @@ def test_the_matched_model_has_the_least_loss_in_the_box(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_grams_are_as_good_as_gradients(seed: int) -> None:
+@pytest.mark.parametrize("apart", [1.0, 1e-4])
+def test_grams_are_as_good_as_gradients(seed: int, apart: float) -> None:
     given = noisy(seed)
+    for name in ("features", "jacobians"):  # two that are alike
+        given[name][..., 3] = given[name][..., 2] + apart * given[name][..., 3]
     wanted = learn_loss(**given)
-    of_grams = {name: given[name] for name in ("errors", "features", "lower", "upper")}
-    found = learn_loss(**of_grams, grams=grams(given))
-    np.testing.assert_allclose(found.values, wanted.values, atol=1e-9)
-    assert found.cost == pytest.approx(wanted.cost)
+    found = learn_loss(**without_gradients(given), grams=grams(given))
+    np.testing.assert_allclose(found.values, wanted.values, atol=1e-6)
+    assert found.cost == pytest.approx(wanted.cost, rel=1e-9)
 
 
 def test_gram_of_fewer_gradients_than_features() -> None:
     given = noisy(0, models=2, k=12, n=3)
-    of_grams = {name: given[name] for name in ("errors", "features", "lower", "upper")}
-    found = learn_loss(**of_grams, grams=grams(given))
+    found = learn_loss(**without_gradients(given), grams=grams(given))
     assert found.cost == pytest.approx(learn_loss(**given).cost, rel=1e-6)
     assert found.certificate.rank == 2 + 2 * 3 < found.certificate.unknowns
 
 
-def test_raw_gradients_of_features_that_are_nearly_one() -> None:
-    """Two that differ by 1e-7 in their gradients alone."""
-    given, truth, unit = linear_error(1, 1, 3, 8)
-    jacobians = given["jacobians"][0]
-    jacobians[:, 2] = jacobians[:, 1] * unit[1] / unit[2] + 1e-7 * jacobians[:, 2]
-    given["features"][0, 2] = given["features"][0, 1] * unit[1] / unit[2]
+def test_raw_gradients_keep_digits_that_squares_lose() -> None:
+    """Three features that differ by 1e-7 in their gradients alone."""
+    given, truth, unit = linear_error(1, 1, 4, 12)
+    for j in (2, 3):
+        same = unit[1] / unit[j]
+        given["jacobians"][0, :, j] = given["jacobians"][0, :, 1] * same + 1e-7 * given["jacobians"][0, :, j]
+        given["features"][0, j] = given["features"][0, 1] * same
     given["errors"], given["gradients"] = given["features"] @ truth, given["jacobians"] @ truth
-    found = learn_loss(**given, eps=1.0)
-    assert np.abs((found.values - truth) / unit).max() < 1e-6
+    raw = learn_loss(**given, eps=1.0)
+    squared = learn_loss(**without_gradients(given), grams=grams(given), eps=1.0)
+    np.testing.assert_allclose(raw.values / unit, truth / unit, atol=1e-6)
+    assert np.abs((squared.values - truth) / unit).max() > 1e-2
+    assert raw.certificate.rank == raw.certificate.unknowns
+    assert squared.certificate.rank < squared.certificate.unknowns  # it says so
 
 
 def test_scale_of_a_feature_does_not_matter() -> None:
@@ -227,7 +236,7 @@ def test_nothing_is_written_to() -> None:
     given = noisy(10)
     before = {name: v.copy() for name, v in given.items()}
     learn_loss(**given)
-    learn_loss(**{n: given[n] for n in ("errors", "features", "lower", "upper")}, grams=grams(given))
+    learn_loss(**without_gradients(given), grams=grams(given))
     for name, v in given.items():
         np.testing.assert_array_equal(v, before[name])
 
@@ -270,7 +279,11 @@ ZERO = np.zeros(4)
             ValueError,
             "finite values, got inf",
         ),
-        ({**noisy(0), "lower": ZERO}, ValueError, "fixed|exclude λ = 0"),
+        (
+            {**noisy(0), "lower": ZERO, "upper": np.ones(4)},
+            ValueError,
+            "learn_loss: lower and upper must exclude λ = 0, .* got a box with 0 in it",
+        ),
         ({**noisy(0), "lower": -np.ones(4), "upper": ZERO}, ValueError, "exclude λ = 0, .* fix a component"),
         ({**noisy(0), "lower": np.zeros(3)}, ValueError, r"lower must have shape \[4\], got \[3\]"),
         (
@@ -315,14 +328,8 @@ def test_refuses(given: Arrays, error: type[Exception], message: str) -> None:
         learn_loss(**given)
 
 
-def without_gradients(given: Arrays) -> Arrays:
-    return {name: given[name] for name in ("errors", "features", "lower", "upper")}
-
-
 def test_refuses_one_model_without_gradients() -> None:
-    with pytest.raises(
-        ValueError, match="2 models or more where there are no gradients, got 1; any λ fits one"
-    ):
+    with pytest.raises(ValueError, match="2 models or more where there are no gradients, got 1; any λ"):
         learn_loss(**without_gradients(noisy(0, models=1)))
 
 
@@ -358,5 +365,44 @@ def test_refuses_a_box_that_only_a_zero_feature_keeps_from_zero() -> None:
         learn_loss(**given)
 
 
+def test_a_loss_that_scaling_has_spoilt_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is returned is verified once more, in the caller's units."""
+    given = noisy(2)
+    found = learn_loss(**given)
+    values = np.append(np.where(np.arange(4) == 0, 1.0, 0.1), found.multiplier)
+    assert np.argmin(given["features"] @ values[:4]) != found.matched
+    monkeypatch.setattr(Statement, "unscaled", lambda self, y: values)
+    with pytest.raises(NotCertified, match="learn_loss: scaling left a violation of"):
+        learn_loss(**given)
+
+
 def test_not_certified_is_a_runtime_error() -> None:
     assert issubclass(NotCertified, RuntimeError)
+
+
+# ---- Limits.
+
+
+def test_errors_that_are_all_zero_leave_the_multiplier_at_zero() -> None:
+    given = without_gradients(noisy(0))
+    given["errors"] = np.zeros(6)
+    found = learn_loss(**given)
+    assert found.multiplier == 0.0 and found.certificate.unknowns == 3
+    values = found.values
+    fixed = learn_loss(**{**given, "lower": values, "upper": values})  # nothing is left to find
+    assert fixed.solver == "none" and fixed.certificate.unknowns == 0
+    assert fixed.cost == pytest.approx(found.cost)
+
+
+@pytest.mark.parametrize("upper", [1.0, 3.0, np.inf])
+def test_one_feature(upper: float) -> None:
+    found = learn_loss([2.0, 1.0, 4.0], [[1.0], [0.5], [2.0]], [1.0], [upper])
+    assert found.matched == 1 and found.cost < 1e-20
+    assert found.values[0] / found.multiplier == pytest.approx(2.0)
+
+
+def test_many_models_and_few_features() -> None:
+    rng = np.random.default_rng(0)
+    features, truth = rng.uniform(0.5, 1.5, (3000, 4)), np.array([1.0, 0.3, 0.0, 2.0])
+    found = learn_loss(features @ truth, features, [1.0, 0.0, 0.0, 0.0], [1.0, 9.0, 9.0, 9.0])
+    np.testing.assert_allclose(found.values, truth, atol=1e-9)
