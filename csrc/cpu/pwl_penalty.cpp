@@ -51,7 +51,7 @@ struct Table {
 
   math::PwlBuckets<A> choose(const PwlPenalty& a) const {
     A smallest(0), largest(0);
-    int32_t shift = math::widest_shift<A>;
+    int32_t shift = math::binade_shift<A>;
     for (int32_t k = 0; k < r.count; ++k) {
       const A size = math::abs(r.knots[k]);
       if (size > A(0) && (smallest == A(0) || size < smallest)) smallest = size;

@@ -59,10 +59,10 @@ __global__ void __launch_bounds__(table_threads) table_kernel(const A* knots,   
   const int t = int(threadIdx.x);
   const int32_t zero = math::knots_below(knots, 0, count, A(0), false);
   const int32_t positive = math::knots_below(knots, zero, count, A(0), true);
-  if (t == 0) least_shift = math::widest_shift<A>;
+  if (t == 0) least_shift = math::binade_shift<A>;
   __syncthreads();
   // A thread has `share` neighbouring knots of each side, the nearest to 0 first.
-  int32_t shift = math::widest_shift<A>;
+  int32_t shift = math::binade_shift<A>;
   for (int side = 0; side < 2; ++side) {
     const int64_t size = side ? count - zero : zero, share = (size + table_threads - 1) / table_threads;
     const int64_t begin = t * share < size ? t * share : size,

@@ -38,6 +38,9 @@ template <class A>
 using bits_t = decltype(signed_bits(A()));
 template <class A>
 constexpr int32_t widest_shift = 8 * int32_t(sizeof(A)) - 2;  // leaves one bit of a magnitude
+// Leaves the exponent: no weight of a bucket is below half of its knot, where value + s (x - knot) would cancel.
+template <class A>
+constexpr int32_t binade_shift = sizeof(A) == 4 ? 23 : 52;
 
 template <class A>
 LOSSMETA_HD bits_t<A> magnitude_bits(A x) {
@@ -132,10 +135,10 @@ struct PwlBuckets {
   }
 };
 
-// The largest shift at which the knots a <= b have buckets of their own.
+// The largest shift, up to the exponent's, at which the knots a <= b have buckets of their own.
 template <class A>
 LOSSMETA_HD int32_t separating_shift(A a, A b) {
-  int32_t shift = widest_shift<A>;
+  int32_t shift = binade_shift<A>;
   if (a == b || (a < A(0) && b > A(0))) return shift;
   const bits_t<A> difference = magnitude_bits(a) ^ magnitude_bits(b);
   while (shift > 0 && !(difference >> shift)) --shift;
