@@ -102,7 +102,7 @@ def test_info_is_json_and_names_every_public_operator() -> None:
     assert facts["lossmeta"] == lossmeta.__version__
     assert facts["torch"] == torch.__version__
     assert set(facts["operators"]) == PUBLIC
-    assert len(PUBLIC) == 9
+    assert len(PUBLIC) == 10
     assert all(backends["cpu"] == "compiled" for backends in facts["operators"].values())
 
 

@@ -52,7 +52,7 @@ class Children:
     """B copies. Weights, buffers and the optimizer's state are one tensor each, ``[B, ...]``.
 
     Where several processes share the children, B are those of this one. ``apart`` more come after them, which go their
-    own way: they neither become the model nor does the model become them.
+    own way: they neither become the model nor does the model become them, unless somebody else has changed it.
 
     Of a head alone, and none apart, the weights, buffers and states are ``[B, ...]``. The rest of the model, the trunk,
     is one, whose gradient is the mean of the children's.
@@ -119,7 +119,8 @@ class Children:
         refuse_changed_steps("Population", self.optimizer, self.trained.values())
         self.per_element = check_separable(self.optimizer)
         self.stacked = shadow(self.optimizer, self._groups(), {})
-        self.spread()  # those apart were made as the model is
+        self._left: list[int] | None = None  # the versions of the model's weights as this left them
+        self.spread()
         self.in_turn: str | None = None
         self.checked: Any = None  # the autocast context for which it is known
         self.watch = Watch(model, self.device)
@@ -149,8 +150,8 @@ class Children:
             for group in self.optimizer.param_groups
         ]
 
-    def _take_state(self) -> None:
-        """The optimizer's state, for every child; those apart keep their own."""
+    def _take_state(self, joined: int) -> None:
+        """The optimizer's state, for the first children; the others keep their own."""
         for name, p in self.trained.items():
             w = self.weights[name]
             each = set() if name in self.shared else self.per_element
@@ -160,7 +161,7 @@ class Children:
                 for key, value in self.optimizer.state.get(p, {}).items()
             }
             for key in each & self.stacked.state[w].keys() & before.keys():
-                self.stacked.state[w][key][self.joined :] = before[key][self.joined :]
+                self.stacked.state[w][key][joined:] = before[key][joined:]
             if not self.stacked.state[w]:
                 del self.stacked.state[w]
 
@@ -320,7 +321,7 @@ class Children:
         Raises:
             ValueError: where somebody else has changed the model's weights since :meth:`saw_the_model`.
         """
-        if self._versions != [p._version for p in self.trained.values()]:
+        if self._versions != self._seen():
             raise ValueError(
                 "Population: the model's weights must stay as they are inside a window, whose end overwrites them; "
                 "change them when a report has a fitness"
@@ -346,6 +347,7 @@ class Children:
         for p, state in states.items():
             if state:
                 self.optimizer.state[p].update(state)
+        self._left = self._seen()
 
     def _merged(self, name: str, t: Tensor, weight: Tensor, heaviest: int) -> Tensor:
         if name in self.shared:
@@ -372,23 +374,28 @@ class Children:
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Every child becomes the model, as it is now, and so does its optimizer's state; but those apart."""
+        """Every child becomes the model, as it is now, and so does its optimizer's state.
+
+        Those apart do so only where somebody else has changed the model since :meth:`merge`.
+        """
         torch.clear_autocast_cache()  # a cast of the trunk as it was
         self.saw_the_model()
-        for name, p in self.trained.items():
-            own = self._joined(name, self.weights[name])
-            own.copy_(p.expand_as(own))
-        for name, b in self.model.named_buffers():
-            own = self._joined(name, self.buffers[name])
-            own.copy_(b.expand_as(own))
-        self._take_state()
-
-    def _joined(self, name: str, t: Tensor) -> Tensor:
-        return t if name in self.shared else t[: self.joined]
+        joined = self.joined if self._versions == self._left else self.count
+        for own, theirs in (
+            (self.weights, self.trained.items()),
+            (self.buffers, self.model.named_buffers()),
+        ):
+            for name, t in theirs:
+                kept = own[name] if name in self.shared else own[name][:joined]
+                kept.copy_(t.expand_as(kept))
+        self._take_state(joined)
 
     def saw_the_model(self) -> None:
         """From here on nobody else may change the model's weights until :meth:`merge`."""
-        self._versions = [p._version for p in self.trained.values()]
+        self._versions = self._seen()
+
+    def _seen(self) -> list[int]:
+        return [p._version for p in self.trained.values()]
 
     @torch.no_grad()
     def take(self, other: Children) -> None:
@@ -436,6 +443,7 @@ class Children:
             if not saved:
                 del self.stacked.state[w]
         self.saw_the_model()
+        self._left = self._seen()
 
 
 def _predicted(model: nn.Module, inputs: Any, output: Output) -> Tensor:

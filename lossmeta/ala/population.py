@@ -44,16 +44,17 @@ class Population:
     One more copy trains beside them under the space's defaults, the plain loss, and nothing else. The model becomes it
     in the end, unless the metric finds the model better by more than a standard error of the difference: where nothing
     is wrong that the loss could mend, the search costs a little. This is decided at the last of ``steps``, or, where
-    those are not given, by :meth:`settle`.
+    those are not given, by :meth:`settle`. Where you change the model between windows, the copy sets out from there
+    too. A window that is undone is not undone in the copy.
 
     With one child there is no search: after every window the metric itself says, by moving the validation logits of
     each class up and down, which classes should gain, and the margins follow. That is for spaces with such margins, as
     :class:`LogitAdjustment`.
 
     Args:
-        model: whose copies the children are. Memory is B times the model's and the optimizer's, and that of a batch. A
-            model that ``torch.func.vmap`` does not take, or not rightly, has its children run in turn; ``in_turn`` says
-            why. Random numbers are the same in all children.
+        model: whose copies the children are. Memory is B times the model's and the optimizer's, once more with
+            ``fallback``, and that of a batch. A model that ``torch.func.vmap`` does not take, or not rightly, has its
+            children run in turn; ``in_turn`` says why. Random numbers are the same in all children.
         optimizer: of its parameters; any that moves each weight by its own gradient. A scheduler of it works.
         space: what of the loss is adapted, and the loss.
         metric: what it is adapted to: a metric of :mod:`lossmeta.metrics`, a single one of torchmetrics, or a function
@@ -299,7 +300,7 @@ class Population:
             return
         ours, target = self.fitness.validation.predicted(self.alone.predict)
         theirs, _ = self.fitness.validation.predicted(plain.predict)
-        ahead = torch.tensor(self.fitness.ahead(torch.cat([ours, theirs]), target), device=target.device)
+        ahead = torch.tensor(int(self.fitness.ahead(torch.cat([ours, theirs]), target)), device=target.device)
         self.ranks.agree([ahead])
         self.fell_back = not bool(ahead)
         if self.fell_back:
@@ -492,10 +493,10 @@ class Population:
             ValueError: for the state of another space, model or number of children. Nothing has changed then.
         """
         names = {p.name: p.count for p in self.coordinates.parameters}
-        if state["names"] != names or state["count"] != self.count or state["fallback"] != self.fallback:
+        if state["names"] != names or state["count"] != self.count or state.get("fallback") != self.fallback:
             raise ValueError(
                 f"Population: the state must be of {self.count} children, fallback={self.fallback} and the parameters "
-                f"{names}, got {state['count']}, {state['fallback']} and {state['names']}"
+                f"{names}, got {state['count']}, {state.get('fallback')} and {state['names']}"
             )
         if state["children"] is None:
             self.children = None

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
+def check_names(where: str, parameters: Sequence[str]) -> list[str]:
+    """Refuses what is no list of names."""
+    if isinstance(parameters, str) or not all(isinstance(n, str) for n in parameters):
+        raise TypeError(f"{where}: parameters must be a list of names, got {parameters!r}")
+    return list(parameters)
+
+
 def selected(where: str, model: nn.Module, parameters: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name, a shared one once: the named ones, or those of two or more dimensions.
+    """Parameters by name, a shared one once: the named ones, or the trainable ones of two or more dimensions.
 
     Raises:
-        TypeError: for parameters that are no list of names.
-        ValueError: for none, names that the model lacks, that are of one tensor, or of one that is not trainable.
+        ValueError: for none, names that the model lacks, and several of one tensor.
     """
     if parameters is None:
         found = {n: p for n, p in model.named_parameters() if p.requires_grad and p.dim() >= 2 and p.numel()}
@@ -24,16 +30,28 @@ def selected(where: str, model: nn.Module, parameters: Sequence[str] | None) -> 
                 "parameters="
             )
         return found
-    if isinstance(parameters, str) or not all(isinstance(n, str) for n in parameters):
-        raise TypeError(f"{where}: parameters must be a list of names, got {parameters!r}")
     every = dict(model.named_parameters(remove_duplicate=False))
     if missing := [n for n in parameters if n not in every]:
         raise ValueError(f"{where}: parameters must be of the model, got {missing[0]!r}")
     found = {n: every[n] for n in parameters}
-    if not found or len({id(p) for p in found.values()}) < len(list(parameters)):
+    if len({id(p) for p in found.values()}) < len(parameters):
+        raise ValueError(f"{where}: parameters must be different tensors, got {', '.join(parameters)}")
+    return found
+
+
+def trainable(where: str, model: nn.Module, parameters: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The same; at least one, and none that is frozen or empty.
+
+    Raises:
+        TypeError: for parameters that are no list of names.
+        ValueError: as :func:`selected`, and for others.
+    """
+    names = None if parameters is None else check_names(where, parameters)
+    if names == [] or (names is not None and len(set(names)) < len(names)):
         raise ValueError(
-            f"{where}: parameters must be one or more different tensors, got {', '.join(parameters) or 'none'}"
+            f"{where}: parameters must be one or more different tensors, got {', '.join(names) or 'none'}"
         )
+    found = selected(where, model, names)
     for name, p in found.items():
         if not p.requires_grad or not p.numel():
             kind = "an empty one" if p.requires_grad else "a frozen one"

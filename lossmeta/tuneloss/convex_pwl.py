@@ -12,7 +12,7 @@ from lossmeta._batches import Batch
 from lossmeta._checks import check_at_least_one
 from lossmeta.ops import pwl_statistics
 from lossmeta.ops._precision import accumulation_dtype
-from lossmeta.tuneloss._weights import flat, selected
+from lossmeta.tuneloss._weights import flat, trainable
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
 
@@ -80,7 +80,7 @@ class ConvexPWL:
         """
         check_at_least_one("ConvexPWL", "count", count)
         if isinstance(weights, nn.Module):
-            given = flat(list(selected("ConvexPWL", weights, parameters).values()))
+            given = flat(list(trainable("ConvexPWL", weights, parameters).values()))
         elif isinstance(weights, Tensor):
             given = weights.detach().reshape(-1)
         else:
@@ -99,7 +99,7 @@ class ConvexPWL:
 
     def __call__(self, model: nn.Module, batch: Batch | None = None) -> Tensor:
         """[2 X], whatever the batch; differentiable in the weights."""
-        weights = selected("ConvexPWL", model, self.parameters).values()
+        weights = trainable("ConvexPWL", model, self.parameters).values()
         first, *others = [self.value(w) for w in weights]
         for other in others:
             first = first + other

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lossmeta._batches import Batch, call_model, checked, prediction_of
 from lossmeta._checks import check_positive_and_finite, choice
+from lossmeta.tuneloss._weights import check_names, selected
 
 Feature = Callable[[nn.Module, Batch], Tensor]
 
@@ -27,35 +28,13 @@ def uses_data(feature: Feature) -> bool:
 # ---- Of the weights.
 
 
-def _selected(name: str, model: nn.Module, parameters: Sequence[str] | None) -> dict[str, Tensor]:
-    """The weights that a norm is of, by name; a shared one once."""
-    if parameters is None:
-        found: dict[str, Tensor] = {
-            n: p for n, p in model.named_parameters() if p.requires_grad and p.dim() >= 2
-        }
-        if not found:
-            raise ValueError(
-                f"{name}: model must have a trainable parameter of two or more dimensions, got none; name others by "
-                "parameters="
-            )
-        return found
-    every = dict(model.named_parameters(remove_duplicate=False))
-    if missing := [n for n in parameters if n not in every]:
-        raise ValueError(f"{name}: parameters must be of the model, got {missing[0]!r}")
-    tensors = [every[n] for n in parameters]
-    if len({id(p) for p in tensors}) < len(tensors):
-        raise ValueError(f"{name}: parameters must be different tensors, got {', '.join(parameters)}")
-    return {n: every[n] for n in parameters}
-
-
 def _names(name: str, parameters: Sequence[str] | None) -> list[str] | None:
     if parameters is None:
         return None
-    if isinstance(parameters, str) or not all(isinstance(n, str) for n in parameters):
-        raise TypeError(f"{name}: parameters must be a list of names, got {parameters!r}")
-    if not parameters:
+    names = check_names(name, parameters)
+    if not names:
         raise ValueError(f"{name}: parameters must have at least one name, got none")
-    return list(parameters)
+    return names
 
 
 class L1:
@@ -95,7 +74,7 @@ class L1:
 
     def __call__(self, model: nn.Module, batch: Batch | None = None) -> Tensor:
         """A number, whatever the batch."""
-        return self.scale * sum_of(self._sum(w) for w in _selected("L1", model, self.parameters).values())
+        return self.scale * sum_of(self._sum(w) for w in selected("L1", model, self.parameters).values())
 
     def _sum(self, weight: Tensor) -> Tensor:
         if self.smoothing == 0:
@@ -140,7 +119,7 @@ class SquaredL2:
 
     def __call__(self, model: nn.Module, batch: Batch | None = None) -> Tensor:
         """A number or a vector, whatever the batch."""
-        return self.scale * self._of(_selected("SquaredL2", model, self.parameters))
+        return self.scale * self._of(selected("SquaredL2", model, self.parameters))
 
 
 def _all(weights: Mapping[str, Tensor]) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lossmeta._batches import Batch, checked, checked_batches
+from lossmeta._batches import Batch
 from lossmeta._checks import check_at_least_one, choice
 from lossmeta._model_state import ModelState, RandomState, evaluating, refuse_shards
 from lossmeta.tuneloss._box import Array, Values
+from lossmeta.tuneloss._data_set import DataSet
 from lossmeta.tuneloss._hessian import (
     Data,
     Linearised,
@@ -122,7 +123,8 @@ def measure(
     size = sum(int(np.size(v)) for v in checked_values.values())
     if metric == "auto":
         metric = "full" if size <= FULL_UP_TO else "hyper"
-    training, validation = _batches("train", train), _batches("valid", valid)
+    training = DataSet("measure", "train", train, shared=False)
+    validation = DataSet("measure", "valid", valid, shared=False)
     with _as_before(model, weights.device) as replay:
         gradients = _Gradients(
             loss, model, checked_values, Data(training, replay), Data(validation, replay), weights
@@ -304,36 +306,6 @@ def _as_before(model: nn.Module, device: torch.device) -> Iterator[Any]:
             yield start.bring_back
     finally:
         state.bring_back()
-
-
-def _batches(name: str, data: Any) -> Any:
-    """A list of batches, or what gives them anew whenever it is run through."""
-    if isinstance(data, (tuple, list)):
-        return checked_batches("measure", name, data)
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"measure: {name} must start again where it ends, got an iterator; give a batch, a list or a DataLoader"
-        )
-    if not isinstance(data, Iterable):
-        raise TypeError(
-            f"measure: {name} must be a batch (inputs, target) or batches, got {type(data).__name__}"
-        )
-    return _Checked(name, data)
-
-
-class _Checked:
-    """Batches that are pairs and not empty."""
-
-    def __init__(self, name: str, data: Iterable[Any]) -> None:
-        self.name, self.data = name, data
-
-    def __iter__(self) -> Iterator[Batch]:
-        count = 0
-        for batch in self.data:
-            count += 1
-            yield checked("measure", f"a batch of {self.name}", batch)
-        if not count:
-            raise ValueError(f"measure: {self.name} must hold at least one batch, got none")
 
 
 def _number(tensor: Tensor) -> float:

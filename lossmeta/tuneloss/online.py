@@ -17,9 +17,10 @@ from lossmeta._checks import check_at_least_one, choice
 from lossmeta._model_state import refuse_shards
 from lossmeta.ops.pwl_penalty import pwl_penalty, with_slope
 from lossmeta.tuneloss import _plot
-from lossmeta.tuneloss._full_gradient import DataSet, FullGradient
+from lossmeta.tuneloss._data_set import DataSet
+from lossmeta.tuneloss._full_gradient import FullGradient
 from lossmeta.tuneloss._regularizer import NotFitted, Regularizer
-from lossmeta.tuneloss._weights import finite, flat, selected
+from lossmeta.tuneloss._weights import finite, flat, trainable
 from lossmeta.tuneloss.convex_regularizer import ConvexRegularizer
 from lossmeta.tuneloss.piecewise_linear import PiecewiseLinear
 
@@ -144,7 +145,7 @@ class OnlineTuner:
         self.by_tensor = choice("OnlineTuner", "by", by, {"tensor": True, ALL: False})
         self.waits = choice("OnlineTuner", "start", start, {"overfit": True, "now": False})
         self.model = model
-        self.weights = selected("OnlineTuner", model, parameters)
+        self.weights = trainable("OnlineTuner", model, parameters)
         self.train = DataSet("OnlineTuner", "train", train, shared=True)
         self.valid = DataSet("OnlineTuner", "valid", valid, shared=False)
         if every is None and self.train.length is None:

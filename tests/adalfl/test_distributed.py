@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import two_processes
 from small_problems import equal, learner, mlp, values
 from torch import Tensor, nn
 
 from lossmeta.losses import LossNetwork
 
 PROCESS = """
-import os, sys, time, torch, torch.distributed as dist, torch.nn.functional as F
+import torch.nn.functional as F
 from torch import nn
 from lossmeta.adalfl import OnlineLearner
 from lossmeta.losses import LossNetwork
 
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt", weights_only=True)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 3)).double()
 loss = LossNetwork(8, dtype=torch.float64)
@@ -39,22 +38,16 @@ for i, pair in enumerate(data["pairs"]):
     skipped.append(report.skipped)
     ratios.append(report.slope_ratio)
 torch.save([skipped, ratios, *model.state_dict().values(), *loss.state_dict().values()], f"{folder}/{rank}.pt")
-# Gloo's threads sometimes abort a process that ends in the usual way: leave at once, when both have their results.
-open(f"{folder}/{rank}.done", "w").close()
-while not os.path.exists(f"{folder}/{1 - rank}.done"):
-    time.sleep(0.01)
-os._exit(0)
 """
 
 
 LOSSES = """
-import os, sys, time, warnings, torch, torch.distributed as dist, torch.nn.functional as F
+import warnings, torch.nn.functional as F
 from torch import nn
 from lossmeta.adalfl import BackendError, OnlineLearner
 from lossmeta.losses import LossNetwork
 
-folder, rank, story = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+story = arguments[0]
 torch.manual_seed(rank)  # the losses differ, and so do the batches
 class Model(nn.Module):
     def __init__(self):
@@ -97,10 +90,6 @@ except Exception as error:
     assert learner.steps == step
 state = [v for s in meta.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
 torch.save([raised, *model.state_dict().values(), *loss.state_dict().values(), *state], f"{folder}/{rank}.pt")
-open(f"{folder}/{rank}.done", "w").close()
-while not os.path.exists(f"{folder}/{1 - rank}.done"):
-    time.sleep(0.01)
-os._exit(0)
 """
 
 
@@ -116,25 +105,8 @@ def in_two_processes(
     data = {"model": model.state_dict(), "loss": loss.state_dict(), "pairs": pairs}
     folder.mkdir(exist_ok=True)
     torch.save({**data, "min_slope": min_slope, "next_min_slope": next_min_slope}, folder / "data.pt")
-    run(folder, PROCESS)
+    two_processes.run(PROCESS, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def run(folder: Path, program: str, *arguments: str) -> None:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(folder), str(rank), *arguments],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [p.communicate(timeout=200)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
 
 
 def test_a_distributed_model_needs_a_backend_that_averages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +158,7 @@ def test_distributed_processes_undo_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("story", ["seeds", "state", "several"])
 def test_losses_of_different_seeds_start_as_the_first_ones(tmp_path: Path, story: str) -> None:
-    run(tmp_path, LOSSES, story)
+    two_processes.run(LOSSES, tmp_path, story)
     (one, *first), (other, *second) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )
@@ -196,14 +168,14 @@ def test_losses_of_different_seeds_start_as_the_first_ones(tmp_path: Path, story
 
 
 def test_a_loss_that_one_process_changed_alone_is_an_error_in_all(tmp_path: Path) -> None:
-    run(tmp_path, LOSSES, "alone")
+    two_processes.run(LOSSES, tmp_path, "alone")
     for rank in range(2):
         raised, *_ = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert "must be the same in all processes, got different ones" in raised
 
 
 def test_a_meta_gradient_that_is_wrong_in_one_process_is_an_error_in_all(tmp_path: Path) -> None:
-    run(tmp_path, LOSSES, "wrong on one")
+    two_processes.run(LOSSES, tmp_path, "wrong on one")
     raised = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)[0] for rank in range(2)]
     assert raised[0].startswith(
         "BackendError: AdaLFL: no back-end is right for this model: on another process"
@@ -214,7 +186,7 @@ def test_a_meta_gradient_that_is_wrong_in_one_process_is_an_error_in_all(tmp_pat
 
 
 def test_a_process_that_is_lost_leaves_the_other_as_before(tmp_path: Path) -> None:
-    run(tmp_path, LOSSES, "lost")
+    two_processes.run(LOSSES, tmp_path, "lost")
     raised, *_ = torch.load(tmp_path / "0.pt", weights_only=True)
     assert raised.startswith(("RuntimeError", "DistBackendError"))
 

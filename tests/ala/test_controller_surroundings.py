@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import two_processes
 from controllers import Margin, Told, equal, made, network, restless, run
 from torch import Tensor, nn
 from toy_problem import CLASSES, data
@@ -126,12 +124,9 @@ def test_inference_mode_and_autocast() -> None:
 # ---- Several processes.
 
 PROCESS = """
-import os, sys, time, torch, torch.distributed as dist
 from torch import nn
 from lossmeta.ala import ClassCorrelation, Controller
 
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 torch.manual_seed(rank)
 valid = torch.randn(20, 4), torch.randint(3, (20,))
 def margin(prediction, target):
@@ -142,30 +137,10 @@ for _ in range(30):
     controller.step(model)
     found.append(controller.values)
 torch.save([found, controller.paths], f"{folder}/{rank}.pt")
-# Gloo's threads sometimes abort a process that ends in the usual way: leave at once, when both have their results.
-open(f"{folder}/{rank}.done", "w").close()
-while not os.path.exists(f"{folder}/{1 - rank}.done"):
-    time.sleep(0.01)
-os._exit(0)
 """
 
 
 def test_two_processes_have_the_values_of_the_first(tmp_path: Path) -> None:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path), str(rank)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [p.communicate(timeout=200)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+    two_processes.run(PROCESS, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert equal(first, second) and first[0][-1]["pairs"].any()

@@ -86,6 +86,34 @@ def test_the_population_is_not_touched_by_it(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(without.mean, beside.mean)
 
 
+@pytest.mark.parametrize("kind", [SGD, Adam])
+@pytest.mark.parametrize("between", [True, False])
+def test_a_model_changed_between_windows(
+    between: bool, kind: type[Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy sets out from it; from a model that nobody touched it does not."""
+    decide(monkeypatch, ahead=False)
+    population, model = made(kind), network()
+    optimizer = kind(model.parameters(), **population.optimizer.defaults)
+    changed = False
+    for i in range(STEPS):
+        x, y = data(16, 5 + i)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        report = population.step((x, y))
+        if between and report.fitness is not None and not changed:
+            changed = True
+            with torch.no_grad():
+                for p, q in zip(population.model.parameters(), model.parameters(), strict=True):
+                    q.copy_(p.mul_(0.5))
+                for b, c in zip(population.model.buffers(), model.buffers(), strict=True):
+                    c.copy_(b)
+            optimizer.load_state_dict(copy.deepcopy(population.optimizer.state_dict()))
+    assert changed is between and population.fell_back
+    assert_same(population.model, model, rtol=1e-4, atol=1e-5)
+
+
 def test_where_steps_are_not_given_settle_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     decide(monkeypatch, ahead=False)
     population = run(made(steps=None), 0, 20)

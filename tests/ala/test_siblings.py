@@ -6,9 +6,6 @@ import copy
 import io
 import itertools
 import math
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import two_processes
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -477,12 +475,10 @@ def test_wrong_labels_do_less_harm_to_a_child_of_siblings() -> None:
 
 
 PROCESS = """
-import copy, os, sys, time, torch, torch.distributed as dist
+import copy
 from torch import nn
 from lossmeta.ala import Controller, Robust
 
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 torch.manual_seed(0)
 models = [nn.Linear(4, 3) for _ in range(3)]
 optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in models]
@@ -502,31 +498,11 @@ for step in range(30):
         optimizer.step()
     controller.step(models, optimizers)
 torch.save([controller.paths, [dict(m.state_dict()) for m in models]], f"{folder}/{rank}.pt")
-# Gloo's threads sometimes abort a process that ends in the usual way: leave at once, when both have their results.
-open(f"{folder}/{rank}.done", "w").close()
-while not os.path.exists(f"{folder}/{1 - rank}.done"):
-    time.sleep(0.01)
-os._exit(0)
 """
 
 
 def test_two_processes_recombine_as_the_first(tmp_path: Path) -> None:
     """Whose validation data differ, so that each would by itself have other weights."""
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path), str(rank)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [p.communicate(timeout=200)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+    two_processes.run(PROCESS, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert equal(first, second) and any(u.any() for _, u in first[0][0])

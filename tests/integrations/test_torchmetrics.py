@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import two_processes
 from torch import Tensor
 
 torchmetrics = pytest.importorskip("torchmetrics", reason="needs torchmetrics")
@@ -201,14 +201,10 @@ def test_a_metric_that_does_not_say_how_it_joins_is_refused() -> None:
 
 
 PROCESS = """
-import os, sys, time, warnings
-sys.path[:0] = os.environ["EXTRA_PATH"].split(os.pathsep)
-import torch, torch.distributed as dist
+import warnings
 from lossmeta.integrations.torchmetrics import as_torchmetrics
 from lossmeta.metrics import AveragePrecision, ErrorRate
 warnings.simplefilter("ignore")
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 results = []
 for case in torch.load(f"{folder}/cases.pt", weights_only=True):
     kind = {"ErrorRate": ErrorRate, "AveragePrecision": AveragePrecision}[case["kind"]]
@@ -223,32 +219,12 @@ for case in torch.load(f"{folder}/cases.pt", weights_only=True):
         result = f"{type(error).__name__}: {error}"
     results.append(result)
 torch.save(results, f"{folder}/{rank}.pt")
-# Gloo's threads sometimes abort a process that ends in the usual way: leave at once, when both have their results.
-open(f"{folder}/{rank}.done", "w").close()
-while not os.path.exists(f"{folder}/{1 - rank}.done"):
-    time.sleep(0.01)
-os._exit(0)
 """
 
 
 def in_two_processes(folder: Path, cases: list[dict[str, Any]]) -> list[list[Any]]:
     torch.save(cases, folder / "cases.pt")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "EXTRA_PATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(folder), str(rank)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [p.communicate(timeout=200)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+    two_processes.run(PROCESS, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -529,7 +529,7 @@ def refused(**change: Any) -> Measurement:
         ({"train": 3}, TypeError, r"train must be a batch \(inputs, target\) or batches, got int"),
         ({"valid": (torch.ones(2),)}, TypeError, r"valid must be a pair \(inputs, target\), got tuple of 1"),
         ({"valid": some(0)}, ValueError, "valid must hold at least one sample"),
-        ({"valid": range(0)}, ValueError, "valid must hold at least one batch, got none"),
+        ({"valid": range(0)}, ValueError, "valid must hold at least one batch each time"),
         ({"valid": range(2)}, TypeError, "a batch of valid must be a pair"),
     ],
 )
