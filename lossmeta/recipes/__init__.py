@@ -24,6 +24,7 @@ MODULES = (
     "ala_cifar10_aucpr",
     "ala_ablations",
     "tuneloss_hyperparameters",
+    "tuneloss_regularizer",
 )
 
 

@@ -92,6 +92,11 @@ RECIPES = (
         {"digits": tasks.DIGITS, "flowers": tasks.FLOWERS, "cars, 20 classes": tasks.CARS},
     ),
     Hyperparameters(
+        "tuneloss-other-data",
+        "The same on data that took no part in choosing TuneLoss's settings",
+        {"MNIST": tasks.MNIST, "CIFAR-10": tasks.CIFAR10},
+    ),
+    Hyperparameters(
         "tuneloss-adagrad",
         "The same with the paper's trainer, AdaGrad on single samples",
         {"flowers": tasks.FLOWERS_ADAGRAD},
