@@ -23,6 +23,7 @@ MODULES = (
     "ala_cifar10_error",
     "ala_cifar10_aucpr",
     "ala_ablations",
+    "tuneloss_figure1",
     "tuneloss_hyperparameters",
     "tuneloss_regularizer",
 )

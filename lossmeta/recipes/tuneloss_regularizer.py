@@ -73,7 +73,7 @@ _DIGITS = Source("digits", 500, 500, _BOUNDS, scale=1 / 255)
 _MNIST = Source("mnist", 1000, 1000, _BOUNDS, scale=1 / 255, test=4000)
 SMALL = {
     "flowers, softmax regression": Setting(
-        _FLOWERS, partial(_softmax_regression, 1280, 5), _adagrad, 10, 300
+        _FLOWERS, partial(_softmax_regression, 1280, 5), _adagrad, 32, 300
     ),
     "digits, MLP": Setting(_DIGITS, partial(_mlp, 64, 10), _adam, 32, 300),
     "MNIST, MLP": Setting(_MNIST, partial(_mlp, 784, 10), _adam, 32, 300),
