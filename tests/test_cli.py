@@ -51,16 +51,17 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, object]] = []
+        self.status = 3
 
     def run(self, **options: object) -> int:
         self.calls.append(options)
-        return 3
+        return self.status
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setattr("lossmeta.recipes.recipes", lambda: {"recorder": recorder, "quickstart": recorder})
+    recorder, names = Recorder(), ("recorder", "quickstart", "quickstart-tuneloss")
+    monkeypatch.setattr("lossmeta.recipes.recipes", lambda: dict.fromkeys(names, recorder))
     return recorder
 
 
@@ -83,6 +84,15 @@ def test_quickstart_passes_its_options_on(tmp_path: Path, recorder: Recorder) ->
         {"size": "small", "seeds": 3, "device": "cpu", "steps": None, "output": Path("runs/quickstart")},
     ]
     assert SETTINGS["sizes"]["train"] // SETTINGS["batch"] == EPOCH
+
+
+def test_quickstart_has_a_second_table(tmp_path: Path, recorder: Recorder) -> None:
+    recorder.status = 0
+    command = ["quickstart", "--seeds", "2", "--device", "cuda", "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    first, second = recorder.calls
+    assert first["output"] == tmp_path
+    assert second == {"size": "small", "seeds": 2, "device": "cuda", "output": tmp_path / "tuneloss"}
 
 
 def test_run_names_the_recipes_that_there_are() -> None:

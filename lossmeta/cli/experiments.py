@@ -26,16 +26,21 @@ Device = Annotated[str, typer.Option(help="Where to train: cpu, or cuda.")]
 def quickstart(
     seeds: Seeds = 3,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of every run, instead of the recipe's own.")
+        int | None,
+        typer.Option(min=1, help="Epochs of every run with wrong labels, instead of the recipe's own."),
     ] = None,
     device: Device = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quickstart"),
 ) -> None:
-    """Learn a loss on digits with wrong labels, and compare it with fixed ones; takes less than a minute."""
+    """Learn a loss on digits with wrong labels, and choose one's parameters from few runs; takes about a minute."""
     from lossmeta.recipes import recipes
 
-    recipe, steps = recipes()["quickstart"], None if epochs is None else epochs * EPOCH
-    raise typer.Exit(recipe.run(size="small", seeds=seeds, device=device, output=output, steps=steps))
+    found, steps = recipes(), None if epochs is None else epochs * EPOCH
+    status = found["quickstart"].run(size="small", seeds=seeds, device=device, output=output, steps=steps)
+    if status == 0:
+        folder = output / "tuneloss"
+        status = found["quickstart-tuneloss"].run(size="small", seeds=seeds, device=device, output=folder)
+    raise typer.Exit(status)
 
 
 def list_recipes() -> None:

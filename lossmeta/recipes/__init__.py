@@ -9,6 +9,7 @@ from typing import Protocol
 # Files that hold recipes; each has a tuple RECIPES.
 MODULES = (
     "quickstart",
+    "quickstart_tuneloss",
     "quickstart_tuning",
     "clean_digits",
     "adalfl_table1",

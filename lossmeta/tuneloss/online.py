@@ -77,6 +77,7 @@ class OnlineTuner:
         task_loss: ``task_loss(prediction, target)``, a mean over samples, in training and validation.
         regularizer: that learns r; :class:`ConvexRegularizer` by default.
         every: steps of a round; ``None``: an epoch, which is as many steps as ``train`` has batches.
+        lengthen: factor, at least 1, by which a round is longer than the one before it, once the regulariser is on.
         by: ``"tensor"`` learns an r for each parameter tensor, ``"all"`` one for all of them.
         parameters: names of the model's parameters that are regularised. ``None`` takes the trainable ones of two or
             more dimensions, so that biases and the scales of normalisation layers are left out.
@@ -122,6 +123,7 @@ class OnlineTuner:
         task_loss: Loss = F.cross_entropy,
         regularizer: Regularizer | None = None,
         every: int | None = None,
+        lengthen: float = 1.0,
         by: str = "tensor",
         parameters: Sequence[str] | None = None,
         start: str = "overfit",
@@ -155,6 +157,11 @@ class OnlineTuner:
             )
         self.every = every if every is not None else int(self.train.length or 0)
         check_at_least_one("OnlineTuner", "every", self.every)
+        if not 1 <= lengthen < math.inf:
+            raise ValueError(f"OnlineTuner: lengthen must be a number of at least 1, got {lengthen}")
+        self.lengthen = float(lengthen)
+        self._length = float(self.every)  # of this round
+        self._until = self.every  # the step that ends it
         self.regularizers: dict[str, PiecewiseLinear] = {}
         self.steps_done = self.skipped = 0
         self._rises = not self.waits
@@ -243,7 +250,7 @@ class OnlineTuner:
                 "a step with neither; the regulariser does nothing there",
                 stacklevel=2,
             )
-        if (self.steps_done + 1) % self.every:
+        if self.steps_done + 1 < self._until:
             self.steps_done += 1
             return None
         (train_loss, train), (valid_loss, valid) = self._gradient(
@@ -256,6 +263,8 @@ class OnlineTuner:
             problem = self._learn(groups, train_loss, valid_loss, fit=rises)
             self._rises, self._last = rises, valid_loss
         self.steps_done += 1
+        self._length *= self.lengthen if self.on else 1.0
+        self._until = self.steps_done + round(self._length)
         if problem is not None:
             self.skipped += 1
             if self.skipped == 1:
@@ -327,6 +336,8 @@ class OnlineTuner:
             "last": self._last,
             "steps_done": self.steps_done,
             "skipped": self.skipped,
+            "length": self._length,
+            "until": self._until,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -344,6 +355,7 @@ class OnlineTuner:
         self.regularizers, self._placed = functions, {}
         self._rises, self._last = bool(state["rises"]), float(state["last"])
         self.steps_done, self.skipped = int(state["steps_done"]), int(state["skipped"])
+        self._length, self._until = float(state["length"]), int(state["until"])
 
     def _layout(self) -> dict[str, list[int]]:
         """Names and shapes, grouped as they are."""

@@ -281,3 +281,18 @@ def test_tuned_settings_are_on_the_grid_and_seeds_apart() -> None:
             assert method.settings["rate"] in quickstart_tuning.RATES
             assert method.settings["steps"] in quickstart_tuning.STOPS
     assert quickstart_tuning.FIRST_SEED >= 10_000
+
+
+# ---- TuneLoss's table.
+
+
+def test_few_runs(tmp_path: Path) -> None:
+    assert start(tmp_path / "run", "quickstart-tuneloss", seeds=1, steps=10) == 0
+    run = run_folder.read(tmp_path / "run")
+    assert [t.method for t in run.trials] == [
+        "TuneLoss, 2 runs",
+        "TuneLoss, 3 runs",
+        "random search, 3 runs",
+        "random search, 10 runs",
+    ]
+    assert all(0 < t.measures["log loss"] < 2.4 for t in run.trials)  # type: ignore[operator]
