@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALL = "all"
+LONGEST = 1e9  # of a round, in those of the beginning
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class OnlineTuner:
         if not 1 <= lengthen < math.inf:
             raise ValueError(f"OnlineTuner: lengthen must be a number of at least 1, got {lengthen}")
         self.lengthen = float(lengthen)
-        self._length = float(self.every)  # of this round
+        self._stretch = 1.0  # how many times `every` this round is
         self._until = self.every  # the step that ends it
         self.regularizers: dict[str, PiecewiseLinear] = {}
         self.steps_done = self.skipped = 0
@@ -263,8 +264,9 @@ class OnlineTuner:
             problem = self._learn(groups, train_loss, valid_loss, fit=rises)
             self._rises, self._last = rises, valid_loss
         self.steps_done += 1
-        self._length *= self.lengthen if self.on else 1.0
-        self._until = self.steps_done + round(self._length)
+        if self.on:
+            self._stretch = min(self._stretch * self.lengthen, LONGEST)
+        self._until = self.steps_done + round(self.every * self._stretch)
         if problem is not None:
             self.skipped += 1
             if self.skipped == 1:
@@ -336,7 +338,7 @@ class OnlineTuner:
             "last": self._last,
             "steps_done": self.steps_done,
             "skipped": self.skipped,
-            "length": self._length,
+            "stretch": self._stretch,
             "until": self._until,
         }
 
@@ -355,7 +357,7 @@ class OnlineTuner:
         self.regularizers, self._placed = functions, {}
         self._rises, self._last = bool(state["rises"]), float(state["last"])
         self.steps_done, self.skipped = int(state["steps_done"]), int(state["skipped"])
-        self._length, self._until = float(state["length"]), int(state["until"])
+        self._stretch, self._until = float(state["stretch"]), int(state["until"])
 
     def _layout(self) -> dict[str, list[int]]:
         """Names and shapes, grouped as they are."""

@@ -207,6 +207,19 @@ def test_rounds() -> None:
     assert [r.step for r in reports] == [4, 8, 12] and tuner.steps_done == 12
 
 
+def test_rounds_that_grow_longer() -> None:
+    """From the round on in which the regulariser is switched on."""
+    train_data, valid = batches(60, 0), batches(60, 1)
+    model = linear()
+    tuner = OnlineTuner(model, train_data, valid, every=4, lengthen=1.5)
+    reports = train(model, Adam(model.parameters(), lr=0.1), tuner, train_data, 30)
+    first = [report.on for report in reports].index(True)
+    steps = [report.step for report in reports]
+    assert steps[: first + 1] == list(range(4, 4 * first + 5, 4))
+    rounds = [b - a for a, b in zip(steps[first:], steps[first + 1 :], strict=False)]
+    assert rounds[:6] == [6, 9, 14, 20, 30, 46] and tuner.steps_done == 180
+
+
 def test_a_data_loader_says_how_long_an_epoch_is() -> None:
     loader = DataLoader(TensorDataset(*data(60, 0)), batch_size=7, shuffle=True)
     tuner = OnlineTuner(linear(), loader, data(20, 1))
@@ -352,14 +365,16 @@ def test_precisions_in_one_model() -> None:
 # ---- State.
 
 
+@pytest.mark.parametrize("lengthen", [1.0, 1.3])
 @pytest.mark.parametrize("at", [1, 16, 19, 20, 30, 50])
-def test_goes_on_to_the_same_bits(at: int) -> None:
+def test_goes_on_to_the_same_bits(at: int, lengthen: float) -> None:
     """Interrupted inside a round or between two, before and after the regulariser is on."""
     train_data, valid = batches(60, 0), batches(60, 1)
+    options = {"every": 4, "lengthen": lengthen}
 
     def parts() -> tuple[nn.Module, Optimizer, OnlineTuner]:
         model = linear()
-        return model, Adam(model.parameters(), lr=0.1), OnlineTuner(model, train_data, valid, every=4)
+        return model, Adam(model.parameters(), lr=0.1), OnlineTuner(model, train_data, valid, **options)
 
     def run(model: nn.Module, optimizer: Optimizer, tuner: OnlineTuner, steps: Iterator[int]) -> None:
         for i in steps:
@@ -548,6 +563,8 @@ def test_data_that_are_empty() -> None:
         (lambda: {"train": data(20, 0)}, ValueError, "every must be given"),
         (lambda: {"train": DataLoader(Empty())}, ValueError, "every must be given"),
         (lambda: {"every": 0}, ValueError, "every must be at least 1, got 0"),
+        (lambda: {"lengthen": 0.9}, ValueError, "lengthen must be a number of at least 1, got 0.9"),
+        (lambda: {"lengthen": math.nan}, ValueError, "lengthen must be a number of at least 1, got nan"),
         (lambda: {"by": "layer"}, ValueError, "by must be one of 'tensor', 'all'"),
         (lambda: {"start": "later"}, ValueError, "start must be one of 'overfit', 'now'"),
         (lambda: {"task_loss": 1.0}, TypeError, "task_loss must be callable"),
