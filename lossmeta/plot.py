@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +91,11 @@ def intervals(axes: Axes, labels: Sequence[str], means: Sequence[float], deviati
     axes.errorbar(means, range(len(labels)), xerr=deviations, fmt="o", capsize=4)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
+
+
+def file_name(*names: str) -> str:
+    """The words of names of recipes, tasks and rows, as a part of a file's name."""
+    return "-".join(re.findall(r"[\w.]+", " ".join(names).lower()))
 
 
 def save(drawing: Figure, path: Path | str) -> None:

@@ -19,6 +19,10 @@ def test_panels_have_one_style() -> None:
     assert dict(matplotlib.rcParams) == before, "the user's own style stays"
 
 
+def test_file_names() -> None:
+    assert plot.file_name("ala", "CIFAR-10, 8 × 8") == "ala-cifar-10-8-8"
+
+
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plot.installed()
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,8 +113,7 @@ def figures(run: Run, seeds: Sequence[int] | None = None) -> Iterator[tuple[str,
             axes.set_title(task.name)
             axes.set_xlabel(f"{_heading(measure)}, mean ± sd")
             names = [run.header.recipe, *([task.name] if len(run.header.tasks) > 1 else [])]
-            words = re.findall(r"[\w.]+", " ".join(names).lower())
-            yield f"{'-'.join(words)}.png", drawing
+            yield f"{plot.file_name(*names)}.png", drawing
 
 
 def _compared(task: TaskHeader) -> list[Measure]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -307,8 +306,7 @@ class Training:
             num_classes=classes if kind == "residual" else None,
             predictions=(0.0, 1.0) if classes is None else None,
         )
-        name = "-".join(re.findall(r"[\w.]+", f"{trial.task.name} {self.label}".lower()))
-        plot.save(figure, trial.folder / f"{name}.png")
+        plot.save(figure, trial.folder / f"{plot.file_name(trial.task.name, self.label)}.png")
 
 
 def slope_ratio(trial: Trial, model: nn.Module, loss: nn.Module) -> float:

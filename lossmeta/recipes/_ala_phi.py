@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -33,9 +32,8 @@ def draw_class_correlations(trial: Trial, controller: Controller) -> None:
 def draw_mixture(trial: Trial, controller: Controller) -> None:
     """The coefficients of distances, of the first seed, where matplotlib is installed; a file for each task."""
     if _wanted(trial, controller):
-        task = "-".join(re.findall(r"[\w.]+", trial.task.name.lower()))
         drawing = entries(controller.schedule(), {"phi": DISTANCES})
-        plot.save(drawing, trial.folder / f"{task}-{ENTRIES}")
+        plot.save(drawing, trial.folder / f"{plot.file_name(trial.task.name)}-{ENTRIES}")
 
 
 def _wanted(trial: Trial, controller: Controller) -> bool:

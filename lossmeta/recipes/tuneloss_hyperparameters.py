@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lossmeta import experiments
-from lossmeta.experiments import Method
+from lossmeta import experiments, plot
+from lossmeta.experiments import Method, run_folder
 from lossmeta.recipes import _tuneloss_methods as methods
 from lossmeta.recipes import _tuneloss_tasks as tasks
+from lossmeta.recipes._tuneloss_figure2 import against_runs
 from lossmeta.recipes._tuneloss_tasks import Source
 from lossmeta.tuneloss import TPE, GaussianProcess
 
@@ -70,7 +71,7 @@ class Hyperparameters:
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         """As all recipes; ``steps`` is the number of random runs."""
         searched = min(self.searched, steps or self.searched)
-        return experiments.run(
+        status = experiments.run(
             self.name,
             [tasks.task(name, source, searched) for name, source in self.sources.items()],
             rows(self.metric, searched, self.optuna and steps is None),
@@ -83,6 +84,11 @@ class Hyperparameters:
             legend=LEGEND,
             threads=1,
         )
+        if status == 0 and plot.installed():
+            finished = run_folder.read(output)
+            for name in {trial.task for trial in finished.trials}:
+                plot.save(against_runs(finished, name), output / f"by-runs-{plot.file_name(name)}.png")
+        return status
 
 
 RECIPES = (

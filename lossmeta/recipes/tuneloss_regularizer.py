@@ -99,7 +99,7 @@ def _trained(
 
 
 def _draw(trial: Trial, courses: dict[str, Course], last: Course) -> None:
-    name = trial.task.name.replace(", ", "-").replace(" ", "-").lower()
+    name = plot.file_name(trial.task.name)
     plot.save(curves.log_losses(courses), trial.folder / f"log-loss-{name}.png")
     figure = curves.regularizers(last)
     if figure is not None and isinstance(getattr(last.tuner, "regularizer", None), ConvexRegularizer):

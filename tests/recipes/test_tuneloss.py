@@ -14,6 +14,7 @@ from lossmeta.experiments import Trial, run_folder
 from lossmeta.recipes import _tuneloss_methods as methods
 from lossmeta.recipes import recipes
 from lossmeta.recipes import tuneloss_hyperparameters as recipe
+from lossmeta.recipes._tuneloss_figure2 import against_runs
 from lossmeta.recipes._tuneloss_tasks import DIGITS, ERROR, JUNK, LOG_LOSS, VALIDATION, Source, draw
 
 MakeTrial = Callable[..., Trial]
@@ -90,7 +91,7 @@ def test_random_search_is_even_over_logarithms(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: None) -> None:
     assert {"tuneloss-hyperparameters", "tuneloss-adagrad", "tuneloss-many"} <= recipes().keys()
     monkeypatch.setattr(recipe, "STOPS", (1, 2, 3))
     small = recipe.Hyperparameters("tuneloss-small", "small", {"digits": SMALL})
@@ -98,6 +99,11 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_folder.read(tmp_path / "run")
     assert {t.method for t in run.trials} >= {recipe.REFERENCE, "random search, 2 runs"}
     assert all(t.measures[LOG_LOSS.name] > 0 and 0 <= t.measures[ERROR.name] <= 1 for t in run.trials)  # type: ignore[operator]
+    lines = against_runs(run, "digits").axes[0].get_lines()
+    (tuned,) = (line for line in lines if line.get_label() == "TuneLoss")
+    rows = [t.measures[LOG_LOSS.name] for t in run.trials if t.method.startswith("TuneLoss,")]
+    assert tuned.get_xdata().tolist() == [1, 2, 3] and tuned.get_ydata().tolist() == pytest.approx(rows)
+    assert (tmp_path / "run" / "by-runs-digits.png").stat().st_size > 1000
 
 
 def test_adagrad_and_groups(make_trial: MakeTrial) -> None:
