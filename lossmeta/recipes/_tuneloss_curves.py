@@ -32,6 +32,8 @@ def regularizers(course: Course) -> Figure | None:
     """Those after some of the epochs, or nothing where none was learned."""
     if course.tuner is None or not course.tuner.on:
         return None
-    last = len(course.reports)
-    drawn = [course.reports[epoch - 1] for epoch in sorted({*EPOCHS, last}) if epoch <= last]
-    return course.tuner.plot(drawn)
+    learned = [report for report in course.reports if report.on]
+    steps = [epoch * course.tuner.every for epoch in EPOCHS]
+    # Of each of the epochs the one that was in force, and the last one.
+    at = {max((i for i, r in enumerate(learned) if r.step <= step), default=0) for step in steps}
+    return course.tuner.plot([learned[i] for i in sorted({*at, len(learned) - 1})])

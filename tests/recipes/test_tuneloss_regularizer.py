@@ -47,7 +47,7 @@ def test_the_parts_and_their_sizes(trial: Trial) -> None:
 def test_trainings_are_the_same_until_the_regulariser_is_on(trial: Trial) -> None:
     plain, tuned = fit(trial, SMALL), fit(trial, SMALL, regularizer=ConvexRegularizer())
     on = [report.on for report in tuned.reports].index(True)
-    assert len(tuned.reports) == len(plain.test) == SMALL.epochs and 0 < on < SMALL.epochs - 1
+    assert len(tuned.test) == len(plain.test) == SMALL.epochs and 0 < on < SMALL.epochs - 1
     assert plain.valid[: on + 1] == tuned.valid[: on + 1] and plain.valid[on] > plain.valid[on - 1]
     assert plain.valid[on + 1] != tuned.valid[on + 1]
     assert plain.train[-1] < tuned.train[-1] and plain.test[-1] > tuned.test[-1]

@@ -90,7 +90,7 @@ def test_keeps_a_model_from_overfitting(optimizer: Any) -> None:
         reports = train(model, optimizer(model.parameters(), lr=rate), tuner, train_data, 60)
         ends.append(F.cross_entropy(model(test[0]), test[1]).item())
     assert ends[1] < 0.75 * ends[0]
-    assert len(reports) == 60 and reports[-1].on and reports[-1].step == 360
+    assert 20 < len(reports) < 60 and reports[-1].on and 330 < reports[-1].step <= 360
     # Nearly at the least validation loss, where the plain model is far from its own.
     assert reports[-1].valid_loss < 1.1 * min(r.valid_loss for r in reports)
 
@@ -100,7 +100,9 @@ def test_learns_the_difference_of_the_gradients(by: str) -> None:
     """Of the models of the last rounds, over the samples and not over batches, which differ in size."""
     train_data, valid = batches(25, 0), batches(33, 1)
     model = network()
-    tuner = OnlineTuner(model, train_data, valid, by=by, start="now", regularizer=ConvexRegularizer(2))
+    tuner = OnlineTuner(
+        model, train_data, valid, by=by, start="now", lengthen=1, regularizer=ConvexRegularizer(2)
+    )
     optimizer = SGD(model.parameters(), lr=0.3)
     by_hand = ConvexRegularizer(2)
     weights = [model[0].weight, model[4].weight]
@@ -173,7 +175,7 @@ def test_waits_for_the_first_rise_of_the_validation_loss() -> None:
     train_data, valid = batches(60, 0), batches(200, 1, 64)
     models = [linear(), linear()]
     optimizers = [SGD(m.parameters(), lr=0.05) for m in models]
-    tuner = OnlineTuner(models[0], train_data, valid)
+    tuner = OnlineTuner(models[0], train_data, valid, lengthen=1)
     last, on = math.inf, False
     for _ in range(40):
         train(models[1], optimizers[1], None, train_data, 1)
@@ -202,7 +204,7 @@ def test_stays_off_where_the_validation_loss_never_rises() -> None:
 def test_rounds() -> None:
     train_data, valid = batches(60, 0), batches(20, 1)
     model = linear()
-    tuner = OnlineTuner(model, train_data, valid, every=4, start="now")
+    tuner = OnlineTuner(model, train_data, valid, every=4, lengthen=1, start="now")
     reports = train(model, SGD(model.parameters(), lr=0.1), tuner, train_data, 2)
     assert [r.step for r in reports] == [4, 8, 12] and tuner.steps_done == 12
 
@@ -309,7 +311,7 @@ def test_weights_that_are_frozen_later() -> None:
     train_data, valid = batches(60, 0), batches(60, 1)
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
-    tuner = OnlineTuner(model, train_data, valid, start="now")
+    tuner = OnlineTuner(model, train_data, valid, start="now", lengthen=1)
     train(model, optimizer, tuner, train_data, 1)
     model[0].requires_grad_(False)
     frozen = model[0].weight.detach().clone()
@@ -639,7 +641,7 @@ def test_plot() -> None:
     pytest.importorskip("matplotlib")
     train_data, valid = batches(60, 0), batches(60, 1)
     model = network()
-    tuner = OnlineTuner(model, train_data, valid, start="now")
+    tuner = OnlineTuner(model, train_data, valid, start="now", lengthen=1)
     with pytest.raises(ValueError, match=r"^OnlineTuner: a regulariser must be on to be drawn"):
         tuner.plot()
     reports = train(model, SGD(model.parameters(), lr=0.1), tuner, train_data, 3)
