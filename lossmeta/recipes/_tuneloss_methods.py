@@ -70,7 +70,12 @@ def shared(trial: Trial, key: Hashable, most: int, extend: Callable[[Runs], None
     return kept
 
 
-def random_search(label: str, runs: int, most: int) -> Method:
+def label_of(name: str, runs: int) -> str:
+    """Of a row."""
+    return f"{name}, {runs} run{'s' * (runs > 1)}"
+
+
+def random_search(runs: int, most: int) -> Method:
     """Even in the coordinates of the box, so over the logarithm where the lower bound is positive; all at once."""
 
     def train(trial: Trial) -> dict[str, float]:
@@ -82,17 +87,16 @@ def random_search(label: str, runs: int, most: int) -> Method:
 
         return shared(trial, "random search", most, extend, runs).after(runs)
 
-    return Method(label, train, {"runs": runs, "of": most})
+    return Method(label_of("random search", runs), train, {"runs": runs, "of": most})
 
 
 Make = Callable[[Runs], Any]
 
 
 def by_tuner(
-    label: str, runs: int, most: int, make: Make, metric: str | None, settings: dict[str, Any]
+    name: str, runs: int, most: int, make: Make, metric: str | None, settings: dict[str, Any]
 ) -> Method:
     """Whatever asks for parameters and is told what they led to."""
-    name = label.rsplit(",", 1)[0]
 
     def train(trial: Trial) -> dict[str, float]:
         def extend(kept: Runs) -> None:
@@ -110,27 +114,27 @@ def by_tuner(
 
         return shared(trial, name, most, extend, runs).after(runs)
 
-    return Method(label, train, {"runs": runs, "metric": metric, **settings})
+    return Method(label_of(name, runs), train, {"runs": runs, "metric": metric, **settings})
 
 
 def tuneloss(
-    label: str, runs: int, most: int, metric: str = "full", *, method: str = "gauss_newton"
+    name: str, runs: int, most: int, metric: str = "full", *, method: str = "gauss_newton"
 ) -> Method:
     def make(kept: Runs) -> TuneLoss:
         return TuneLoss(kept.drawn.source.box, method=method)
 
-    return by_tuner(label, runs, most, make, metric, {"method": method})
+    return by_tuner(name, runs, most, make, metric, {"method": method})
 
 
-def tunereg(label: str, runs: int, most: int) -> Method:
+def tunereg(runs: int, most: int) -> Method:
     def make(kept: Runs) -> TuneReg:
         return TuneReg(kept.drawn.source.box)
 
-    return by_tuner(label, runs, most, make, "gram", {})
+    return by_tuner("TuneReg", runs, most, make, "gram", {})
 
 
-def optuna(label: str, runs: int, most: int, kind: type[TPE] | type[GaussianProcess]) -> Method:
+def optuna(name: str, runs: int, most: int, kind: type[TPE] | type[GaussianProcess]) -> Method:
     def make(kept: Runs) -> TPE | GaussianProcess:
         return kind(kept.drawn.source.box, seed=kept.trial.random_seed(SEARCH))
 
-    return by_tuner(label, runs, most, make, None, {"kind": kind.__name__})
+    return by_tuner(name, runs, most, make, None, {"kind": kind.__name__})

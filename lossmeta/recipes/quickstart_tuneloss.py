@@ -26,10 +26,10 @@ class QuickstartTuneLoss:
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         """As all recipes; ``steps`` is the number of random runs."""
         searched = min(SEARCHED, steps or SEARCHED)
-        rows = [methods.tuneloss(f"TuneLoss, {runs} runs", runs, RUNS) for runs in range(2, RUNS + 1)]
+        rows = [methods.tuneloss("TuneLoss", runs, RUNS) for runs in range(2, RUNS + 1)]
         for runs in (RUNS, 10, 20, SEARCHED):
             if runs <= searched:
-                rows.append(methods.random_search(f"random search, {runs} runs", runs, searched))
+                rows.append(methods.random_search(runs, searched))
         return experiments.run(
             self.name,
             [tasks.task("Digits, four parameters", tasks.DIGITS, searched)],

@@ -33,18 +33,18 @@ def rows(metric: str, most: int, optuna: bool = True) -> tuple[Method, ...]:
         optuna: whether GP-EI and TPE are among them.
     """
     last = STOPS[-1]
-    found = [methods.tuneloss(f"TuneLoss, {runs} runs", runs, last, metric) for runs in STOPS]
+    found = [methods.tuneloss("TuneLoss", runs, last, metric) for runs in STOPS]
     for runs in STOPS[2:]:
-        found.append(methods.tuneloss(f"the paper's, {runs} runs", runs, last, "gram", method="paper"))
+        found.append(methods.tuneloss("the paper's", runs, last, "gram", method="paper"))
     for runs in STOPS[2:]:
-        found.append(methods.tunereg(f"TuneReg, {runs} runs", runs, last))
+        found.append(methods.tunereg(runs, last))
     if optuna:
-        for label, kind in (("GP-EI", GaussianProcess), ("TPE", TPE)):
+        for name, kind in (("GP-EI", GaussianProcess), ("TPE", TPE)):
             for runs in (10, 20):
-                found.append(methods.optuna(f"{label}, {runs} runs", runs, 20, kind))
+                found.append(methods.optuna(name, runs, 20, kind))
     for runs in SEARCHES:
         if runs <= most:
-            found.append(methods.random_search(f"random search, {runs} runs", runs, most))
+            found.append(methods.random_search(runs, most))
     return tuple(found)
 
 

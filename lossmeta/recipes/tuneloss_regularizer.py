@@ -15,6 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer
 from lossmeta import experiments, plot
 from lossmeta.experiments import Method, Task, Trial
 from lossmeta.recipes import _tuneloss_curves as curves
+from lossmeta.recipes._tuneloss_methods import label_of
 from lossmeta.recipes._tuneloss_tasks import VALIDATION, Source
 from lossmeta.recipes._tuneloss_training import SEARCH, Course, Setting, fit, task
 from lossmeta.tuneloss import ConvexPWLRegularizer, ConvexRegularizer
@@ -140,7 +141,7 @@ def rows(settings: dict[str, Setting]) -> tuple[Method, ...]:
         row("TuneLoss", ConvexRegularizer, stopped=False),
         row("TuneLoss, stopped", ConvexRegularizer, stopped=True),
         row("the paper's", ConvexPWLRegularizer, stopped=False),
-        *(Method(f"l2, {n} run{'s' * (n > 1)}", partial(_with_l2, settings, n), {"runs": n}) for n in RUNS),
+        *(Method(label_of("l2", n), partial(_with_l2, settings, n), {"runs": n}) for n in RUNS),
     )
 
 

@@ -49,7 +49,7 @@ def test_rows_are_the_best_of_their_first_runs(make_trial: MakeTrial) -> None:
     rows = {row.label: row for row in recipe.rows("full", 5, optuna=False)}
     found = {label: row.train(trial) for label, row in rows.items()}
     for name in ("TuneLoss", "random search"):
-        values = [found[f"{name}, {k} runs"][VALIDATION.name] for k in (1, 2, 3, 5)]
+        values = [found[methods.label_of(name, k)][VALIDATION.name] for k in (1, 2, 3, 5)]
         assert values == sorted(values, reverse=True)  # type: ignore[type-var]
     runs = trial.scratch["TuneLoss"].found
     assert len(runs) == 10 and len(trial.scratch["random search"].found) == 5
@@ -65,8 +65,8 @@ def test_the_test_part_decides_nothing(make_trial: MakeTrial) -> None:
     drawn = draw(SMALL, 0)
     hidden = replace(drawn, test=drawn.valid)
     for method in (
-        methods.tuneloss("TuneLoss, 3 runs", 3, 3),
-        methods.random_search("random search, 3 runs", 3, 3),
+        methods.tuneloss("TuneLoss", 3, 3),
+        methods.random_search(3, 3),
     ):
         first, second = (method.train(make_trial(d, steps=0)) for d in (drawn, hidden))
         assert first[VALIDATION.name] == second[VALIDATION.name] == second[LOG_LOSS.name]
@@ -83,7 +83,7 @@ def test_random_search_is_even_over_logarithms(
         return torch.zeros(len(values), 10, self.drawn.problem.width, dtype=torch.float64)
 
     monkeypatch.setattr(methods.Runs, "train", train)
-    methods.random_search("random search, 1 runs", 1, 400).train(make_trial(draw(SMALL, 0), steps=0))
+    methods.random_search(1, 400).train(make_trial(draw(SMALL, 0), steps=0))
     for name, low, high in (("l1", 0.1, 10.0), ("l2", 0.1, 10.0)):
         logs = np.log([v[name] / low for v in tried]) / np.log(high / low)
         assert abs(np.mean(logs) - 0.5) < 0.05 and min(logs) < 0.02 and max(logs) > 0.98
@@ -109,5 +109,5 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: No
 def test_adagrad_and_groups(make_trial: MakeTrial) -> None:
     """The other trainer, and an l2 for each feature."""
     few = replace(SMALL, epochs=2, groups=6)
-    found = methods.tuneloss("TuneLoss, 2 runs", 2, 2, "hyper").train(make_trial(draw(few, 0), steps=0))
+    found = methods.tuneloss("TuneLoss", 2, 2, "hyper").train(make_trial(draw(few, 0), steps=0))
     assert 0 < found[LOG_LOSS.name] < 5  # type: ignore[operator]

@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from lossmeta.experiments import Diverged, Trial, run_folder
 from lossmeta.recipes import recipes
 from lossmeta.recipes import tuneloss_regularizer as recipe
+from lossmeta.recipes._tuneloss_methods import label_of
 from lossmeta.recipes._tuneloss_tasks import LOG_LOSS, VALIDATION, Source, draw
 from lossmeta.recipes._tuneloss_training import ABOVE, Course, Setting, fit, parts
 from lossmeta.tuneloss import ConvexRegularizer
@@ -72,7 +73,7 @@ def test_where_a_training_is_stopped() -> None:
 def test_l2_is_the_best_of_the_first_runs(make_trial: MakeTrial) -> None:
     trial = make_trial(draw(SOURCE, 0), epochs=3)
     rows = {row.label: row for row in recipe.rows({"toy": SMALL})}
-    found = [rows[f"l2, {n} run{'s' * (n > 1)}"].train(trial)[VALIDATION.name] for n in (1, 3, 10)]
+    found = [rows[label_of("l2", n)].train(trial)[VALIDATION.name] for n in (1, 3, 10)]
     assert found == sorted(found, reverse=True) and len(trial.scratch["l2"]) == 10  # type: ignore[type-var]
     # From the start, without those of fewer runs, it is the same.
     again = make_trial(draw(SOURCE, 0), epochs=3)
