@@ -119,7 +119,7 @@ class Children:
         refuse_changed_steps("Population", self.optimizer, self.trained.values())
         self.per_element = check_separable(self.optimizer)
         self.stacked = shadow(self.optimizer, self._groups(), {})
-        self._left: list[int] | None = None  # the versions of the model's weights as this left them
+        self._left: list[int] | None = None  # the versions of the model's weights as merge left them
         self.spread()
         self.in_turn: str | None = None
         self.checked: Any = None  # the autocast context for which it is known
@@ -419,6 +419,7 @@ class Children:
                 name: {key: _copied(value) for key, value in self.stacked.state.get(w, {}).items()}
                 for name, w in self.weights.items()
             },
+            "merged": self._left is not None,
         }
 
     @torch.no_grad()
@@ -443,7 +444,7 @@ class Children:
             if not saved:
                 del self.stacked.state[w]
         self.saw_the_model()
-        self._left = self._seen()
+        self._left = self._seen() if state.get("merged", True) else None
 
 
 def _predicted(model: nn.Module, inputs: Any, output: Output) -> Tensor:

@@ -45,7 +45,7 @@ class Population:
     in the end, unless the metric finds the model better by more than a standard error of the difference: where nothing
     is wrong that the loss could mend, the search costs a little. This is decided at the last of ``steps``, or, where
     those are not given, by :meth:`settle`. Where you change the model between windows, the copy sets out from there
-    too. A window that is undone is not undone in the copy.
+    too. A window that is undone is not undone in the copy, but for the first, and for the optimizer's count of steps.
 
     With one child there is no search: after every window the metric itself says, by moving the validation logits of
     each class up and down, which classes should gain, and the margins follow. That is for spaces with such margins, as

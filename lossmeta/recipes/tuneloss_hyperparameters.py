@@ -69,16 +69,16 @@ class Hyperparameters:
     optuna: bool = True
 
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
-        """As all recipes; ``steps`` is the number of random runs."""
+        """As all recipes; ``steps`` is the number of random runs. Trains on the CPU, whatever the device."""
         searched = min(self.searched, steps or self.searched)
         status = experiments.run(
             self.name,
             [tasks.task(name, source, searched) for name, source in self.sources.items()],
             rows(self.metric, searched, self.optuna and steps is None),
             seeds=seeds,
-            device=device,
+            device="cpu",
             folder=output,
-            settings={"steps": steps, "device": device},
+            settings={"steps": steps, "device": "cpu"},
             reference=REFERENCE,
             about=self.about,
             legend=LEGEND,

@@ -79,7 +79,7 @@ class OnlineTuner:
         regularizer: that learns r; :class:`ConvexRegularizer` by default.
         every: steps of a round; ``None``: an epoch, which is as many steps as ``train`` has batches.
         lengthen: factor, at least 1, by which a round is longer than the one before it, once the regulariser is on. A
-            round costs two thirds of an epoch of a softmax regression. With 1.1, 36 of them are as good as 300.
+            round costs two thirds of an epoch of a softmax regression; with 1.1 there are about 36 in 300 epochs.
         by: ``"tensor"`` learns an r for each parameter tensor, ``"all"`` one for all of them.
         parameters: names of the model's parameters that are regularised. ``None`` takes the trainable ones of two or
             more dimensions, so that biases and the scales of normalisation layers are left out.
@@ -347,13 +347,18 @@ class OnlineTuner:
         """Goes on from a state.
 
         Raises:
-            ValueError: for the state of other weights or of another regularizer. Nothing has changed then.
+            ValueError: for the state of other weights, of another regularizer, and an older one. Nothing has
+                changed then.
         """
         if state["weights"] != self._layout():
             raise ValueError(
                 f"OnlineTuner: the state must be of the weights {self._layout()}, got {state['weights']}"
             )
         functions = {name: PiecewiseLinear(*pair) for name, pair in state["functions"].items()}
+        if missing := _NUMBERS - state.keys():
+            raise ValueError(
+                f"OnlineTuner: the state must have {', '.join(sorted(missing))}, got one without"
+            )
         self.regularizer.load_state_dict(state["regularizer"])
         self.regularizers, self._placed = functions, {}
         self._rises, self._last = bool(state["rises"]), float(state["last"])
@@ -364,6 +369,9 @@ class OnlineTuner:
         """Names and shapes, grouped as they are."""
         shapes = {name: list(p.shape) for name, p in self.weights.items()}
         return shapes if self.by_tensor else {ALL: [p.numel() for p in self.weights.values()], **shapes}
+
+
+_NUMBERS = {"rises", "last", "steps_done", "skipped", "stretch", "until"}
 
 
 def _not_finite(

@@ -86,6 +86,44 @@ def test_the_population_is_not_touched_by_it(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(without.mean, beside.mean)
 
 
+@pytest.mark.filterwarnings("ignore:Population. no child had a finite fitness")
+@pytest.mark.parametrize(
+    ("kind", "undone", "stop"),
+    [(SGD, 0, None), (SGD, 0, 4), (SGD, 1, None), (SGD, 1, 9), (Adam, 0, None), (Adam, 0, 4)],
+)
+def test_the_copy_where_a_window_is_undone(
+    undone: int, stop: int | None, kind: type[Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins anew with the first one, optimizer and all, also after a stop; a later one it keeps.
+
+    Adam's count of steps is all the children's, and loses the later one.
+    """
+    decide(monkeypatch, ahead=False)
+    of, nan, measured = Fitness.of, torch.full((5,), torch.nan, dtype=torch.float64), [0]
+
+    def fails(self: Fitness, predict: Any) -> Tensor:
+        measured[0] += 1
+        return nan if 2 * undone < measured[0] <= 2 * undone + 2 else of(self, predict)
+
+    monkeypatch.setattr(Fitness, "of", fails)
+    population = run(made(kind), 0, stop or STEPS)
+    if stop:
+        second = made(kind)
+        second.model.load_state_dict(population.model.state_dict())
+        second.optimizer.load_state_dict(copy.deepcopy(population.optimizer.state_dict()))
+        second.load_state_dict(copy.deepcopy(population.state_dict()))
+        population = run(second, stop)
+    model = network()
+    optimizer = kind(model.parameters(), **population.optimizer.defaults)
+    for i in range(6 if not undone else 0, STEPS):
+        x, y = data(16, 5 + i)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert population.skipped == 1 and population.fell_back
+    assert_same(population.model, model, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [SGD, Adam])
 @pytest.mark.parametrize("between", [True, False])
 def test_a_model_changed_between_windows(

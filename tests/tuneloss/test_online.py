@@ -422,6 +422,11 @@ def test_refuses_the_state_of_another() -> None:
     with pytest.raises(ValueError, match="window 3, got 5"):
         tuner.load_state_dict({**state, "steps_done": 7})
     assert tuner.steps_done == 0
+    tuner = OnlineTuner(linear(), train_data, valid)
+    older = {name: value for name, value in state.items() if name != "until"}
+    with pytest.raises(ValueError, match="must have until, got one without"):
+        tuner.load_state_dict({**older, "steps_done": 7})
+    assert tuner.steps_done == 0
 
 
 # ---- What goes wrong.
