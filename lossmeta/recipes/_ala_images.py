@@ -21,7 +21,7 @@ from lossmeta.experiments import Diverged, Measure, Task
 from lossmeta.metrics import Metric
 from lossmeta.recipes._adalfl_tasks import augmented
 from lossmeta.recipes._ala_methods import Fit
-from lossmeta.recipes._ala_tasks import CLASSES, SELECTION, WEIGHTS, Problem
+from lossmeta.recipes._ala_tasks import CLASSES, SELECTION, WEIGHTS, OfProbabilities, Problem
 
 DROP = 0.1  # of the learning rate, after half and three quarters of the training
 DROPS = (0.5, 0.75)
@@ -187,16 +187,6 @@ def task(problem: Problem, setting: Setting, steps: int | None, *more: Measure) 
 
     name = "CIFAR-10 + ResNet-32" if setting.shrink == 1 else "CIFAR-10, 8 x 8 + MLP"
     return Task(name, prepare, (problem.measure, *more, SELECTION), settings)
-
-
-class OfProbabilities(Metric):
-    """Another metric, of the logarithms of the probabilities: for metrics that compare samples with each other."""
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric, self.higher_is_better = metric, metric.higher_is_better
-
-    def each(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return self.metric.each(scores.log_softmax(-1), labels)
 
 
 def split(part: Batch) -> list[Batch]:

@@ -56,11 +56,22 @@ class Problem:
         return METRICS[self.metric]()
 
 
+class OfProbabilities(Metric):
+    """Another metric, of the logarithms of the probabilities: for metrics that compare samples with each other."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric, self.higher_is_better = metric, metric.higher_is_better
+
+    def each(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return self.metric.each(scores.log_softmax(-1), labels)
+
+
 METRICS: dict[str, Any] = {
     "error": ErrorRate,
     "worst-class recall": lambda: WorstClassRecall(CLASSES),
     "balanced error": lambda: BalancedErrorRate(CLASSES),
-    "AUCPR": AveragePrecision,
+    "macro average precision": lambda: OfProbabilities(AveragePrecision()),
+    "AUCPR": AveragePrecision,  # of scores that may not be a softmax's
 }
 
 
@@ -68,8 +79,16 @@ def _measure(name: str, higher_is_better: bool) -> Measure:
     return Measure(name, higher_is_better=higher_is_better, percent=True, digits=2)
 
 
-IMBALANCE = Problem(
-    "rare classes, 20 : 1", "worst-class recall", _measure("worst-class recall", True), ratio=20
+RARE = "rare classes, 20 : 1"
+IMBALANCE = Problem(RARE, "worst-class recall", _measure("worst-class recall", True), ratio=20)
+IMBALANCE_BY_BALANCED_ERROR = Problem(
+    f"{RARE}, by balanced error", "balanced error", _measure("balanced error", False), ratio=20
+)
+IMBALANCE_BY_AVERAGE_PRECISION = Problem(
+    f"{RARE}, by macro average precision",
+    "macro average precision",
+    _measure("macro average precision", True),
+    ratio=20,
 )
 NOISE = Problem("40 % wrong labels", "error", _measure("error", False), noise=0.4)
 CLEAN = Problem("right labels", "error", _measure("error", False))
@@ -85,36 +104,29 @@ class Source:
 
     Attributes:
         name: for :func:`lossmeta.data.load`.
-        sizes: by the problem's name, rows of the most frequent class for training.
+        even: rows of each class for training, where none is rare.
+        most: rows of the most frequent class for training, where others are rare.
         valid: rows of each class for validation.
         test: rows of each class for the test, from the official test part where there is one.
         steps: of training.
     """
 
     name: str
-    sizes: dict[str, int]
+    even: int
+    most: int
     valid: int
     test: int
     steps: int
 
+    def rows(self, problem: Problem) -> int:
+        """Of the most frequent class, for training."""
+        return self.most if problem.ratio > 1 else self.even
 
-DIGITS = Source(
-    "digits",
-    dict.fromkeys((IMBALANCE.name, NOISE.name, BOTH.name, CLEAN.name), 100),
-    valid=20,
-    test=50,
-    steps=500,
-)
-MNIST = Source(
-    "mnist",
-    {IMBALANCE.name: 400, NOISE.name: 150, BOTH.name: 400, CLEAN.name: 150},
-    valid=30,
-    test=200,
-    steps=800,
-)
 
+DIGITS = Source("digits", even=100, most=100, valid=20, test=50, steps=500)
+MNIST = Source("mnist", even=150, most=400, valid=30, test=200, steps=800)
 # No setting of a population was chosen by it.
-CIFAR10 = Source("cifar10", dict(MNIST.sizes), valid=30, test=200, steps=800)
+CIFAR10 = Source("cifar10", even=150, most=400, valid=30, test=200, steps=800)
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ def draw(source: Source, problem: Problem, seed: int, device: torch.device) -> D
         found = found[torch.randperm(len(found), generator=generator)]
         test = found[-source.test :] if official is None else found[found >= official][: source.test]
         known = found[: -source.test] if official is None else found[found < official]
-        size = max(3, round(source.sizes[problem.name] * problem.ratio ** (-rank[c] / (CLASSES - 1))))
+        size = max(3, round(source.rows(problem) * problem.ratio ** (-rank[c] / (CLASSES - 1))))
         parts["test"].append(test)
         parts["valid"].append(known[: source.valid])
         parts["train"].append(known[source.valid :][:size])
@@ -184,7 +196,7 @@ def draw(source: Source, problem: Problem, seed: int, device: torch.device) -> D
 def task(source: Source, problem: Problem, steps: int | None) -> Task:
     settings = {
         "problem": problem.name,
-        "rows of the most frequent class": source.sizes[problem.name],
+        "rows of the most frequent class": source.rows(problem),
         "validation rows of each class": source.valid,
         "test rows of each class": source.test,
         "steps": steps or source.steps,

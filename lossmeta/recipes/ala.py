@@ -61,25 +61,27 @@ from the same weights, on training and validation rows. Differences are to the p
 
 @dataclass(frozen=True)
 class Against:
-    """The recipe for one problem.
+    """The recipe for one difficulty.
 
     Attributes:
         name: of the recipe.
-        problem: what is hard.
+        problems: what is hard, once for each metric by which it is judged.
     """
 
     name: str
-    problem: Problem
+    problems: tuple[Problem, ...]
 
     @property
     def about(self) -> str:
-        return f"ALA: {self.problem.name}; a loss that adapts to the {self.problem.metric}, and its rivals"
+        metrics = " or ".join(f"the {problem.metric}" for problem in self.problems)
+        return f"ALA: {self.problems[0].name}; a loss that adapts to {metrics}, and its rivals"
 
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         return experiments.run(
             self.name,
             [
-                tasks.task(source, self.problem, steps)
+                tasks.task(source, problem, steps)
+                for problem in self.problems
                 for source in (tasks.DIGITS, tasks.MNIST, tasks.CIFAR10)
             ],
             ROWS,
@@ -95,8 +97,11 @@ class Against:
 
 
 RECIPES = (
-    Against("ala-imbalance", tasks.IMBALANCE),
-    Against("ala-noise", tasks.NOISE),
-    Against("ala-both", tasks.BOTH),
-    Against("ala-clean", tasks.CLEAN),
+    Against(
+        "ala-imbalance",
+        (tasks.IMBALANCE, tasks.IMBALANCE_BY_BALANCED_ERROR, tasks.IMBALANCE_BY_AVERAGE_PRECISION),
+    ),
+    Against("ala-noise", (tasks.NOISE,)),
+    Against("ala-both", (tasks.BOTH,)),
+    Against("ala-clean", (tasks.CLEAN,)),
 )

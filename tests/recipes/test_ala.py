@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sklearn.metrics
 import torch
 from torch import Tensor
 
@@ -41,11 +42,34 @@ def test_data(problem: Problem) -> None:
     for part in (drawn.valid, drawn.test):
         assert part[1].tolist() == [true[tuple(x)] for x in part[0].tolist()]
     sizes = labels.bincount(minlength=10).sort().values
-    assert sizes[-1] == DIGITS.sizes[problem.name]
-    assert sizes[0] == round(DIGITS.sizes[problem.name] / problem.ratio)
+    assert sizes[-1] == DIGITS.rows(problem)
+    assert sizes[0] == round(DIGITS.rows(problem) / problem.ratio)
     again, other = draw(DIGITS, problem, 3, CPU), draw(DIGITS, problem, 4, CPU)
     assert torch.equal(again.train[0], drawn.train[0]) and torch.equal(again.train[1], drawn.train[1])
     assert not torch.equal(other.test[0], drawn.test[0])
+
+
+def test_the_metrics_of_rare_classes_are_those_of_scikit_learn(make_trial: MakeTrial) -> None:
+    problems = (
+        IMBALANCE,
+        _ala_tasks.IMBALANCE_BY_BALANCED_ERROR,
+        _ala_tasks.IMBALANCE_BY_AVERAGE_PRECISION,
+    )
+    found = []
+    for problem in problems:
+        drawn = draw(DIGITS, problem, 0, CPU)
+        fit = Fit(make_trial(drawn, steps=40), 0.03)
+        for _, x, y in fit.batches():
+            fit.step(torch.nn.functional.cross_entropy(fit.model(x), y))
+        found.append(fit.of(drawn.test))
+        labels, scores = drawn.test[1], fit.model(drawn.test[0]).detach().softmax(1)
+    recall = sklearn.metrics.recall_score(labels, scores.argmax(1), average=None)
+    assert found[0] == pytest.approx(recall.min())
+    assert found[1] == pytest.approx(1 - recall.mean())
+    one_hot = torch.nn.functional.one_hot(labels)
+    assert found[2] == pytest.approx(
+        sklearn.metrics.average_precision_score(one_hot, scores, average="macro")
+    )
 
 
 def all_rows() -> tuple[Tensor, Tensor]:
@@ -136,7 +160,8 @@ def test_the_recipe(
     run = run_folder.read(tmp_path)
     reported = [t for t in run.trials if t.seed == 0 and t.method in {row.label for row in ala.ROWS}]
     assert {t.method for t in reported} == {row.label for row in ala.ROWS}
-    assert all(t.task.startswith("digits") for t in run.trials)
+    problems = next(recipe.problems for recipe in ala.RECIPES if recipe.name == name)
+    assert {t.task for t in run.trials} == {f"digits: {problem.name}" for problem in problems}
     assert status in (0, 2) and "mnist" in capsys.readouterr().err
 
 

@@ -29,7 +29,6 @@ from lossmeta.recipes._ala_images import (
     PAPER,
     SMALL,
     ImageFit,
-    OfProbabilities,
     best_of,
     draw,
 )
@@ -37,7 +36,7 @@ from lossmeta.recipes._ala_methods import population
 from lossmeta.recipes._ala_pbt import Member, exploit_and_explore, population_based_training
 from lossmeta.recipes._ala_rules import by_rule
 from lossmeta.recipes._ala_tables import PaperTable
-from lossmeta.recipes._ala_tasks import CLEAN, Problem
+from lossmeta.recipes._ala_tasks import CLEAN, OfProbabilities, Problem
 from lossmeta.recipes._ala_tuning import tuned
 
 pytestmark = pytest.mark.usefixtures("images")
