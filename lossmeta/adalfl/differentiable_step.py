@@ -18,6 +18,7 @@ from lossmeta._optimizers import unwrapped
 from lossmeta.adalfl.backends import Check, DoubleBackward, ForwardMode, TrainingPass
 from lossmeta.adalfl.channels_last import ChannelsLast, in_channels_last
 from lossmeta.adalfl.choice_of_backend import BACKENDS, make_backend
+from lossmeta.adalfl.clean_gradient import CleanGradient, Gradients
 from lossmeta.adalfl.clipping import Clipping
 from lossmeta.adalfl.finite_difference import FiniteDifference, norm
 from lossmeta.adalfl.learned_loss import LearnedLoss, check_apart
@@ -37,6 +38,7 @@ class DifferentiableStep:
         model: what is trained.
         loss: what is learned.
         steps: with a meta-gradient, taken so far.
+        clean: what the validation batches add to a training step, or ``None``.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class DifferentiableStep:
         self.channels_last = ChannelsLast(self.model)
         self.watch = Watch(self.model.plain, self.model.device)
         self.steps = 0
+        self.clean = CleanGradient(options.clean_weight) if options.clean_weight else None
         self._undo: Callable[[], None] | None = None
         # Kept from step to step: memory comes page by page.
         self._before: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.model.names}
@@ -76,10 +79,12 @@ class DifferentiableStep:
             except BackendError as error:
                 self._take_another_backend(error)
 
-    def plain_step(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor | None]:
+    def plain_step(
+        self, batches: Sequence[Batch], valid_batch: Batch | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """A training step without a meta-gradient: the learned loss, and the slope ratio if asked for."""
         with self._all_or_nothing(), self.model.step():
-            _, passes, ratio = self._train(batches, meta=False)
+            _, passes, ratio = self._train(batches, valid_batch, meta=False)
             self.clipping([p.grad for p, _ in parameters_of(self.optimizer) if p.grad is not None])
             self.optimizer.step()
             return _mean([t.loss for t in passes], passes), ratio
@@ -108,6 +113,7 @@ class DifferentiableStep:
         groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._keep_weights()
         backend = self.backend.state()
+        clean = self.clean.as_it_is(self.model.names) if self.clean else None
 
         @torch.no_grad()
         def undo() -> None:
@@ -120,6 +126,8 @@ class DifferentiableStep:
                 p.grad = g
             start.bring_back()
             self.backend.load(backend)
+            if clean:
+                clean()
 
         self._start, self._saved, self._undo = start, state, undo
         try:
@@ -173,7 +181,7 @@ class DifferentiableStep:
     # ---- Its parts.
 
     def _train(
-        self, batches: Sequence[Batch], *, meta: bool
+        self, batches: Sequence[Batch], valid_batch: Batch | None, *, meta: bool
     ) -> tuple[bool, list[TrainingPass], Tensor | None]:
         """The training passes; whether inputs may be relaid, the passes, and the slope ratio if asked for."""
         model = self.model
@@ -198,8 +206,17 @@ class DifferentiableStep:
                 "AdaLFL: the model's forward pass must leave its trainable parameters as they are, got one that "
                 f"changes {changed[0]}; change it between the steps, or by a parametrization"
             )
+        if self.clean and valid_batch is not None:
+            self.clean.add(model.names, lambda: self._clean_gradient(valid_batch))
         ratios = [self._slope_ratio(t, target) for t, (_, target) in zip(passes, batches, strict=True)]
         return relay, passes, None if ratios[0] is None else _mean(ratios, passes)  # type: ignore[arg-type]
+
+    def _clean_gradient(self, valid_batch: Batch) -> Gradients:
+        """That of the task loss before the step. It leaves buffers and random numbers as they are."""
+        parameters = list(self.model.names)
+        with self._now().kept():
+            _, gradients = self._validate(*valid_batch, parameters, relaid=False)
+        return dict(zip(parameters, gradients, strict=True))
 
     def _now(self) -> ModelState:
         return ModelState(self.model.plain, self.model.device, self.watch, everything=self._check_is_due())
@@ -215,7 +232,7 @@ class DifferentiableStep:
             check = Check(FIRST_PROBES if self.steps == 0 else LATER_PROBES, self.steps)
         if self.options.learning_rates:
             self.rates.check_start("AdaLFL")
-        may_relay, passes, ratio = self._train(batches, meta=True)
+        may_relay, passes, ratio = self._train(batches, valid_batch, meta=True)
         if check:
             self.watch.learn(start)
         with torch.no_grad():
@@ -244,6 +261,8 @@ class DifferentiableStep:
                 # In another layout random numbers would fall elsewhere.
                 relaid = may_relay and start.random.equals(after.random)
                 task_value, v = self._validate(*valid_batch, moved, relaid)
+                if self.clean:  # the products overwrite v
+                    judged = dict(zip(moved, [g.clone() for g in v], strict=True))
                 rates = self.rates.gradients(v, jacobian, before) if self.options.learning_rates else []
                 products, rate = jacobian.products(v, before)
                 w = dict(zip(moved, clipped.transposed(products), strict=True))
@@ -255,6 +274,8 @@ class DifferentiableStep:
                 results = model.averaged([None if g is None else g * -rate for g in phi])
         if unseen:
             self.watch.numpy = True
+        if self.clean:
+            self.clean.keep(judged, model.names)
         return MetaGradient(
             _mean([t.loss for t in passes], passes),
             task_value,

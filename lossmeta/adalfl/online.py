@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,11 @@ class OnlineLearner:
             of launching kernels. It needs batches on the GPU, SGD, or Adam or AdamW with ``capturable=True``, and a
             model that draws no random numbers. Nothing is read back: ``skipped`` is a tensor, and a report gives no
             reason. Steps without a meta-update run as they would without it.
+        clean_weight: how much the task loss on the validation batches weighs in the training step, where the learned
+            loss on the training batch weighs 1; with labels that are partly wrong, of which the validation batches have
+            right ones, 1 is good. Its gradient is the one that the last meta-update has computed, so that it costs next
+            to nothing; a step after one without a meta-update makes a pass for it. Every step then needs a validation
+            batch.
         output: what of the model's output is the prediction, see :func:`meta_gradient`.
         keep_gradients: leave the training gradients in ``.grad``.
 
@@ -160,6 +166,7 @@ class OnlineLearner:
         log_slope: bool = False,
         snapshot_every: int | None = None,
         capture: bool = False,
+        clean_weight: float = 0.0,
         output: Output = None,
         keep_gradients: bool = False,
     ) -> None:
@@ -168,6 +175,12 @@ class OnlineLearner:
         check_at_least_one("OnlineLearner", "meta_every", meta_every)
         if not learning_rate >= 0:
             raise ValueError(f"OnlineLearner: learning_rate must not be negative, got {learning_rate}")
+        if not 0 <= clean_weight < math.inf:
+            raise ValueError(
+                f"OnlineLearner: clean_weight must be finite and not negative, got {clean_weight}"
+            )
+        if clean_weight and capture:
+            raise ValueError(f"OnlineLearner: with capture=True clean_weight must be 0, got {clean_weight}")
         if min_slope is not None:
             check_positive_and_finite("OnlineLearner", "min_slope", min_slope)
         phi = to_learn(loss)
@@ -202,6 +215,7 @@ class OnlineLearner:
             autocast=autocast,
             log_slope=log_slope or min_slope is not None,
             output=output,
+            clean_weight=clean_weight,
         )
         self._step = DifferentiableStep(model, optimizer, loss, task_loss, options)
         self._replicas = None
@@ -278,6 +292,10 @@ class OnlineLearner:
         batches = [*self._accumulated, *checked_batches("OnlineLearner", "train_batch", train_batch)]
         if valid_batch is not None:
             valid_batch = checked("OnlineLearner", "valid_batch", valid_batch)
+        elif self._step.clean:
+            raise ValueError(
+                "OnlineLearner: with clean_weight valid_batch must be given in every step, got None"
+            )
         if self._captured is not None and len(batches) > 1:
             raise ValueError(
                 f"OnlineLearner: with capture=True a step must have one batch, got {len(batches)}"
@@ -338,7 +356,7 @@ class OnlineLearner:
             self._replicas.check(self.steps)
             self._check_replicas_at = self.steps + INTERVAL
         if not due:
-            loss, ratio = self._step.plain_step(batches)
+            loss, ratio = self._step.plain_step(batches, valid_batch)
             self.steps += 1
             return StepReport(loss, None, ratio, None)
         valid_batch = batches[-1] if valid_batch is None else valid_batch
@@ -393,6 +411,7 @@ class OnlineLearner:
             "accepted": self._floor.accepted,
             "history": [(s.step, s.state, s.slope_ratio) for s in self.history],
             "backend": self._step.backend_state(),
+            "clean": self._step.clean.state(self._step.model.names) if self._step.clean else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -404,5 +423,7 @@ class OnlineLearner:
         self.history = [Snapshot(*saved) for saved in state["history"]]
         if "backend" in state:
             self._step.load_backend(*state["backend"])
+        if self._step.clean:
+            self._step.clean.load(state.get("clean"), self._step.model.names)
         self._accumulated = []
         self._check_replicas_at = self.steps

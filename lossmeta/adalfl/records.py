@@ -50,6 +50,7 @@ class StepOptions:
         autocast: dtype under which the model runs, ``torch.bfloat16``.
         log_slope: whether to report the slope ratio.
         output: what of the model's output is the prediction.
+        clean_weight: of the task loss on the validation batches in the training step.
     """
 
     backend: str = "auto"
@@ -60,6 +61,7 @@ class StepOptions:
     autocast: torch.dtype | None = None
     log_slope: bool = False
     output: Output = None
+    clean_weight: float = 0.0
 
 
 @dataclass

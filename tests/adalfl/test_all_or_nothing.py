@@ -53,7 +53,7 @@ def made(**options: Any) -> OnlineLearner:
 )
 @pytest.mark.parametrize("meta_every", [1, 2])
 def test_whatever_raises(where: str, meta_every: int, kind: type[BaseException], monkeypatch: Any) -> None:
-    one = made(meta_every=meta_every, snapshot_every=1, learning_rate=1e-4, log_slope=True)
+    one = made(meta_every=meta_every, snapshot_every=1, learning_rate=1e-4, log_slope=True, clean_weight=0.5)
     for _ in range(3):
         one.step(*batches())
 
@@ -94,7 +94,7 @@ def test_whatever_raises(where: str, meta_every: int, kind: type[BaseException],
 def test_an_interrupt_at_every_line(files: str) -> None:
     """As Ctrl-C would: raised at each line in turn that the step runs in ``files``."""
     pair = batches()
-    one = made()
+    one = made(clean_weight=0.5)
     if files == AUTOCAST:
         one = OnlineLearner(
             one._step.model.plain, one.optimizer, one.loss, F.cross_entropy, autocast=torch.bfloat16
