@@ -2,7 +2,7 @@
 
 from lossmeta.adalfl.choice_of_backend import choose_backend
 from lossmeta.adalfl.initialization import initialize, initialize_learning_rate
-from lossmeta.adalfl.learned_loss import DivergedError
+from lossmeta.adalfl.learned_loss import PAPER_META_RATE, DivergedError
 from lossmeta.adalfl.meta_gradient import meta_gradient
 from lossmeta.adalfl.online import OnlineLearner
 from lossmeta.adalfl.plot import plot_loss
@@ -10,6 +10,7 @@ from lossmeta.adalfl.records import MetaGradient, Snapshot, StepReport
 from lossmeta.adalfl.verification import BackendError
 
 __all__ = [
+    "PAPER_META_RATE",
     "BackendError",
     "DivergedError",
     "MetaGradient",

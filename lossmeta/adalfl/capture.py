@@ -41,8 +41,8 @@ def check_learner_capturable(
         raise ValueError("OnlineLearner: with capture=True model must not be a DistributedDataParallel")
     if meta_optimizer is None or decides:
         raise ValueError(
-            "OnlineLearner: with capture=True the loss must have parameters, and learning_rate and min_slope, which "
-            "decide on the host, must be left as they are"
+            "OnlineLearner: with capture=True the loss must have parameters, and learning_rate, min_slope, "
+            "max_slope and guard, which decide on the host, must be left as they are"
         )
     check_capturable("optimizer", optimizer)
     check_capturable("meta_optimizer", meta_optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,13 @@ from torch.optim import Optimizer
 
 from lossmeta._checks import check_scalar
 from lossmeta._model_state import is_capturing
+from lossmeta.losses import LossNetwork
 from lossmeta.losses._parameters import mark_learned
+
+PAPER_META_RATE = 1e-5
+"""Adam's, of the AdaLFL paper."""
+COLLAPSES_FROM = 3e-3
+"""The meta rate from which on a residual network that may rescale its loss was seen to turn against the task."""
 
 Mixed = Callable[[Tensor], Sequence[Tensor | None]]
 
@@ -102,3 +109,23 @@ def check_meta_optimizer(where: str, loss: nn.Module, optimizer: Optimizer) -> N
             f"{where}: meta_optimizer must have all trainable parameters of the loss and no others, got "
             f"{len(others)} others, and of the loss's all but {missing}; make it of loss.parameters()"
         )
+
+
+def default_meta_rate(loss: nn.Module) -> float:
+    """The one that the loss names, or the paper's."""
+    return float(getattr(loss, "meta_rate", PAPER_META_RATE))
+
+
+def warn_of_collapse(where: str, loss: nn.Module, optimizer: Optimizer) -> None:
+    """Where a network on a residual may change the size of the loss, at a rate at which such losses have collapsed."""
+    fast = {p for group in optimizer.param_groups if group["lr"] >= COLLAPSES_FROM for p in group["params"]}
+    for module in loss.modules():
+        unbounded = isinstance(module, LossNetwork) and module.residual and not module.normalize_slope
+        if unbounded and fast & set(module.parameters()):
+            warnings.warn(
+                f"{where}: a LossNetwork with residual and without normalize_slope must have a meta rate below "
+                f"{COLLAPSES_FROM:g}, at which such losses have turned against the task; set normalize_slope=True, or "
+                "guard=True",
+                stacklevel=4,
+            )
+            return

@@ -22,10 +22,17 @@ from lossmeta.adalfl.capture import (
     update_where_finite,
 )
 from lossmeta.adalfl.differentiable_step import DifferentiableStep, copied_state
-from lossmeta.adalfl.learned_loss import check_meta_optimizer, to_learn
+from lossmeta.adalfl.learned_loss import (
+    check_meta_optimizer,
+    default_meta_rate,
+    to_learn,
+    warn_of_collapse,
+)
+from lossmeta.adalfl.loss_snapshot import LossSnapshot
 from lossmeta.adalfl.records import MetaGradient, Snapshot, StepOptions, StepReport
 from lossmeta.adalfl.replicas import Replicas
-from lossmeta.adalfl.slope_floor import SlopeFloor
+from lossmeta.adalfl.slope_bounds import SlopeBounds
+from lossmeta.adalfl.turning_guard import TurningGuard
 from lossmeta.adalfl.verification import INTERVAL
 from lossmeta.losses._parameters import project
 
@@ -51,8 +58,10 @@ class OnlineLearner:
             Adam, AdamW, RMSprop and Adagrad cost least. May be wrapped by Lightning or accelerate.
         loss: module ``loss(prediction, target) -> []``; initialise it first, see :func:`initialize`.
         task_loss: function of the same arguments, what is really to be lowered.
-        meta_optimizer: of the loss; by default Adam with the paper's rate of 1e-5. It holds all trainable parameters of
-            ``loss`` and no others. Its groups may have rates of their own.
+        meta_optimizer: of the loss; by default Adam with the rate that the loss names as its ``meta_rate``, 3e-3 for a
+            :class:`~lossmeta.losses.LossNetwork` with ``residual`` and ``normalize_slope``, or with
+            :data:`PAPER_META_RATE`, 1e-5. It holds all trainable parameters of ``loss`` and no others. Its groups may
+            have rates of their own.
         meta_every: training steps per meta-update.
         learning_rate: step size of the optimizer's learning rates, which are then learned too (Algorithm 4); 0 leaves
             them as they are. A rate moves by this times its gradient, and in one step falls to a thousandth of itself
@@ -61,6 +70,11 @@ class OnlineLearner:
             this, the last meta-update is undone, together with what it left in the meta-optimizer. A loss that starts
             below it learns until it has once been above. The ratio is the mean over the processes of a
             ``DistributedDataParallel`` model.
+        max_slope: the same for a slope ratio above this, which is a learning rate that runs away. A loss with
+            ``normalize_slope`` has a ratio of 1.
+        guard: whether to go back to an earlier loss, with a tenth of the meta rate and a warning, where the task loss
+            on the validation batches rises for long: where its moving average over ten updates or so has been above
+            its least for ten, and by more than a quarter of what it first was.
         backend: see :func:`meta_gradient`.
         clip_norm: see :func:`meta_gradient`.
         clip_value: see :func:`meta_gradient`.
@@ -158,6 +172,8 @@ class OnlineLearner:
         meta_every: int = 1,
         learning_rate: float = 0.0,
         min_slope: float | None = None,
+        max_slope: float | None = None,
+        guard: bool = False,
         backend: str = "auto",
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -183,25 +199,35 @@ class OnlineLearner:
             raise ValueError(f"OnlineLearner: with capture=True clean_weight must be 0, got {clean_weight}")
         if min_slope is not None:
             check_positive_and_finite("OnlineLearner", "min_slope", min_slope)
+        if max_slope is not None:
+            check_positive_and_finite("OnlineLearner", "max_slope", max_slope)
+            if min_slope is not None and max_slope <= min_slope:
+                raise ValueError(
+                    f"OnlineLearner: max_slope must be above min_slope, got {max_slope} and {min_slope}"
+                )
         phi = to_learn(loss)
         if not phi and not learning_rate:
             raise ValueError("OnlineLearner: loss must have parameters to learn, got none")
         fused = all(p.device.type in ("cpu", "cuda") for p in phi)
         self.meta_optimizer = meta_optimizer or (
-            Adam(phi, lr=1e-5, fused=fused, capturable=capture) if phi else None
+            Adam(phi, lr=default_meta_rate(loss), fused=fused, capturable=capture) if phi else None
         )
         if self.meta_optimizer is not None:
             check_meta_optimizer("OnlineLearner", loss, self.meta_optimizer)
+            if not guard:
+                warn_of_collapse("OnlineLearner", loss, self.meta_optimizer)
         self.loss = loss
         self.optimizer = optimizer
         self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope
+        self.max_slope = max_slope
         self.snapshot_every = snapshot_every
         self.history: list[Snapshot] = []
         self.steps = 0
         self.skipped: int | Tensor = 0
-        self._floor = SlopeFloor(phi)
+        self._bounds = SlopeBounds(phi)
+        self._guard = TurningGuard(phi) if guard and phi else None
         self.keep_gradients = keep_gradients
         self._accumulated: list[Batch] = []
         self._warned_of_gradients = False
@@ -213,7 +239,7 @@ class OnlineLearner:
             approximate=approximate,
             learning_rates=learning_rate > 0,
             autocast=autocast,
-            log_slope=log_slope or min_slope is not None,
+            log_slope=log_slope or min_slope is not None or max_slope is not None,
             output=output,
             clean_weight=clean_weight,
         )
@@ -230,7 +256,9 @@ class OnlineLearner:
 
     def _make_captured(self) -> CapturedStep:
         model, meta = self._step.model, self.meta_optimizer
-        decides = bool(self.learning_rate) or self.min_slope is not None
+        decides = bool(self.learning_rate) or any(
+            x is not None for x in (self.min_slope, self.max_slope, self._guard)
+        )
         own = self._step.optimizer
         optimizers = check_learner_capturable(model.device, model.distributed, decides, own, meta)
         return CapturedStep(self._step_on_device, list(model.names), optimizers)
@@ -320,7 +348,9 @@ class OnlineLearner:
         loss, meta = [*self.loss.parameters(), *self.loss.buffers()], self.meta_optimizer
         values = [t.detach().clone() for t in loss]
         state = copied_state(meta) if meta else {}
-        counters = self.steps, self.skipped, len(self.history), self._accumulated, self._floor.accepted
+        rates = [group["lr"] for group in meta.param_groups] if meta else []
+        counters = self.steps, self.skipped, len(self.history), self._accumulated, self._bounds.accepted
+        guard = self._guard.state() if self._guard else None
         try:
             yield
         except BaseException:
@@ -332,8 +362,12 @@ class OnlineLearner:
             if meta is not None:
                 meta.state.clear()
                 meta.state.update(state)
-            self.steps, self.skipped, length, self._accumulated, self._floor.accepted = counters
+                for group, rate in zip(meta.param_groups, rates, strict=True):
+                    group["lr"] = rate
+            self.steps, self.skipped, length, self._accumulated, self._bounds.accepted = counters
             del self.history[length:]
+            if self._guard and guard:
+                self._guard.load(guard)
             modes.bring_back()
             raise
         finally:
@@ -374,9 +408,10 @@ class OnlineLearner:
     def _update(self, found: MetaGradient) -> str | None:
         """Moves the loss and the learning rates; or says why not."""
         phi, meta = self._step.loss.phi, self.meta_optimizer
-        if phi and meta is not None and self.min_slope is not None and found.slope_ratio is not None:
+        bounded = self.min_slope is not None or self.max_slope is not None
+        if phi and meta is not None and bounded and found.slope_ratio is not None:
             ratio = self._step.model.mean(found.slope_ratio)
-            undone = self._floor.undo_if_below(self.min_slope, ratio, meta)
+            undone = self._bounds.undo_if_outside(self.min_slope, self.max_slope, ratio, meta)
             if undone:
                 return undone
         present = [g for g in (*found.gradients, *found.learning_rate_gradients) if g is not None]
@@ -385,6 +420,11 @@ class OnlineLearner:
         if not all_finite([found.task_loss, *present]):
             finite = bool(found.task_loss.isfinite())
             return "the meta-gradient is not finite" if finite else "the task loss is not finite"
+        if self._guard and meta is not None:
+            undone = self._guard.undo_if_turned(float(self._step.model.mean(found.task_loss)), meta)
+            if undone:
+                warnings.warn(f"OnlineLearner: {undone}", RuntimeWarning, stacklevel=5)
+                return undone
         if meta is not None:
             for p, g in zip(phi, found.gradients, strict=True):
                 p.grad = g
@@ -403,12 +443,14 @@ class OnlineLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model and its optimizer, which are the caller's to save."""
+        accepted = self._bounds.accepted
         return {
             "loss": self.loss.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
             "steps": self.steps,
             "skipped": int(self.skipped),
-            "accepted": self._floor.accepted,
+            "accepted": accepted and (accepted.values, accepted.state),
+            "guard": self._guard.state() if self._guard else None,
             "history": [(s.step, s.state, s.slope_ratio) for s in self.history],
             "backend": self._step.backend_state(),
             "clean": self._step.clean.state(self._step.model.names) if self._step.clean else None,
@@ -419,7 +461,10 @@ class OnlineLearner:
         if self.meta_optimizer:
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-        self._floor.accepted = state["accepted"]
+        accepted = state["accepted"]
+        self._bounds.accepted = accepted and LossSnapshot(*accepted)
+        if self._guard and state.get("guard"):
+            self._guard.load(state["guard"])
         self.history = [Snapshot(*saved) for saved in state["history"]]
         if "backend" in state:
             self._step.load_backend(*state["backend"])

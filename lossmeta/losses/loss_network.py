@@ -150,6 +150,11 @@ class LossNetwork(OutputwiseLoss):
         self.output_weight = nn.Parameter(torch.empty(1, hidden, device=device, dtype=dtype))
         self.reset_parameters()
 
+    @property
+    def meta_rate(self) -> float:
+        """Adam's rate at which it is learned online: 3e-3 where only its shape can change, else the paper's 1e-5."""
+        return 3e-3 if self.residual is not None and self.normalize_slope else 1e-5
+
     def reset_parameters(self) -> None:
         """Draws the weights anew; with a residual the output layer's are 0."""
         self._unlearned = self.residual is None
