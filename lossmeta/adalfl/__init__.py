@@ -1,6 +1,8 @@
 """AdaLFL: losses learned while the model trains, by the gradient of what each step achieved."""
 
+from lossmeta.adalfl.averaged_weights import AveragedWeights
 from lossmeta.adalfl.choice_of_backend import choose_backend
+from lossmeta.adalfl.clean_learner import CleanLearner, learn_with_clean
 from lossmeta.adalfl.initialization import initialize, initialize_learning_rate
 from lossmeta.adalfl.learned_loss import PAPER_META_RATE, DivergedError
 from lossmeta.adalfl.meta_gradient import meta_gradient
@@ -11,7 +13,9 @@ from lossmeta.adalfl.verification import BackendError
 
 __all__ = [
     "PAPER_META_RATE",
+    "AveragedWeights",
     "BackendError",
+    "CleanLearner",
     "DivergedError",
     "MetaGradient",
     "OnlineLearner",
@@ -20,6 +24,7 @@ __all__ = [
     "choose_backend",
     "initialize",
     "initialize_learning_rate",
+    "learn_with_clean",
     "meta_gradient",
     "plot_loss",
 ]

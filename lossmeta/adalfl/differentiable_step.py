@@ -322,9 +322,15 @@ class DifferentiableStep:
     def _slope_ratio(self, trained: TrainingPass, target: Tensor) -> Tensor | None:
         if not self.options.log_slope:
             return None
+        reference = self.options.slope_of or self.task_loss
+        if self.options.slope_of is None and not isinstance(target, Tensor):
+            raise TypeError(
+                "AdaLFL: for the slope ratio task_loss must take the training target, got a "
+                f"{type(target).__name__}; give slope_of, a loss that does"
+            )
         with torch.enable_grad():
             f = self.model.for_losses(trained.prediction).detach().requires_grad_()
-            (plain,) = torch.autograd.grad(self.task_loss(f, target), f)
+            (plain,) = torch.autograd.grad(reference(f, target), f)
         return trained.slope.abs().mean() / plain.abs().mean()
 
 

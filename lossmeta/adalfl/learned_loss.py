@@ -126,6 +126,6 @@ def warn_of_collapse(where: str, loss: nn.Module, optimizer: Optimizer) -> None:
                 f"{where}: a LossNetwork with residual and without normalize_slope must have a meta rate below "
                 f"{COLLAPSES_FROM:g}, at which such losses have turned against the task; set normalize_slope=True, or "
                 "guard=True",
-                stacklevel=4,
+                stacklevel=3,
             )
             return

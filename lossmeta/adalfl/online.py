@@ -82,6 +82,9 @@ class OnlineLearner:
         autocast: dtype under which the model runs, ``torch.bfloat16``. Not float16, which needs a ``GradScaler``: it
             would not see the backward passes here.
         log_slope: whether to report the slope ratio of every step.
+        slope_of: the loss of the same arguments as ``loss`` whose slope on the training batch the slope ratio compares
+            with; by default ``task_loss``, which then must take training targets too, and not only those of validation
+            batches.
         snapshot_every: training steps from one :class:`Snapshot` in ``history`` to the next; ``None``: none. The first
             is of the loss before the first step. :func:`plot_loss` draws them.
         capture: replay training step, meta-gradient and update as one CUDA graph, which spares a small model the time
@@ -180,6 +183,7 @@ class OnlineLearner:
         approximate: bool = False,
         autocast: torch.dtype | None = None,
         log_slope: bool = False,
+        slope_of: Loss | None = None,
         snapshot_every: int | None = None,
         capture: bool = False,
         clean_weight: float = 0.0,
@@ -242,6 +246,7 @@ class OnlineLearner:
             log_slope=log_slope or min_slope is not None or max_slope is not None,
             output=output,
             clean_weight=clean_weight,
+            slope_of=slope_of,
         )
         self._step = DifferentiableStep(model, optimizer, loss, task_loss, options)
         self._replicas = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossmeta._batches import Output
+from lossmeta._batches import Loss, Output
 
 
 @dataclass
@@ -51,6 +51,7 @@ class StepOptions:
         log_slope: whether to report the slope ratio.
         output: what of the model's output is the prediction.
         clean_weight: of the task loss on the validation batches in the training step.
+        slope_of: the loss whose slope on the training batch the slope ratio compares with; ``None``: the task loss.
     """
 
     backend: str = "auto"
@@ -62,6 +63,7 @@ class StepOptions:
     log_slope: bool = False
     output: Output = None
     clean_weight: float = 0.0
+    slope_of: Loss | None = None
 
 
 @dataclass

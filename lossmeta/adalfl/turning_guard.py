@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 from lossmeta.adalfl.loss_snapshot import LossSnapshot
 
 SMOOTHING = 0.9
+SLOWLY = 0.99  # that of the variance
 WARM_UP = 10
 """Updates before the first level of the task loss counts, and from one kept loss to the next."""
 PATIENCE = 10
 """Updates for which the level must have been above its least."""
 LOST = 0.25
 """Of the first level, by which the level must have risen."""
-ERRORS = 4.0
+ERRORS = 8.0
 """Standard errors of the level, by which it must have risen."""
 SLOWER = 10.0
 """What the meta rate is divided by."""
@@ -28,8 +29,9 @@ class TurningGuard:
 
     The level is an exponential moving average of the task loss on validation batches,
     :math:`\bar L_t = 0.9\,\bar L_{t-1} + 0.1\,L_t`, corrected for its start. Where it has been above its least for ten
-    updates, and by more than a quarter of what it first was and four of its standard errors, the loss and the
-    meta-optimizer's state go back to those of the least level, and the meta rate to a tenth.
+    updates, and by more than a quarter of what it first was and eight of its standard errors, the loss and the
+    meta-optimizer's state go back to those of the least level, and the meta rate to a tenth. The variance of the task
+    loss is half the mean square of the differences of neighbours, in which a trend hardly counts.
 
     Args:
         phi: the parameters of the loss.
@@ -39,6 +41,7 @@ class TurningGuard:
         self.phi = phi
         self.updates = self.rising = 0
         self.sum = self.squares = 0.0
+        self.last: float | None = None
         self.first: float | None = None
         self.least = math.inf
         self.kept: LossSnapshot | None = None
@@ -48,9 +51,10 @@ class TurningGuard:
         """To be called before each update, with the task loss after the step; what was undone, or ``None``."""
         self.updates += 1
         self.sum = SMOOTHING * self.sum + (1 - SMOOTHING) * task_loss
-        self.squares = SMOOTHING * self.squares + (1 - SMOOTHING) * task_loss**2
-        correction = 1 - SMOOTHING**self.updates
-        level = self.sum / correction
+        difference = 0.0 if self.last is None else task_loss - self.last
+        self.squares = SLOWLY * self.squares + (1 - SLOWLY) * difference**2 / 2
+        self.last = task_loss
+        level = self.sum / (1 - SMOOTHING**self.updates)
         if self.updates < WARM_UP:
             return None
         if self.first is None:
@@ -61,8 +65,8 @@ class TurningGuard:
                 self.kept, self.kept_at = LossSnapshot.of(self.phi, meta), self.updates
             return None
         self.rising += 1
-        variance = max(self.squares / correction - level**2, 0.0)
         # Of a moving average with factor a, the variance is (1 - a) / (1 + a) of that of its terms.
+        variance = self.squares / (1 - SLOWLY**self.updates)
         error = math.sqrt(variance * (1 - SMOOTHING) / (1 + SMOOTHING))
         risen = level - self.least
         if self.rising < PATIENCE or risen <= max(LOST * abs(self.first), ERRORS * error):

@@ -296,7 +296,7 @@ class LossNetwork(OutputwiseLoss):
         return value, slope, mixed_of_mean
 
     def _fits(self, pred: Tensor, target: Tensor) -> bool:
-        if pred.numel() == 0 or not pred.is_floating_point():
+        if not isinstance(target, Tensor) or pred.numel() == 0 or not pred.is_floating_point():
             return False
         if self.link == "softmax":
             return pred.dim() == 2 and target.dtype == torch.int64 and target.shape == pred.shape[:1]

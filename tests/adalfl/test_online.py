@@ -424,6 +424,26 @@ def test_a_slope_that_starts_too_low_is_learned_all_the_same() -> None:
     assert equal(values(one.loss), before)
 
 
+def test_slope_that_rises_too_high() -> None:
+    one = scaled(1.0, max_slope=2.0)
+    pair = batches(dtype=torch.float32)
+    assert [one.step(*pair).skipped for _ in range(2)] == [None, None]
+    with torch.no_grad():
+        one.loss.phi.fill_(1.5)
+    accepted = values(one.loss)
+    assert one.step(*pair).skipped is None
+    with torch.no_grad():
+        one.loss.phi.fill_(2.5)
+    assert "the slope rose to 2.5 of the task loss's; the last update is undone" in str(
+        one.step(*pair).skipped
+    )
+    assert equal(values(one.loss), accepted)
+    with pytest.raises(ValueError, match=r"max_slope must be above min_slope, got 0\.5 and 0\.5"):
+        scaled(1.0, min_slope=0.5, max_slope=0.5)
+    with pytest.raises(ValueError, match="max_slope must be positive and finite, got nan"):
+        scaled(1.0, max_slope=float("nan"))
+
+
 def test_a_slope_of_a_loss_without_parameters_has_nothing_to_undo() -> None:
     one = learner(nn.CrossEntropyLoss(), min_slope=0.5, learning_rate=1e-3)
     assert one.step(*batches()).skipped is None
