@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD
 
 from lossmeta._batches import Batch
-from lossmeta.adalfl import OnlineLearner
+from lossmeta.adalfl import AveragedWeights, CleanLearner
 from lossmeta.ala import Population, Robust
 from lossmeta.experiments import Method, Trial
 from lossmeta.experiments.trial import STREAM, seeded
@@ -118,45 +117,6 @@ class WithClean(nn.Module):
         on_noisy, on_clean = prediction.split([len(noisy), len(clean)])
         return self.loss(on_noisy, noisy) + self.weight * F.cross_entropy(on_clean, clean)
 
-    def with_mixed_derivative(
-        self, prediction: Tensor, target: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Sequence[Tensor]]] | None:
-        """What the learned loss offers under this name; it makes a step a third cheaper.
-
-        The clean rows depend on nothing that is learned.
-        """
-        noisy, clean = target
-        on_noisy, on_clean = prediction.split([len(noisy), len(clean)])
-        learned = self.loss.with_mixed_derivative(on_noisy, noisy)  # type: ignore[attr-defined]
-        if learned is None:
-            return None
-        value, slope, mixed = learned
-        with torch.enable_grad():
-            logits = on_clean.detach().requires_grad_()
-            right = self.weight * F.cross_entropy(logits, clean)
-            (right_slope,) = torch.autograd.grad(right, logits)
-        return value + right.detach(), torch.cat([slope, right_slope]), lambda u: mixed(u[: len(noisy)])
-
-
-class AveragedWeights:
-    """An exponential moving average of a model's weights over the steps.
-
-    After step t, which starts from 0, it is d times itself plus 1 - d times the weights, d = min(0.995, (t + 1) / (t +
-    10)): at first it follows closely.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model)
-        self._averages: list[Tensor] = list(self.model.parameters())
-        self._weights: list[Tensor] = list(model.parameters())
-        self._steps = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        decay = min(0.995, (self._steps + 1) / (self._steps + 10))
-        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
-        self._steps += 1
-
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
@@ -238,43 +198,40 @@ def learned(
     label: str,
     *,
     rate: float,
-    meta_rate: float,
     steps: int,
+    meta_rate: float | None = None,
     finally_: Callable[[Trial, nn.Module, LossNetwork], None] = lambda trial, model, loss: None,
 ) -> Method:
-    """AdaLFL, online: every step moves the loss too, by what the step did to the clean batch.
+    """AdaLFL with its defaults for wrong labels: a loss that is learned from the clean digits, which train too.
 
     Args:
         label: of the row.
         rate: learning rate.
-        meta_rate: Adam's, of the loss.
         steps: of training.
+        meta_rate: of the loss; the default's where it is left out.
         finally_: called when training ends, with the averaged model and the loss.
     """
 
     def train(trial: Trial) -> dict[str, float]:
         drawn: NoisyDigits = trial.data
         model = new_model(trial.seed, trial.device)
-        with trial.seeded(LOSS):
-            loss = LossNetwork(residual="cross_entropy", normalize_slope=True).to(trial.device)
-        learner = OnlineLearner(
+        learner = CleanLearner(
             model,
             SGD(model.parameters(), rate, momentum=0.9),
-            WithClean(loss, 1.0),
-            F.cross_entropy,
-            meta_optimizer=Adam(loss.parameters(), meta_rate),
+            drawn.clean,
+            meta_rate=meta_rate,
+            batch_size=SETTINGS["batch"],
+            seed=trial.random_seed(LOSS),
         )
-        average = AveragedWeights(model)
         for inputs, target in batches(trial, steps):
-            noisy, clean = target
-            # The pair of targets is for WithClean alone: the learner passes it on.
-            learner.step((inputs, target), (inputs[len(noisy) :], clean))  # type: ignore[arg-type]
-            average.update()
-        finally_(trial, average.model, loss)
-        return evaluate(average.model, drawn.test)
+            noisy, _ = target
+            learner.step((inputs[: len(noisy)], noisy))
+        finally_(trial, learner.averaged, learner.loss)  # type: ignore[arg-type]
+        return evaluate(learner.averaged, drawn.test)
 
-    settings = {"rate": rate, "meta rate": meta_rate, "steps": steps, "clean weight": 1.0, "averaged": True}
-    return Method(label, train, settings)
+    return Method(
+        label, train, {"rate": rate, "meta rate": meta_rate, "steps": steps, "learner": "CleanLearner"}
+    )
 
 
 def adapted(label: str, *, rate: float, steps: int) -> Method:

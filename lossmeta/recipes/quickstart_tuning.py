@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lossmeta import experiments
+from lossmeta.adalfl import AveragedWeights
 from lossmeta.experiments import Measure, Method, Task, Trial
 from lossmeta.recipes._digits import ERROR
 from lossmeta.recipes._noisy_digits import (
     SETTINGS,
-    AveragedWeights,
     Loss,
     NoisyDigits,
     batch_rows,
