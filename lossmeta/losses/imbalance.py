@@ -14,6 +14,7 @@ from lossmeta._checks import (
     check_number,
     check_positive_and_finite,
     check_tensors,
+    dtype_name,
 )
 from lossmeta.losses._classification import ClassificationLoss
 from lossmeta.ops._precision import accumulation_dtype
@@ -223,7 +224,9 @@ class FocalLoss(ClassificationLoss):
         # At p = 1 the power has no derivative for gamma < 1; the loss has, and it is 0.
         sure = surprise == 0
         s = surprise.masked_fill(sure, 1)
-        return ((-torch.expm1(-s)) ** self.gamma * s).masked_fill(sure, 0)
+        # Beyond 100 the power is 1, and infinite s times a derivative of 0 would be NaN.
+        power = (-torch.expm1(-s.clamp_max(100))) ** self.gamma
+        return (power * s).masked_fill(sure, 0)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, {super().extra_repr()}"
@@ -235,7 +238,7 @@ def _checked_counts(name: str, counts: Tensor) -> Tensor:
     if counts.dim() != 1 or not len(counts):
         raise ValueError(f"{name}: counts must be [C] with C at least 1, got {list(counts.shape)}")
     if counts.is_complex() or counts.dtype == torch.bool:
-        raise ValueError(f"{name}: counts must be integers or floats, got {counts.dtype}")
+        raise ValueError(f"{name}: counts must be integers or floats, got {dtype_name(counts)}")
     if counts.is_meta:
         raise ValueError(f"{name}: counts must hold values, got a tensor on the meta device")
     n = counts.detach().cpu().double()

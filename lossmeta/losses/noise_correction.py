@@ -20,7 +20,7 @@ class ForwardCorrectedLoss(ClassificationLoss):
     :math:`T_{ij}` is the probability that a sample of class i carries the label j. If it is right, the model that is
     best for the wrong labels under this loss is the one that is best for right labels under cross-entropy. At T = I the
     loss is cross-entropy. It is computed from :math:`\log p` and :math:`\log T`, so that small probabilities do not
-    vanish.
+    vanish. A label that no class of positive probability carries costs infinitely much, with a gradient of 0.
 
     T comes from knowledge of the labels, from :func:`gold_transition` or from :func:`anchor_transition`. It is a
     buffer: it moves with the module and is in ``state_dict()``, and nothing learns it. Clean samples keep their plain
@@ -84,7 +84,11 @@ class ForwardCorrectedLoss(ClassificationLoss):
         # Not a product of matrices, which autocast would round.
         columns = self.transition.to(logits.dtype).T
         log_t = columns[labels].log() if len(labels) < len(columns) else columns.log()[labels]
-        return -(logits.log_softmax(1) + log_t).logsumexp(1)
+        terms = logits.log_softmax(1) + log_t
+        impossible = terms.detach().amax(1) == -torch.inf
+        # There the derivative of logsumexp would be NaN.
+        terms = terms.masked_fill(impossible[:, None], 0)
+        return -terms.logsumexp(1).masked_fill(impossible, -torch.inf)
 
     def extra_repr(self) -> str:
         return f"num_classes={len(self.transition)}, {super().extra_repr()}"
