@@ -13,8 +13,8 @@ from lossmeta.losses import BootstrappingLoss, GeneralizedCrossEntropy, Symmetri
 @pytest.mark.parametrize("q", [1e-40, 1e-12, 1e-3, 0.1, 0.5, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_generalized_cancels_nowhere(q: float, reduction: str) -> None:
-    """From sure to wrong beyond doubt, each sample's value and gradient in float32 are those in float64."""
-    x = torch.stack([torch.linspace(-60, 8, 35), torch.zeros(35)], 1)
+    """From undecided to wrong beyond doubt, each sample's value and gradient in float32 are those in float64."""
+    x = torch.stack([torch.linspace(-60, 0, 31), torch.zeros(31)], 1)
     y = torch.zeros(1, dtype=torch.int64)
     criterion = GeneralizedCrossEntropy(q, reduction=reduction)
     for row in x:
@@ -23,9 +23,8 @@ def test_generalized_cancels_nowhere(q: float, reduction: str) -> None:
         (slope,) = torch.autograd.grad(value, z)
         s = math.log1p(math.exp(-row[0].double().item()))
         exact = s if q < 1e-30 else -math.expm1(-q * s) / q
-        assert value.item() == pytest.approx(exact, rel=2e-6, abs=2e-7)
-        p = math.exp(-s)
-        assert slope[0, 0].item() == pytest.approx(-math.exp(-q * s) * (1 - p), rel=1e-5, abs=1e-7)
+        assert value.item() == pytest.approx(exact, rel=2e-6, abs=0)
+        assert slope[0, 0].item() == pytest.approx(-math.exp(-q * s) * (1 - math.exp(-s)), rel=1e-5, abs=0)
 
 
 def test_generalized_weighs_the_gradient_of_cross_entropy() -> None:
@@ -42,6 +41,15 @@ def test_symmetric_without_cross_entropy_is_bounded() -> None:
     loss = SymmetricCrossEntropy(0, 2, -3)(x, torch.tensor([1]))
     assert loss.item() == 6
     assert not torch.autograd.grad(loss, x)[0].isnan().any()
+
+
+def test_symmetric_loses_no_small_gradient() -> None:
+    """That of the reverse is p (1 - p) beta A, and p is small where the model contradicts the label."""
+    for size in (0.0, 5.0, 20.0, 60.0):
+        x = torch.tensor([[-size, 0.0]], requires_grad=True)
+        (slope,) = torch.autograd.grad(SymmetricCrossEntropy(0, 1, -1)(x, torch.tensor([0])), x)
+        p = 1 / (1 + math.exp(size))
+        assert slope[0, 0].item() == pytest.approx(-p * (1 - p), rel=1e-5, abs=0)
 
 
 def test_of_beta_and_log_zero_the_product_counts() -> None:
