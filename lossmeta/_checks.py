@@ -6,6 +6,7 @@ A message names who refuses, the argument, what was expected and what came.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,11 @@ def choice(name: str, argument: str, value: str, choices: Mapping[str, T]) -> T:
     raise kind(f"{name}: {argument} must be one of {names}, got {value!r}")
 
 
+def check_number(name: str, argument: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
+
+
 def check_at_least_one(name: str, argument: str, number: int) -> None:
     if number < 1:
         raise ValueError(f"{name}: {argument} must be at least 1, got {number}")
@@ -45,6 +51,11 @@ def check_positive(name: str, argument: str, number: float) -> None:
 def check_positive_and_finite(name: str, argument: str, number: float) -> None:
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: {argument} must be positive and finite, got {number}")
+
+
+def check_not_negative_and_finite(name: str, argument: str, number: float) -> None:
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: {argument} must be at least 0 and finite, got {number}")
 
 
 def check_fraction(name: str, argument: str, number: float) -> None:
