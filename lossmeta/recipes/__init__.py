@@ -19,6 +19,7 @@ MODULES = (
     "adalfl_table5",
     "adalfl_table6",
     "adalfl_table7",
+    "adalfl_noise",
     "ala",
     "ala_retrieval",
     "ala_cifar10_error",

@@ -1,0 +1,242 @@
+"""Ways to train on labels that are partly wrong, with a few that are right."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from lossmeta._batches import Batch, Loss
+from lossmeta.adalfl import AveragedWeights, CleanLearner
+from lossmeta.experiments import Diverged, Method, Trial, Tuned
+from lossmeta.losses import (
+    BootstrappingLoss,
+    ForwardCorrectedLoss,
+    GeneralizedCrossEntropy,
+    SymmetricCrossEntropy,
+    gold_transition,
+)
+from lossmeta.recipes._noise_tasks import (
+    CLEAN_ORDER,
+    ERROR,
+    LOSS,
+    SELECTION,
+    Drawn,
+    batches,
+    error,
+    new_model,
+)
+
+TUNING_SEEDS = tuple(range(10_000, 10_003))
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+CLEAN_WEIGHTS = (0.0, 1.0, 3.0)
+STOPS = (0.03, 0.06, 0.125, 0.25, 0.5, 1.0)
+"""Shares of the training after which it may stop."""
+LAST_STAGES = tuple(itertools.product((0.003, 0.01, 0.03, 0.1), (10, 50, 200)))
+"""Learning rates and steps on the clean samples alone."""
+RATE = 0.03
+"""Of the rows that are not tuned: a usual one for SGD with momentum."""
+
+MakeLoss = Callable[..., Loss]
+"""``make(trial, **parameter)``."""
+
+
+@dataclass
+class Best:
+    """The model with the least selection error so far.
+
+    Attributes:
+        selection: its error.
+        model: of that time.
+        about: what it is, to be kept with the results.
+    """
+
+    selection: float = float("inf")
+    model: nn.Module | None = None
+    about: Mapping[str, float] | None = None
+
+    def see(self, model: nn.Module, drawn: Drawn, **about: float) -> None:
+        found = error(model, drawn.selection)
+        if found < self.selection:
+            self.selection, self.model, self.about = found, copy.deepcopy(model), about
+
+
+def descend(optimizer: SGD, value: Tensor) -> None:
+    optimizer.zero_grad()
+    value.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def fixed(label: str, make: MakeLoss, rate: float, clean_weight: float, **parameter: float) -> Method:
+    """A loss that stays as it is; stop, averaging and a last stage are chosen by this trial's selection part.
+
+    Args:
+        label: of the row.
+        make: makes the loss of the noisy batch.
+        rate: learning rate.
+        clean_weight: of the clean batch's cross-entropy.
+        parameter: of the loss.
+    """
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: Drawn = trial.data
+        steps: int = trial.task.settings["steps"]
+        loss = make(trial, **parameter)
+        model = new_model(trial.seed, drawn)
+        optimizer, average = SGD(model.parameters(), rate, momentum=0.9), AveragedWeights(model)
+        stops, best = {max(1, round(share * steps)) for share in STOPS}, Best()
+        for step, (x, y, clean) in enumerate(_batches(trial, steps), 1):
+            value = loss(model(x), y)
+            if clean_weight:
+                value = value + clean_weight * F.cross_entropy(model(clean[0]), clean[1])
+            if not value.isfinite():
+                break
+            descend(optimizer, value)
+            average.update()
+            if step in stops:
+                for averaged, one in enumerate((model, average.model)):
+                    best.see(one, drawn, stop=step, averaged=averaged)
+        return _with_last_stage(trial, best)
+
+    return Method(label, train, {"rate": rate, "clean weight": clean_weight, **parameter})
+
+
+def clean_alone(label: str, rate: float) -> Method:
+    """Cross-entropy on the clean samples alone; stop and averaging by the selection part."""
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: Drawn = trial.data
+        steps: int = trial.task.settings["steps"]
+        model = new_model(trial.seed, drawn)
+        optimizer, average = SGD(model.parameters(), rate, momentum=0.9), AveragedWeights(model)
+        stops, best = {max(1, round(share * steps)) for share in STOPS}, Best()
+        for step, (_, _, (x, y)) in enumerate(_batches(trial, steps), 1):
+            descend(optimizer, F.cross_entropy(model(x), y))
+            average.update()
+            if step in stops:
+                for averaged, one in enumerate((model, average.model)):
+                    best.see(one, drawn, stop=step, averaged=averaged)
+        return _measured(best, drawn)
+
+    return Method(label, train, {"rate": rate, "clean alone": True})
+
+
+def _batches(trial: Trial, steps: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+    drawn: Drawn = trial.data
+    noisy = batches(drawn.train, trial.seed, steps)
+    clean = batches(drawn.clean, trial.seed, steps, CLEAN_ORDER)
+    for step, ((x, y), right) in enumerate(zip(noisy, clean, strict=True)):
+        trial.progress(step / steps)
+        yield x, y, right
+
+
+def _with_last_stage(trial: Trial, best: Best) -> dict[str, float]:
+    """The best stop, or what a last stage on the clean samples makes of it."""
+    drawn: Drawn = trial.data
+    if best.model is None:
+        raise Diverged
+    start, about = best.model, best.about or {}
+    for rate, steps in LAST_STAGES:
+        model = copy.deepcopy(start).requires_grad_()
+        optimizer = SGD(model.parameters(), rate, momentum=0.9)
+        for x, y in batches(drawn.clean, trial.seed, steps, CLEAN_ORDER):
+            descend(optimizer, F.cross_entropy(model(x), y))
+        best.see(model, drawn, **about, last_rate=rate, last_steps=steps)
+    return _measured(best, drawn)
+
+
+def _measured(best: Best, drawn: Drawn) -> dict[str, float]:
+    if best.model is None:
+        raise Diverged
+    return {ERROR.name: error(best.model, drawn.test), SELECTION.name: best.selection, **(best.about or {})}
+
+
+def learned(label: str, make: Callable[[Trial], nn.Module] | None = None, **options: Any) -> Method:
+    """``CleanLearner`` with its defaults at the usual rate; no stop, and nothing is chosen.
+
+    Args:
+        label: of the row.
+        make: makes the loss, in the place of the default one.
+        options: of the learner, and ``rate``; of JSON's types.
+    """
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: Drawn = trial.data
+        steps: int = trial.task.settings["steps"]
+        given = dict(options)
+        model = new_model(trial.seed, drawn)
+        optimizer = SGD(model.parameters(), given.pop("rate", RATE), momentum=0.9)
+        loss = make(trial) if make else None
+        learner = CleanLearner(
+            model, optimizer, drawn.clean, loss=loss, seed=trial.random_seed(LOSS), **given
+        )
+        found = {}
+        for step, (x, y, _) in enumerate(_batches(trial, steps), 1):
+            learner.step((x, y))
+            if step in (steps // 4, steps // 2):
+                found[f"error after {step}"] = error(learner.averaged, drawn.test)
+        raw = error(model, drawn.test)
+        return {
+            ERROR.name: error(learner.averaged, drawn.test),
+            SELECTION.name: error(learner.averaged, drawn.selection),
+            "not averaged": raw,
+            **found,
+        }
+
+    return Method(label, train, {"rate": RATE, **options, "loss": label})
+
+
+# ---- Losses of the noisy batch.
+
+
+def cross_entropy(trial: Trial) -> Loss:
+    return F.cross_entropy
+
+
+def smoothed(trial: Trial, smoothing: float) -> Loss:
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def bootstrapped(trial: Trial, beta: float) -> Loss:
+    return BootstrappingLoss(beta)
+
+
+def generalized(trial: Trial, q: float) -> Loss:
+    return GeneralizedCrossEntropy(q)
+
+
+def symmetric(trial: Trial, beta: float) -> Loss:
+    """The size of the reversed part alone counts: 4 beta (1 - p), as log 0 is -4."""
+    return SymmetricCrossEntropy(1.0, beta)
+
+
+def gold_corrected(trial: Trial) -> Loss:
+    """Flips estimated from what a network that trained on the wrong labels says of the clean samples."""
+    if gold_corrected not in trial.scratch:
+        drawn: Drawn = trial.data
+        model = new_model(trial.seed, drawn)
+        optimizer = SGD(model.parameters(), 0.01, momentum=0.9)
+        for x, y in batches(drawn.train, trial.seed, trial.task.settings["steps"] // 8):
+            descend(optimizer, F.cross_entropy(model(x), y))
+        with torch.no_grad():
+            said = model(drawn.clean[0]).softmax(1)
+        trial.scratch[gold_corrected] = gold_transition(said, drawn.clean[1])
+    return ForwardCorrectedLoss(trial.scratch[gold_corrected])
+
+
+def tuned(label: str, make: MakeLoss, **grid: tuple[float, ...]) -> Tuned:
+    """At the rate, weight of the clean batches and parameter that are best on other seeds."""
+    candidates = []
+    for rate, weight, *values in itertools.product(RATES, CLEAN_WEIGHTS, *grid.values()):
+        parameter = dict(zip(grid, values, strict=True))
+        text = ", ".join(f"{name} {v:g}" for name, v in parameter.items())
+        name = f"{label}, rate {rate:g}, clean weight {weight:g}" + (f", {text}" if text else "")
+        candidates.append(fixed(name, make, rate, weight, **parameter))
+    return Tuned(label, tuple(candidates), SELECTION.name, TUNING_SEEDS)

@@ -1,0 +1,60 @@
+"""AdaLFL where labels are partly wrong: a loss that is learned from a few right ones, and its rivals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lossmeta import experiments
+from lossmeta.experiments import Tuned
+from lossmeta.recipes import _noise_methods as methods
+from lossmeta.recipes import _noise_tasks as tasks
+
+LEARNED = "learned loss, nothing tuned"
+CLEAN_ALONE = tuple(
+    methods.clean_alone(f"clean samples alone, rate {rate:g}", rate) for rate in methods.RATES
+)
+ROWS = (
+    Tuned("clean samples alone", CLEAN_ALONE, tasks.SELECTION.name, methods.TUNING_SEEDS),
+    methods.tuned("cross-entropy", methods.cross_entropy),
+    methods.tuned("label smoothing", methods.smoothed, smoothing=(0.1, 0.3)),
+    methods.tuned("bootstrapping", methods.bootstrapped, beta=(0.95, 0.8)),
+    methods.tuned("generalised cross-entropy", methods.generalized, q=(0.5, 0.7, 0.9)),
+    methods.tuned("symmetric cross-entropy", methods.symmetric, beta=(1.0, 3.0, 10.0)),
+    methods.tuned("gold loss correction", methods.gold_corrected),
+    methods.learned(LEARNED),
+)
+LEGEND = """\
+A seed draws rows, wrong labels, weights and batches, the same for all rows. Clean samples have labels that are known to
+be right, as many of each class; every row may use them. Each fixed loss has the learning rate, the weight of the clean
+batches and the parameter that are best on three other seeds, by a selection part of right labels that trains nothing;
+and its stop, the averaging of its weights and a last stage on the clean samples are chosen on each seed by that part.
+The learned loss has the defaults of `learn_with_clean` at a learning rate of 0.03, no stop, and does not see the
+selection part. The test part decides nothing. Differences are to the learned loss, paired by seed."""
+
+
+class AdaLFLNoise:
+    """The recipe."""
+
+    name = "adalfl-noise"
+    about = "AdaLFL: labels that are partly wrong, a loss learned from a few right ones, and tuned rivals"
+
+    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
+        noises = (*tasks.UNIFORM, *tasks.PAIRS)
+        pairs = [(source, noise) for source in tasks.SOURCES for noise in noises]
+        pairs += [(tasks.CIFAR10, tasks.ALIKE), *((source, tasks.NONE) for source in tasks.SOURCES)]
+        return experiments.run(
+            self.name,
+            [tasks.task(source, noise, steps) for source, noise in pairs],
+            ROWS,
+            seeds=seeds,
+            device=device,
+            folder=output,
+            settings={"steps": steps, "device": device},
+            reference=LEARNED,
+            about=self.about,
+            legend=LEGEND,
+            threads=1,  # the tensors are small: a second thread would cost more than it does
+        )
+
+
+RECIPES = (AdaLFLNoise(),)
