@@ -4,14 +4,18 @@ from lossmeta.losses._parameters import check_not_minimized
 from lossmeta.losses.distance_mixture import DistanceMixtureLoss
 from lossmeta.losses.focal_weighted import FocalWeightedLoss
 from lossmeta.losses.loss_network import LossNetwork
+from lossmeta.losses.loss_weighting import LossWeighting
 from lossmeta.losses.parametric_cross_entropy import ParametricCrossEntropy
 from lossmeta.losses.taylor import TaylorLoss
+from lossmeta.losses.transition import TransitionLoss
 
 __all__ = [
     "DistanceMixtureLoss",
     "FocalWeightedLoss",
     "LossNetwork",
+    "LossWeighting",
     "ParametricCrossEntropy",
     "TaylorLoss",
+    "TransitionLoss",
     "check_not_minimized",
 ]

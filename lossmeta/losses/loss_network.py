@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from lossmeta import _checks
 from lossmeta.losses._labels import Labels
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, with_labels_as_int64
-from lossmeta.losses._task_loss import as_rows, scale_of_rows, slope_of_labels, task_loss, task_slope
+from lossmeta.losses._parameters import has_hooks
+from lossmeta.losses._task_loss import (
+    as_rows,
+    ratio_of_slopes,
+    scale_of_rows,
+    slope_of_labels,
+    task_loss,
+    task_slope,
+)
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
 RESIDUALS = {"cross_entropy": "softmax", "binary_cross_entropy": "sigmoid", "squared_error": "identity"}
@@ -179,7 +187,7 @@ class LossNetwork(OutputwiseLoss):
             task, own = task_slope(self, f, y), self._network_slope(f, y)
         if self.residual is not None:
             own = own + task
-        return _ratio(task, own.abs().sum())[0]
+        return ratio_of_slopes(task, own.abs().sum())[0]
 
     def _network_slope(self, f: Tensor, y: Tensor) -> Tensor:
         """The gradient of the network's part, summed where it is not reduced, in rows of predictions."""
@@ -235,9 +243,7 @@ class LossNetwork(OutputwiseLoss):
             or self.weight is not None
             or self.label_smoothing
             or not all(w.requires_grad and w.dtype == pred.dtype for w in weights)
-            or any(
-                (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-            )
+            or has_hooks(self)
             or not self._fits(pred, target)
         ):
             return None
@@ -275,7 +281,7 @@ class LossNetwork(OutputwiseLoss):
         scale: Tensor | None = None
         if self.normalize_slope and task is not None:
             own = slope.abs().sum()
-            scale, steep = _ratio(task, own)
+            scale, steep = ratio_of_slopes(task, own)
             value, slope = value * scale, slope * scale
 
         def mixed_of_mean(u: Tensor) -> tuple[Tensor, ...]:
@@ -322,13 +328,3 @@ class LossNetwork(OutputwiseLoss):
             f"output={self.output!r}, residual={self.residual!r}, normalize_slope={self.normalize_slope}, "
             f"exact={self.exact}, {super().extra_repr()}"
         )
-
-
-def _ratio(task_slope: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor that makes a slope of absolute sum ``own`` as steep as the task loss's, and whether there is one.
-
-    Where the slope is nothing but rounding there is none, and the factor is 1.
-    """
-    task = task_slope.abs().sum()
-    steep = own > torch.finfo(task_slope.dtype).eps * task
-    return torch.where(steep, task / own.where(steep, 1), 1), steep
