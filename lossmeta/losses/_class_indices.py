@@ -59,7 +59,7 @@ def read(
         raise ValueError(
             f"{name}: pred must be [C], [N, C] or [N, C, d...] with C at least 1, got {list(pred.shape)}"
         )
-    if num_classes not in (None, classes):
+    if num_classes is not None and num_classes != classes:
         raise ValueError(
             f"{name}: pred must have the {num_classes} classes of the loss, got {classes} in {list(pred.shape)}; make "
             "the loss with num_classes of the model"

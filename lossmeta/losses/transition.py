@@ -214,11 +214,11 @@ class TransitionLoss(SavedLoss):
 
         @torch.no_grad()
         def mixed(u: Tensor) -> tuple[Tensor]:
+            u = u.where(samples.counts[:, None], 0)
             if scale is not None:
                 # s = t / |g|_1 depends on T through g: ds = -s <sign(g), dg> / |g|_1.
                 back = ((along * u).sum() / own).where(steep, 0)
                 u = scale * (u - back * along.sign())
-            u = u.where(samples.counts[:, None], 0)
             by_sample = classes * ((classes * u).sum(1, keepdim=True) - u) / count
             by_label = torch.zeros_like(a).index_put_((samples.labels,), by_sample, accumulate=True).t()
             return (by_label - log_t.exp() * by_label.sum(1, keepdim=True),)
