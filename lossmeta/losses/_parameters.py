@@ -34,12 +34,7 @@ def project(loss: nn.Module) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module does more than its ``forward``."""
     return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     )
 
 

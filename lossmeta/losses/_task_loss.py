@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -98,13 +97,3 @@ def scale_of_rows(loss: OutputwiseLoss, f: Tensor, y: Tensor) -> tuple[Tensor | 
     ignored = y == loss.ignore_index
     scale = (~ignored).to(f.dtype)
     return ignored, scale if weight is None else scale * weight[y.clamp(0, f.shape[1] - 1)]
-
-
-def ratio_of_slopes(task_slope: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor that makes a slope of absolute sum ``own`` as steep as the task loss's, and whether there is one.
-
-    Where the slope is nothing but rounding there is none, and the factor is 1.
-    """
-    task = task_slope.abs().sum()
-    steep = own > torch.finfo(task_slope.dtype).eps * task
-    return torch.where(steep, task / own.where(steep, 1), 1), steep

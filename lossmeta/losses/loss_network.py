@@ -13,14 +13,7 @@ from lossmeta import _checks
 from lossmeta.losses._labels import Labels
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, with_labels_as_int64
 from lossmeta.losses._parameters import has_hooks
-from lossmeta.losses._task_loss import (
-    as_rows,
-    ratio_of_slopes,
-    scale_of_rows,
-    slope_of_labels,
-    task_loss,
-    task_slope,
-)
+from lossmeta.losses._task_loss import as_rows, scale_of_rows, slope_of_labels, task_loss, task_slope
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
 RESIDUALS = {"cross_entropy": "softmax", "binary_cross_entropy": "sigmoid", "squared_error": "identity"}
@@ -187,7 +180,7 @@ class LossNetwork(OutputwiseLoss):
             task, own = task_slope(self, f, y), self._network_slope(f, y)
         if self.residual is not None:
             own = own + task
-        return ratio_of_slopes(task, own.abs().sum())[0]
+        return _ratio(task, own.abs().sum())[0]
 
     def _network_slope(self, f: Tensor, y: Tensor) -> Tensor:
         """The gradient of the network's part, summed where it is not reduced, in rows of predictions."""
@@ -281,7 +274,7 @@ class LossNetwork(OutputwiseLoss):
         scale: Tensor | None = None
         if self.normalize_slope and task is not None:
             own = slope.abs().sum()
-            scale, steep = ratio_of_slopes(task, own)
+            scale, steep = _ratio(task, own)
             value, slope = value * scale, slope * scale
 
         def mixed_of_mean(u: Tensor) -> tuple[Tensor, ...]:
@@ -328,3 +321,13 @@ class LossNetwork(OutputwiseLoss):
             f"output={self.output!r}, residual={self.residual!r}, normalize_slope={self.normalize_slope}, "
             f"exact={self.exact}, {super().extra_repr()}"
         )
+
+
+def _ratio(task_slope: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor that makes a slope of absolute sum ``own`` as steep as the task loss's, and whether there is one.
+
+    Where the slope is nothing but rounding there is none, and the factor is 1.
+    """
+    task = task_slope.abs().sum()
+    steep = own > torch.finfo(task_slope.dtype).eps * task
+    return torch.where(steep, task / own.where(steep, 1), 1), steep

@@ -32,7 +32,8 @@ class LossWeighting(SavedLoss):
     ``input_bias`` [H], ``output_weight`` [1, H] and ``output_bias`` [1] are learned by
     :class:`~lossmeta.adalfl.OnlineLearner` from clean or balanced validation batches; give them an optimizer of their
     own, not the model's (:func:`check_not_minimized` looks). The output layer starts at zero, so that all weights start
-    the same; the first update moves that layer only.
+    the same; the first update moves that layer only. With Adam a meta rate of 1e-3 serves: at 1e-2 the sigmoid may soon
+    saturate, and nothing more is learned then.
 
     With ``normalize_weights`` the weights are divided by their mean over the batch, so that the loss starts as
     cross-entropy, and what is learned is the shape of the function and not its size, which acts as a learning rate. The

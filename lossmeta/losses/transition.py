@@ -14,7 +14,6 @@ from lossmeta.losses._class_indices import Samples, read
 from lossmeta.losses._outputwise import IGNORED
 from lossmeta.losses._parameters import has_hooks
 from lossmeta.losses._saved import SavedLoss
-from lossmeta.losses._task_loss import ratio_of_slopes
 from lossmeta.losses.loss_network import LossNetwork
 
 if TYPE_CHECKING:
@@ -43,11 +42,16 @@ class TransitionLoss(SavedLoss):
 
     .. math:: \ell(f, y) = -\log (pT)_y + \frac1C \sum_{i=1}^C \ell_\phi([i = y], (pT)_i)
 
-    With ``normalize_slope`` the loss is multiplied on each batch by a factor that makes it as steep in the mean as
-    cross-entropy, as that of :class:`LossNetwork`: a constant for derivatives with respect to the prediction, and none
-    for those with respect to the parameters.
+    With ``normalize_slope`` it is the shape of the loss that is learned, and not its size, which acts as a learning
+    rate: the loss is multiplied on each batch by a factor that makes it as steep in the mean as forward correction with
+    the same T, so that it starts as that exactly. For derivatives with respect to the prediction s is a constant. For
+    those with respect to the parameters it is not.
 
-    .. math:: s = \frac{\sum |\partial \mathrm{CE} / \partial f|}{\sum |\partial \ell / \partial f|}
+    .. math:: s = \frac{\sum |\partial \log (pT)_y / \partial f|}{\sum |\partial \ell / \partial f|}
+
+    There is none without ``shape``. The comparison is not with cross-entropy, as that of :class:`LossNetwork` is: where
+    the model has become sure, the slope of forward correction vanishes and that of cross-entropy at a wrong label does
+    not, so that the factor would grow without bound.
 
     Args:
         num_classes: C, at least 2.
@@ -58,8 +62,9 @@ class TransitionLoss(SavedLoss):
         shape: ``LossNetwork(residual="cross_entropy")``, of any width and activation, whose weights are learned beside
             T. Its other options are those that it has by default; those of this loss count. A batch needs memory for
             :math:`N C^2` numbers then, and for :math:`NC` without.
-        normalize_slope: whether to rescale the loss in every call, as above; may be set at any time. Where the mean
-            slope is nothing but rounding, as where all rows of T are the same, s is 1.
+        normalize_slope: whether to rescale a loss with ``shape`` in every call, as above; without, learning the shape
+            may make training fail. May be set at any time. Where the mean slope is nothing but rounding, as where all
+            rows of T are the same, s is 1.
         ignore_index: label that contributes neither loss nor gradient.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``, over the samples.
         device: where the parameter is made, by default that of ``transition``.
@@ -110,6 +115,10 @@ class TransitionLoss(SavedLoss):
         _checks.choice("TransitionLoss", "reduction", reduction, _checks.REDUCTIONS)
         if shape is not None:
             _check_shape(shape)
+        elif normalize_slope:
+            raise ValueError(
+                "TransitionLoss: normalize_slope must be False without shape, whose size it would take out, got True"
+            )
         self.num_classes = num_classes
         self.normalize_slope = normalize_slope
         self.ignore_index = ignore_index
@@ -143,28 +152,27 @@ class TransitionLoss(SavedLoss):
         log_p = samples.logits.log_softmax(1)
         if self.shape is None:
             losses = -(log_p + log_t.t()[samples.labels]).logsumexp(1)
-        else:
-            log_q = _of_labels(log_p, log_t)
-            losses = self.shape.outputwise(log_q, samples.labels)
-            losses = losses - log_q.gather(1, samples.labels[:, None]).squeeze(1)
+            return samples.reduced(losses, self.reduction)
+        log_q = _of_labels(log_p, log_t)
+        losses = self.shape.outputwise(log_q, samples.labels)
+        losses = losses - log_q.gather(1, samples.labels[:, None]).squeeze(1)
         if self.normalize_slope:
-            samples = samples._replace(logits=samples.logits.detach())
-            losses = losses * self._scale(samples, log_p.detach(), log_t)
+            log_p = log_p.detach()
+            losses = losses * self._scale(samples, log_p, log_t, _of_labels(log_p, log_t))
         return samples.reduced(losses, self.reduction)
 
-    def _scale(self, samples: Samples, log_p: Tensor, log_t: Tensor) -> Tensor:
-        """Cross-entropy's mean absolute slope over this loss's; differentiable in the parameters only."""
-        if self.shape is None:
-            own = log_p.exp() - (log_p + log_t.t()[samples.labels]).softmax(1)
-        else:
-            log_q = _of_labels(log_p, log_t)
-            one_hot = samples.labels[:, None] == torch.arange(self.num_classes, device=log_q.device)
-            slope = log_q.exp() - one_hot.to(log_q.dtype) + self.shape._network(log_q, samples.labels)[1]
-            # d log q_j / d f_k = R_kj - p_k, where R_kj is the probability of class k given label j.
-            classes = (log_p[:, :, None] + log_t - log_q[:, None]).exp()
-            own = (classes * slope[:, None]).sum(2) - log_p.exp() * slope.sum(1, keepdim=True)
-        own = own.where(samples.counts[:, None], 0)
-        return ratio_of_slopes(samples.cross_entropy_slope(), own.abs().sum())[0]
+    def _scale(self, samples: Samples, log_p: Tensor, log_t: Tensor, log_q: Tensor) -> Tensor:
+        """Forward correction's mean absolute slope over this loss's; differentiable in the parameters only."""
+        assert self.shape is not None
+        p, labels = log_p.exp(), samples.labels
+        corrected = p - (log_p + log_t.t()[labels]).softmax(1)
+        # d log q_j / d f_k = R_kj - p_k, where R_kj is the probability of class k given label j.
+        classes = (log_p[:, :, None] + log_t - log_q[:, None]).exp()
+        by_label = self.shape._network(log_q, labels)[1]
+        own = corrected + (classes * by_label[:, None]).sum(2) - p * by_label.sum(1, keepdim=True)
+        corrected, own = (g.where(samples.counts[:, None], 0).abs().sum() for g in (corrected, own))
+        steep = own > 8 * torch.finfo(own.dtype).eps * samples.counts.sum()  # else it is nothing but rounding
+        return torch.where(steep, corrected / own.where(steep, 1), 1)
 
     @torch.no_grad()
     def with_mixed_derivative(
@@ -205,20 +213,10 @@ class TransitionLoss(SavedLoss):
         count = samples.counts.sum()
         value = samples.reduced(-log_q, "mean")
         slope = (log_p.exp() - classes).where(samples.counts[:, None], 0) / count
-        along = slope
-        scale: Tensor | None = None
-        if self.normalize_slope:
-            own = slope.abs().sum()
-            scale, steep = ratio_of_slopes(samples.cross_entropy_slope() / count, own)
-            value, slope = value * scale, slope * scale
 
         @torch.no_grad()
         def mixed(u: Tensor) -> tuple[Tensor]:
             u = u.where(samples.counts[:, None], 0)
-            if scale is not None:
-                # s = t / |g|_1 depends on T through g: ds = -s <sign(g), dg> / |g|_1.
-                back = ((along * u).sum() / own).where(steep, 0)
-                u = scale * (u - back * along.sign())
             by_sample = classes * ((classes * u).sum(1, keepdim=True) - u) / count
             by_label = torch.zeros_like(a).index_put_((samples.labels,), by_sample, accumulate=True).t()
             return (by_label - log_t.exp() * by_label.sum(1, keepdim=True),)

@@ -19,7 +19,6 @@ F64 = torch.float64
 SHAPE: dict[str, Any] = {"residual": "cross_entropy"}
 KINDS: dict[str, Callable[..., Any]] = {
     "transition": lambda c, **o: TransitionLoss(c, **o),
-    "transition, normalized": lambda c, **o: TransitionLoss(c, normalize_slope=True, **o),
     "transition, shape": lambda c, **o: TransitionLoss(
         c, shape=LossNetwork(5, dtype=o.get("dtype"), **SHAPE), **o
     ),

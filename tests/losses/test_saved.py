@@ -53,7 +53,7 @@ LOSSES: dict[str, Callable[[], Any]] = {
     "mixture": lambda: DistanceMixtureLoss(min_distance=0.01, reduction="sum"),
     "learnable mixture": lambda: DistanceMixtureLoss(learnable=True),
     "focal": lambda: FocalWeightedLoss(offset=0.5, reduction="none"),
-    "transition": lambda: TransitionLoss(3, 0.6, normalize_slope=True, ignore_index=-1, dtype=F64),
+    "transition": lambda: TransitionLoss(3, 0.6, ignore_index=-1, dtype=F64),
     "transition with a shape": lambda: TransitionLoss(
         3,
         shape=LossNetwork(
