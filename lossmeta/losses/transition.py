@@ -27,8 +27,8 @@ class TransitionLoss(SavedLoss):
     r"""Cross-entropy with labels that were flipped from class to class, by a transition matrix that is learned.
 
     ``transition`` :math:`T_{kj}` is the probability that a sample of class k bears label j. Forward correction (Patrini
-    et al., Making Deep Neural Networks Robust to Label Noise, 2017) trains the model to say the class through what is
-    seen, which is the label:
+    et al., Making Deep Neural Networks Robust to Label Noise, 2017) asks the model for the class, and judges it by what
+    is seen, which is the label:
 
     .. math:: \ell(f, y) = -\log \sum_k p_k T_{ky}, \qquad p = \mathrm{softmax}(f)
 
