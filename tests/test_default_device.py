@@ -109,6 +109,13 @@ def test_losses(link: str, elsewhere: None) -> None:
         target = torch.randint(3, (5,)) if link == "softmax" else torch.randint(2, (5, 3))
         criteria: list[nn.Module] = [losses.LossNetwork(6, link=link), losses.TaylorLoss(link=link)]
         criteria += [losses.ParametricCrossEntropy(3, link=link, label_smoothing=s) for s in (0.0, 0.1)]
+        if link == "softmax":
+            shape = losses.LossNetwork(6, residual="cross_entropy")
+            criteria += [
+                losses.LossWeighting(6),
+                losses.TransitionLoss(3),
+                losses.TransitionLoss(3, shape=shape),
+            ]
         for criterion in criteria:
             criterion.float()
         embeddings, labels = F.normalize(torch.randn(8, 4, dtype=torch.float32)), torch.arange(8) // 2

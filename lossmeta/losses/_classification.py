@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lossmeta._checks import (
-    REDUCTIONS,
-    check_float,
-    check_same_device,
-    check_tensors,
-    choice,
-    dtype_name,
-    may_look,
-    outside,
-)
+from lossmeta._checks import REDUCTIONS, check_same_device, check_tensors, choice, may_look, outside
+from lossmeta.losses._class_indices import check
+from lossmeta.losses._class_indices import rows as as_rows
 from lossmeta.losses._outputwise import with_labels_as_int64
 from lossmeta.ops._precision import accumulation_dtype
 
@@ -63,10 +56,10 @@ class ClassificationLoss(nn.Module):
         raise NotImplementedError
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        self._check(logits, target)
-        classes = logits.shape[1 if logits.dim() > 1 else 0]
-        rows = logits if logits.dim() == 2 else logits.movedim(1, -1) if logits.dim() > 2 else logits[None]
-        rows, labels = rows.reshape(-1, classes), with_labels_as_int64(target).reshape(-1)
+        classes = check(self.name, logits, target, self._num_classes, "logits")
+        for argument, buffer in self.named_buffers(recurse=False):
+            check_same_device(self.name, **{argument: buffer}, logits=logits)
+        rows, labels = as_rows(logits, classes), with_labels_as_int64(target).reshape(-1)
         if self.reduction == "mean" and self.weight is None:
             return self.mean_of_rows(rows, labels)
         losses, scale = self._losses(rows, labels)
@@ -96,35 +89,6 @@ class ClassificationLoss(nn.Module):
             # A weight of 0 leaves an infinite loss out too.
             losses = losses.masked_fill(scale == 0, 0).masked_fill(bad, torch.nan)
         return losses, scale
-
-    def _check(self, logits: Tensor, target: Tensor) -> None:
-        name = self.name
-        check_tensors(name, logits=logits, target=target)
-        check_float(name, logits=logits)
-        check_same_device(name, target=target, logits=logits)
-        if target.dtype not in (torch.int64, torch.uint8):
-            hint = "; class indices are int64: target.long()" if target.dim() < logits.dim() else ""
-            raise ValueError(
-                f"{name}: target must be class indices (int64 or uint8), got {dtype_name(target)}{hint}"
-            )
-        dim = 1 if logits.dim() > 1 else 0
-        if logits.dim() == 0 or logits.shape[dim] == 0:
-            raise ValueError(
-                f"{name}: logits must be [C], [N, C] or [N, C, d...] with C at least 1, got {list(logits.shape)}"
-            )
-        expected = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
-        if list(target.shape) != expected:
-            raise ValueError(
-                f"{name}: target must be {expected} for logits {list(logits.shape)}, got {list(target.shape)}"
-            )
-        if self._num_classes and logits.shape[dim] != self._num_classes[0]:
-            classes, argument = self._num_classes
-            raise ValueError(
-                f"{name}: logits must have {classes} classes in dimension {dim}, as {argument} has, "
-                f"got {list(logits.shape)}"
-            )
-        for argument, buffer in self.named_buffers(recurse=False):
-            check_same_device(name, **{argument: buffer}, logits=logits)
 
     def extra_repr(self) -> str:
         return (

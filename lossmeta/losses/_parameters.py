@@ -31,6 +31,13 @@ def project(loss: nn.Module) -> None:
             method()
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its ``forward``."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    )
+
+
 def check_not_minimized(loss: nn.Module, optimizer: Optimizer) -> None:
     """Refuses a training optimizer that would minimise a loss over the loss's own parameters.
 

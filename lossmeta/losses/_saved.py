@@ -30,10 +30,12 @@ class SavedLoss(nn.Module):
         DEFINING: without which the values would be those of another loss. A state dict holds them, and only a loss with
             the same ones loads it.
         APPLIED: how the loss is applied to a batch. A file holds them too.
+        PARTS: other losses that it may be made of. A file holds the options of each; in a state dict each has its own.
     """
 
     DEFINING: ClassVar[tuple[str, ...]]
     APPLIED: ClassVar[tuple[str, ...]]
+    PARTS: ClassVar[dict[str, type[SavedLoss]]] = {}
     _unlearned = False  # parameters as they were drawn, which serve nothing yet
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -56,7 +58,7 @@ class SavedLoss(nn.Module):
             0.5
         """
         tensors = _tensors(self)
-        description = _described(self, (*self.DEFINING, *self.APPLIED))
+        description = _described(self, _in_file(type(self)))
         like = _blank(type(self), json.loads(description)["options"], tensors)
         where = f"{type(self).__name__}.save: the loss"
         _check_tensors(where, like, tensors, "give them the shapes that its options ask for")
@@ -164,15 +166,30 @@ def _described(loss: SavedLoss, names: Sequence[str]) -> str:
     description = {
         "format": FORMAT,
         "loss": _name(type(loss)),
-        "options": {name: getattr(loss, name) for name in names},
+        "options": _values(loss, names),
     }
     return json.dumps(description, default=lambda number: number.item())  # numbers of NumPy and torch
+
+
+def _values(loss: SavedLoss, names: Sequence[str]) -> dict[str, Any]:
+    values = {name: getattr(loss, name) for name in names}
+    parts = {name: part for name, part in values.items() if isinstance(part, SavedLoss)}
+    return values | {name: _values(part, _in_file(type(part))) for name, part in parts.items()}
+
+
+def _in_file(kind: type[SavedLoss]) -> tuple[str, ...]:
+    return (*kind.DEFINING, *kind.APPLIED, *kind.PARTS)
 
 
 def _blank(kind: type[Loss], options: dict[str, Any], tensors: dict[str, Tensor]) -> Loss:
     """A loss of these options without values; making it draws no random numbers."""
     weight = {"weight": tensors["weight"]} if "weight" in tensors else {}
-    return kind(**options, **weight, device="meta")
+    parts = {
+        name: _blank(part, options[name], {})
+        for name, part in kind.PARTS.items()
+        if options.get(name) is not None
+    }
+    return kind(**options | parts, **weight, device="meta")
 
 
 def _options(where: str, kind: type[SavedLoss], description: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +201,7 @@ def _options(where: str, kind: type[SavedLoss], description: dict[str, Any]) -> 
         ) from error
     if name != _name(kind):
         raise ValueError(f"{where} must hold a {_name(kind)}, got a {name}; use {name}.load")
-    unknown = sorted(options.keys() - {*kind.DEFINING, *kind.APPLIED})
+    unknown = sorted(options.keys() - set(_in_file(kind)))
     if unknown:
         raise ValueError(f"{where} must hold options of this version, got also {unknown}; update lossmeta")
     return options

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lossmeta import _checks
 from lossmeta.losses._labels import Labels
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, with_labels_as_int64
+from lossmeta.losses._parameters import has_hooks
 from lossmeta.losses._task_loss import as_rows, scale_of_rows, slope_of_labels, task_loss, task_slope
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
@@ -240,9 +241,7 @@ class LossNetwork(OutputwiseLoss):
             or self.weight is not None
             or self.label_smoothing
             or not all(w.requires_grad and w.dtype == pred.dtype for w in weights)
-            or any(
-                (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-            )
+            or has_hooks(self)
             or not self._fits(pred, target)
         ):
             return None

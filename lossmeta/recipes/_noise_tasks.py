@@ -47,8 +47,9 @@ def _next(labels: Tensor, classes: int) -> Tensor:
 
 
 def _alike(labels: Tensor, classes: int) -> Tensor:
-    """CIFAR-10's classes that are alike, after Patrini et al., 2017: truck to car, bird to plane, deer to horse, cat and
-    dog to each other.
+    """CIFAR-10's classes that are alike, after Patrini et al. (2017).
+
+    Truck to car, bird to plane, deer to horse, cat and dog to each other.
     """
     return torch.tensor([0, 1, 0, 5, 7, 3, 6, 7, 8, 1])[labels]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lossmeta.losses import LossNetwork, ParametricCrossEntropy, TaylorLoss
+from lossmeta.losses import LossNetwork, LossWeighting, ParametricCrossEntropy, TaylorLoss, TransitionLoss
 
 SIZES = [(8, 5), (1, 5), (700, 5)]
 
@@ -41,6 +41,13 @@ def network(**options: Any) -> LossNetwork:
     return loss
 
 
+def weighting() -> LossWeighting:
+    loss = LossWeighting()
+    with torch.no_grad():
+        loss.output_weight.normal_(std=0.1)
+    return loss
+
+
 CRITERIA: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
     "matrix": (lambda: ParametricCrossEntropy(5), labels),
     "matrix, smoothed": (
@@ -59,6 +66,12 @@ CRITERIA: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
         lambda: network(link="identity", residual="squared_error", normalize_slope=True),
         values,
     ),
+    "transition": (lambda: TransitionLoss(5), labels),
+    "transition, shape": (
+        lambda: TransitionLoss(5, shape=network(residual="cross_entropy"), normalize_slope=True),
+        labels,
+    ),
+    "weighting": (weighting, classes_vary),
     "Taylor": (TaylorLoss, classes_vary),
     "Taylor, soft": (lambda: TaylorLoss(2, weight=torch.rand(5)), probabilities),
     "Taylor, regression": (lambda: TaylorLoss(link="identity"), values),

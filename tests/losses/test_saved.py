@@ -20,8 +20,10 @@ from lossmeta.losses import (
     DistanceMixtureLoss,
     FocalWeightedLoss,
     LossNetwork,
+    LossWeighting,
     ParametricCrossEntropy,
     TaylorLoss,
+    TransitionLoss,
 )
 
 F64 = torch.float64
@@ -51,6 +53,17 @@ LOSSES: dict[str, Callable[[], Any]] = {
     "mixture": lambda: DistanceMixtureLoss(min_distance=0.01, reduction="sum"),
     "learnable mixture": lambda: DistanceMixtureLoss(learnable=True),
     "focal": lambda: FocalWeightedLoss(offset=0.5, reduction="none"),
+    "transition": lambda: TransitionLoss(3, 0.6, ignore_index=-1, dtype=F64),
+    "transition with a shape": lambda: TransitionLoss(
+        3,
+        shape=LossNetwork(
+            5, 0.2, activation="relu", residual="cross_entropy", exact=True, dtype=torch.bfloat16
+        ),
+        reduction="sum",
+    ),
+    "weighting": lambda: LossWeighting(
+        7, normalize_weights=False, ignore_index=-1, reduction="sum", dtype=F64
+    ),
     "learnable focal": lambda: FocalWeightedLoss(learnable=True, dtype=torch.bfloat16),
 }
 EACH = pytest.mark.parametrize("kind", LOSSES)
@@ -102,7 +115,7 @@ def test_what_is_saved_is_loaded(kind: str, tmp_path: Path) -> None:
 
 def test_a_loaded_loss_does_the_same(tmp_path: Path) -> None:
     logits, labels = torch.randn(6, 3), torch.randint(3, (6,))
-    for kind in ("network of another kind", "taylor", "classes"):
+    for kind in ("network of another kind", "taylor", "classes", "transition with a shape", "weighting"):
         loss = made(kind)
         loss.save(tmp_path / "loss")
         assert torch.equal(type(loss).load(tmp_path / "loss")(logits, labels), loss(logits, labels))
@@ -313,6 +326,13 @@ def test_state_dicts_without_options_are_taken_as_fitting(kind: str) -> None:
             ("min_distance=0.1", "min_distance=0.001"),
         ),
         (FocalWeightedLoss(), FocalWeightedLoss(offset=2.0), ("offset=2.0", "offset=1.0")),
+        (TransitionLoss(3), TransitionLoss(4), ("num_classes=4", "num_classes=3")),
+        (LossWeighting(3), LossWeighting(4), ("hidden=4", "hidden=3")),
+        (
+            LossWeighting(3),
+            LossWeighting(3, normalize_weights=False),
+            ("normalize_weights=False", "normalize_weights=True"),
+        ),
         (LossNetwork(4), TaylorLoss(), None),
         (FocalWeightedLoss(), DistanceMixtureLoss(), None),
     ],
