@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -104,12 +105,14 @@ def diagnose(
         confidence=confidence,
         overfitting=overfitting,
         clean=comparison,
-        warnings=tuple(_warnings(p, error, interval, informative, balance.counts)),
+        warnings=tuple(_warnings(p, error, interval, informative, balance.counts, comparison)),
         recommendations=recommend(informative, joint, balance, confidence, overfitting, comparison),
     )
 
 
-def _reader(model_or_probabilities: Any, inputs: Any, labels: Any) -> Any:
+def _reader(
+    model_or_probabilities: Any, inputs: Any, labels: Any
+) -> Callable[[Any, Any, str], tuple[Tensor, Tensor]]:
     """How a pair of probabilities or inputs, and labels, becomes probabilities and labels that are in order."""
     if not predicts(model_or_probabilities):
         if inputs is not None:
@@ -143,13 +146,25 @@ def _pair(argument: str, value: Any) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
-def _warnings(p: Tensor, error: float, interval: Interval, informative: bool, counts: Tensor) -> Any:
+def _warnings(
+    p: Tensor,
+    error: float,
+    interval: Interval,
+    informative: bool,
+    counts: Tensor,
+    clean: measures.CleanComparison | None,
+) -> Iterator[str]:
     if not informative:
         yield "the predictions say nothing of the labels; the estimate of wrong labels means nothing"
     if error < SEEN and len(p) >= ENOUGH:
         yield (
             f"an error of {error:.2%}: if the model was trained on these samples, nothing here holds; take "
             "probabilities out of fold"
+        )
+    if clean is not None and clean.interval[1] < 0:
+        yield (
+            "the model agrees with these labels more often than it is right on the clean samples: it was trained "
+            "on these samples, so that nothing here holds, or the clean ones are harder"
         )
     if measures.is_hard(p):
         yield "all probabilities are 0 or 1: the estimate of wrong labels is the error then; give probabilities"

@@ -22,8 +22,8 @@ def as_tensor(name: str, argument: str, values: Any) -> Tensor:
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "fiu":
             raise ValueError(f"{name}: {argument} must be numbers, got dtype {values.dtype}")
-        # A copy in native order with positive strides, which is what torch takes.
-        return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+        # A copy in native order with positive strides and a type that torch has.
+        return torch.from_numpy(np.array(values, dtype=np.float64 if values.dtype.kind == "f" else np.int64))
     raise TypeError(f"{name}: {argument} must be a tensor or a NumPy array, got {type(values).__name__}")
 
 

@@ -160,6 +160,8 @@ def judged(drawn: Noisy, found: Diagnosis) -> dict[str, float]:
         "suspects that are wrong": hits / max(1, int(suspected.sum())),
         "wrong ones found": hits / max(1, int(wrong.sum())),
         "error on clean samples": found.clean.error,
+        "even": float(found.labels.spread == "even"),
+        "class to class": float(found.labels.spread == "class to class"),
         "at least, by clean samples": found.clean.wrong_at_least,
         "its lower end": least,
         "its upper end": most,
