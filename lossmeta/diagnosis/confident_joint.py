@@ -92,11 +92,11 @@ def estimate(p: Tensor, labels: Tensor) -> ConfidentJoint:
     thresholds = p.new_zeros(classes).index_add_(0, labels, own) / counts
     thresholds = thresholds.where(counts > 0, torch.inf)
 
-    candidates = p.where((p > 0) & (p >= thresholds - ROUNDING), -1.0)
+    candidates = p.where(p >= thresholds - ROUNDING, -1.0)
     best, place = candidates.max(1)
     at_label = candidates.gather(1, labels[:, None]).squeeze(1)
     place = labels.where(at_label == best, place)
-    counted = best > 0
+    counted = best > 0  # a threshold may be 0, which is no confidence
 
     cells = (place * classes + labels)[counted].bincount(minlength=classes**2).double()
     cells = cells.view(classes, classes)

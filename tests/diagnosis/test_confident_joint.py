@@ -173,7 +173,13 @@ def test_two_classes_compare_their_rates() -> None:
     p, labels, _ = noisy(2000, 2, 0.3)
     found = confident_joint(p, labels)
     assert found.spread == "even" and found.concentration == pytest.approx(0.5, abs=0.05)
-    true = torch.arange(2000) % 2
+    p, labels, _ = noisy(20_000, 2, 0.3)
+    kept = (torch.arange(20_000) % 2 == 1) | (
+        torch.arange(20_000) % 10 == 0
+    )  # a fifth of the zeros, as often wrong
+    found = confident_joint(p[kept], labels[kept])
+    assert found.spread == "even" and found.concentration == pytest.approx(0.5, abs=0.1)
+    true = torch.arange(20_000) % 2
     found = confident_joint(p, torch.where(true == 0, labels, true))  # zeros alone are taken for ones
     assert found.spread == "class to class" and found.concentration > 0.95
 
@@ -218,6 +224,13 @@ def test_the_type_of_numbers_hardly_matters(dtype: torch.dtype) -> None:
     )
 
 
+def test_rows_that_are_rounded_are_scaled() -> None:
+    p, labels, _ = noisy(300, 3, 0.2)
+    torch.testing.assert_close(
+        confident_joint(0.995 * p, labels).thresholds, confident_joint(p, labels).thresholds
+    )
+
+
 def test_arrays_are_as_good_as_tensors() -> None:
     p, labels, _ = noisy(300, 3, 0.2)
     found = confident_joint(p, labels)
@@ -249,6 +262,13 @@ def test_a_class_that_is_never_predicted_leaves_its_samples_elsewhere() -> None:
     found = confident_joint(torch.tensor([[1.0, 0], [1, 0], [1, 0]]), torch.tensor([0, 0, 1]))
     torch.testing.assert_close(found.joint, torch.tensor([[2, 1], [0, 0]]).double() / 3)
     assert torch.equal(found.transition[1], torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_a_label_whose_samples_do_not_count_is_taken_for_right() -> None:
+    p = torch.tensor([[0.9, 0.1, 0], [0.9, 0.1, 0], [0.2, 0.8, 0], [0.6, 0.4, 0]], dtype=torch.float64)
+    found = confident_joint(p, torch.tensor([0, 0, 1, 2]))
+    torch.testing.assert_close(found.joint, torch.diag(torch.tensor([2.0, 1, 1])).double() / 4)
+    assert found.share == 0 and found.confident == 3 and found.suspects.tolist() == []
 
 
 def test_a_class_without_samples() -> None:
