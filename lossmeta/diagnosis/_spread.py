@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# Of the way from what chance gives to one target per class: even noise lay at 0.07 at most, pairs of classes at 0.35 at
+# Of the way from what chance gives to one target per class: even noise lay at 0.09 at most, pairs of classes at 0.33 at
 # least, and right labels of which a weak model confuses some at 0.20 to 0.34 (docs/results/diagnose.md).
 EVEN, CLASS_TO_CLASS = 0.15, 0.3
 
