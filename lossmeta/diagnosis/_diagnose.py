@@ -62,13 +62,13 @@ def diagnose(
         "On Calibration of Modern Neural Networks" (2017); Wilson, "Probable inference" (1927).
 
     Example:
-        >>> labels = torch.arange(300) % 3
+        >>> labels = torch.arange(900) % 3
         >>> p = torch.nn.functional.one_hot(labels, 3) * 0.9 + 0.1 / 3
         >>> wrong = labels.clone()
-        >>> wrong[:60] = (wrong[:60] + 1 + torch.arange(60) % 2) % 3  # a fifth of them
+        >>> wrong[:180] = (wrong[:180] + 1 + torch.arange(180) % 2) % 3  # a fifth of them
         >>> found = lossmeta.diagnose(p, wrong)
         >>> round(found.labels.share, 3), len(found.labels.suspects), found.labels.spread
-        (0.2, 60, 'even')
+        (0.2, 180, 'even')
         >>> found.recommendations[0].use
         'lossmeta.losses.SymmetricCrossEntropy or GeneralizedCrossEntropy'
     """

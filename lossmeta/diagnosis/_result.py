@@ -71,7 +71,7 @@ def _figures(found: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "held-out error", f"{found.error:.1%} {_percent(found.error_interval)}"
     yield (
         "wrong labels",
-        f"{labels.share:.1%} {_percent(labels.interval)}, chance alone; spread: {labels.spread}",
+        f"{labels.share:.1%} {_percent(labels.interval)} by estimate, often too high; spread: {labels.spread}",
     )
     if flips := _largest_flips(found):
         yield "  most frequent", flips
