@@ -15,6 +15,7 @@ from lossmeta.diagnosis.confident_joint import ConfidentJoint
 
 WIDTH = 100
 FLIPS = 5  # of the most frequent pairs of classes, and of suspects
+LEAST_SHOWN = 5e-4  # 0.1 % when rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def _largest_flips(found: Diagnosis) -> str:
     values, cells = torch.sort(joint.flatten(), descending=True, stable=True)
     flips = []
     for value, cell in zip(values[:FLIPS].tolist(), cells[:FLIPS].tolist(), strict=True):
-        if value > 0:
+        if value >= LEAST_SHOWN:
             true, given = divmod(cell, found.classes)
             flips.append(f"{true} as {given} {value:.1%}")
     return ", ".join(flips)
