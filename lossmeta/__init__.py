@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # loaded when first used
         adalfl,
         ala,
         data,
+        diagnosis,
         experiments,
         integrations,
         losses,
@@ -20,11 +21,14 @@ if TYPE_CHECKING:  # loaded when first used
         tuneloss,
     )
     from lossmeta._info import info
+    from lossmeta.diagnosis import diagnose
 
 __all__ = [
     "adalfl",
     "ala",
     "data",
+    "diagnose",
+    "diagnosis",
     "experiments",
     "info",
     "integrations",
@@ -36,12 +40,14 @@ __all__ = [
     "tuneloss",
 ]
 __version__ = "0.1.0"
+FUNCTIONS = {"diagnose": "lossmeta.diagnosis", "info": "lossmeta._info"}  # and where they are
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = import_module("lossmeta._info").info if name == "info" else import_module(f"lossmeta.{name}")
+    where = FUNCTIONS.get(name)
+    found = getattr(import_module(where), name) if where else import_module(f"lossmeta.{name}")
     globals()[name] = found
     return found
 

@@ -31,6 +31,7 @@ FLOORS = (
     ("", "_info"),
     ("plot",),
     ("data", "losses", "metrics", "models"),
+    ("diagnosis",),
     ("adalfl", "ala", "tuneloss"),
     ("integrations",),
     ("experiments",),
@@ -210,18 +211,25 @@ def test_import_is_quick() -> None:
         "transformers",
         "typer",
     ]
-    lazy = ["lossmeta.adalfl", "lossmeta.recipes", "lossmeta.experiments", "lossmeta.data"]
+    lazy = [
+        "lossmeta.adalfl",
+        "lossmeta.diagnosis",
+        "lossmeta.recipes",
+        "lossmeta.experiments",
+        "lossmeta.data",
+    ]
     assert output(f"import sys, lossmeta; print([m for m in {slow + lazy} if m in sys.modules])") == "[]"
 
 
 def test_parts_are_attributes() -> None:
     code = "import lossmeta\nfor name in lossmeta.__all__: print(name, getattr(lossmeta, name).__name__)"
     shown = dict(line.split() for line in output(code).splitlines())
-    assert shown.pop("info") == "info"
+    assert [shown.pop(name) for name in ("diagnose", "info")] == ["diagnose", "info"]
     parts = (
         "adalfl",
         "ala",
         "data",
+        "diagnosis",
         "experiments",
         "integrations",
         "losses",

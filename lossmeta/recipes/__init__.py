@@ -12,6 +12,7 @@ MODULES = (
     "quickstart_tuneloss",
     "quickstart_tuning",
     "clean_digits",
+    "diagnose",
     "adalfl_table1",
     "adalfl_table2",
     "adalfl_table3",
