@@ -67,6 +67,9 @@ class LossWeighting(SavedLoss):
         [0.5, 0.5]
     """
 
+    meta_rate = 1e-3
+    """Adam's rate at which it is learned online."""
+
     DEFINING = ("hidden", "normalize_weights")
     APPLIED = ("ignore_index", "reduction")
 

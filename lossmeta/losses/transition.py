@@ -141,6 +141,13 @@ class TransitionLoss(SavedLoss):
         self.transition_logits = nn.Parameter(start)
 
     @property
+    def meta_rate(self) -> float:
+        """Adam's rate at which it is learned online: 3e-2 for the flips alone; with a shape, whose rate is another, the
+        paper's 1e-5.
+        """
+        return 3e-2 if self.shape is None else 1e-5
+
+    @property
     def transition(self) -> Tensor:
         """T ``[C, C]``, differentiable in the parameter: row k is how the labels of class k are distributed."""
         return self.transition_logits.softmax(1)

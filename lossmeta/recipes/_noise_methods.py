@@ -20,7 +20,9 @@ from lossmeta.losses import (
     BootstrappingLoss,
     ForwardCorrectedLoss,
     GeneralizedCrossEntropy,
+    LossWeighting,
     SymmetricCrossEntropy,
+    TransitionLoss,
     gold_transition,
 )
 from lossmeta.recipes._noise_tasks import (
@@ -191,6 +193,18 @@ def learned(label: str, make: Callable[[Trial], nn.Module] | None = None, **opti
         }
 
     return Method(label, train, {"rate": RATE, **options, "loss": label})
+
+
+def flips(trial: Trial) -> nn.Module:
+    """What the classes' labels name, learned from nine tenths right."""
+    drawn: Drawn = trial.data
+    return TransitionLoss(drawn.source.classes).to(trial.device)
+
+
+def weights(trial: Trial) -> nn.Module:
+    """What a sample of some loss weighs."""
+    with trial.seeded(LOSS):
+        return LossWeighting().to(trial.device)
 
 
 # ---- Losses of the noisy batch.

@@ -122,31 +122,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def generalised_cross_entropy(q: float) -> Loss:
-    """``(1 - p^q) / q`` of the probability p of the label: from cross-entropy (q = 0) to the absolute error (1).
-
-    Zhang and Sabuncu, Generalized cross entropy loss for training deep neural networks with noisy labels, 2018.
-    """
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return ((1 - (-q * F.cross_entropy(logits, labels, reduction="none")).exp()) / q).mean()
-
-    return loss
-
-
-def symmetric_cross_entropy(beta: float) -> Loss:
-    """Cross-entropy plus beta times its reverse, which is ``4 (1 - p)`` where log 0 is taken for -4.
-
-    Wang et al., Symmetric cross entropy for robust learning with noisy labels, 2019.
-    """
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        plain = F.cross_entropy(logits, labels, reduction="none")
-        return (plain + 4 * beta * (1 - (-plain).exp())).mean()
-
-    return loss
-
-
 # ---- Methods.
 
 

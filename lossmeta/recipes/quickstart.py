@@ -12,7 +12,7 @@ from torch import nn
 
 from lossmeta import experiments, plot
 from lossmeta.experiments import Task, Trial
-from lossmeta.losses import LossNetwork
+from lossmeta.losses import GeneralizedCrossEntropy, LossNetwork, SymmetricCrossEntropy
 from lossmeta.recipes._digits import CLASSES, ERROR, PRECISION
 from lossmeta.recipes._noisy_digits import (
     SETTINGS,
@@ -20,9 +20,7 @@ from lossmeta.recipes._noisy_digits import (
     cross_entropy,
     draw,
     fixed,
-    generalised_cross_entropy,
     learned,
-    symmetric_cross_entropy,
 )
 
 RATE, STEPS = 0.03, 1200  # not chosen for these data: a usual rate for SGD with momentum
@@ -92,12 +90,12 @@ METHODS = (
     fixed("cross-entropy, clean batches, tuned", cross_entropy, **TUNED["cross-entropy, clean batches"]),
     fixed(
         "generalised cross-entropy, tuned",
-        generalised_cross_entropy(TUNED["generalised cross-entropy"]["q"]),
+        GeneralizedCrossEntropy(TUNED["generalised cross-entropy"]["q"]),
         **TUNED["generalised cross-entropy"],
     ),
     fixed(
         "symmetric cross-entropy, tuned",
-        symmetric_cross_entropy(TUNED["symmetric cross-entropy"]["beta"]),
+        SymmetricCrossEntropy(1.0, TUNED["symmetric cross-entropy"]["beta"]),
         **TUNED["symmetric cross-entropy"],
     ),
     adapted(ADAPTED, rate=RATE, steps=STEPS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import SGD
 from lossmeta import experiments
 from lossmeta.adalfl import AveragedWeights
 from lossmeta.experiments import Measure, Method, Task, Trial
+from lossmeta.losses import GeneralizedCrossEntropy, SymmetricCrossEntropy
 from lossmeta.recipes._digits import ERROR
 from lossmeta.recipes._noisy_digits import (
     SETTINGS,
@@ -23,9 +25,7 @@ from lossmeta.recipes._noisy_digits import (
     batch_rows,
     cross_entropy,
     draw,
-    generalised_cross_entropy,
     new_model,
-    symmetric_cross_entropy,
 )
 
 FIRST_SEED = 10_000  # no comparison gets this far
@@ -140,10 +140,14 @@ METHODS = (
     tuned("cross-entropy, clean batches", lambda _: cross_entropy, Grid(clean_weights=(1.0, 3.0))),
     tuned(
         "generalised cross-entropy",
-        generalised_cross_entropy,
+        GeneralizedCrossEntropy,
         Grid(parameters=(0.3, 0.5, 0.7, 0.8, 0.9, 1.0)),
     ),
-    tuned("symmetric cross-entropy", symmetric_cross_entropy, Grid(parameters=(0.1, 0.3, 1.0, 3.0, 10.0))),
+    tuned(
+        "symmetric cross-entropy",
+        partial(SymmetricCrossEntropy, 1.0),
+        Grid(parameters=(0.1, 0.3, 1.0, 3.0, 10.0)),
+    ),
 )
 LEGEND = """\
 Error: on the held-out part, the mean over the tuning seeds, of the best combination. Averaged: whether the averaged \
