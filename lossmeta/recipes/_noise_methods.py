@@ -38,7 +38,7 @@ from lossmeta.recipes._noise_tasks import (
 
 TUNING_SEEDS = tuple(range(10_000, 10_003))
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
-CLEAN_WEIGHTS = (0.0, 1.0, 3.0)
+CLEAN_WEIGHTS = (0.0, 1.0)
 STOPS = (0.03, 0.06, 0.125, 0.25, 0.5, 1.0)
 """Shares of the training after which it may stop."""
 LAST_STAGES = tuple(itertools.product((0.003, 0.01, 0.03, 0.1), (10, 50, 200)))

@@ -16,9 +16,9 @@ CLEAN_ALONE = tuple(
 ROWS = (
     Tuned("clean samples alone", CLEAN_ALONE, tasks.SELECTION.name, methods.TUNING_SEEDS),
     methods.tuned("cross-entropy", methods.cross_entropy),
-    methods.tuned("label smoothing", methods.smoothed, smoothing=(0.1, 0.3)),
-    methods.tuned("bootstrapping", methods.bootstrapped, beta=(0.95, 0.8)),
-    methods.tuned("generalised cross-entropy", methods.generalized, q=(0.5, 0.7, 0.9)),
+    methods.tuned("label smoothing", methods.smoothed, smoothing=(0.3,)),
+    methods.tuned("bootstrapping", methods.bootstrapped, beta=(0.8,)),
+    methods.tuned("generalised cross-entropy", methods.generalized, q=(0.7, 0.9)),
     methods.tuned("symmetric cross-entropy", methods.symmetric, beta=(1.0, 3.0, 10.0)),
     methods.tuned("gold loss correction", methods.gold_corrected),
     methods.learned("learned flips, nothing tuned", methods.flips),
