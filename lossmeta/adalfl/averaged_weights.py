@@ -50,23 +50,32 @@ class AveragedWeights:
                 f"AveragedWeights: the model must be one that copy.deepcopy copies, got {type(model).__name__}: {error}"
             ) from error
 
+        self._averages, self._weights = list(self.model.parameters()), list(model.parameters())
+        self._has_buffers = any(True for _ in model.buffers())
+
     @torch.no_grad()
     def update(self) -> None:
         """Takes the model's weights of now into the average."""
-        decay = min(self.decay, (self.steps + 1) / (self.steps + 10))
-        pairs = _pairs(self.model, self._trained)
-        averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
-        if averaged:
-            torch._foreach_lerp_([a for a, _ in averaged], [b for _, b in averaged], 1 - decay)
-        for a, b in pairs:
-            if not a.is_floating_point():
+        share = 1 - min(self.decay, (self.steps + 1) / (self.steps + 10))
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._weights, share)
+        for a, b in self._buffers():
+            if a.is_floating_point():
+                a.lerp_(b, share)
+            else:
                 a.copy_(b)
         self.steps += 1
+
+    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Of the copy and of the model; looked up anew, for a model may replace them."""
+        if not self._has_buffers:
+            return []
+        return list(zip(self.model.buffers(), self._trained.buffers(), strict=True))
 
     @torch.no_grad()
     def give(self) -> None:
         """Gives the trained model the averages."""
-        for a, b in _pairs(self.model, self._trained):
+        for a, b in [*zip(self._averages, self._weights, strict=True), *self._buffers()]:
             b.copy_(a)
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,10 +84,3 @@ class AveragedWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.steps = state["steps"]
-
-
-def _pairs(a: nn.Module, b: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [
-        *zip(a.parameters(), b.parameters(), strict=True),
-        *zip(a.buffers(), b.buffers(), strict=True),
-    ]
