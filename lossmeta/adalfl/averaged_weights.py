@@ -50,7 +50,8 @@ class AveragedWeights:
                 f"AveragedWeights: the model must be one that copy.deepcopy copies, got {type(model).__name__}: {error}"
             ) from error
 
-        self._averages, self._weights = list(self.model.parameters()), list(model.parameters())
+        self._averages: list[Tensor] = list(self.model.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
         self._has_buffers = any(True for _ in model.buffers())
 
     @torch.no_grad()
