@@ -26,7 +26,9 @@ MODULES = (
     "ala_ablations",
     "tuneloss_figure1",
     "tuneloss_hyperparameters",
+    "tuneloss_online",
     "tuneloss_regularizer",
+    "tuneloss_regularizer_search",
 )
 
 
