@@ -14,14 +14,14 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from lossmeta.experiments import Trial, run_folder
-from lossmeta.recipes import recipes, tuneloss_online, tuneloss_regularizer_search
+from lossmeta.recipes import recipes, tuneloss_against_search, tuneloss_online
 from lossmeta.recipes._tuneloss_tasks import ERROR, LOG_LOSS, VALIDATION, Source, draw
 from lossmeta.recipes._tuneloss_training import Setting, fit
 from lossmeta.recipes.tuneloss_regularizer import softmax_regression
 
 MakeTrial = Callable[..., Trial]
 SOURCE = Source("digits", 40, 40, (0.1, 10.0), components=4, scale=4 / 255, test=100)
-BOTH = pytest.mark.parametrize("recipe", [tuneloss_online, tuneloss_regularizer_search])
+BOTH = pytest.mark.parametrize("recipe", [tuneloss_online, tuneloss_against_search])
 
 
 def sgd(parameters: list[nn.Parameter], decay: float) -> Optimizer:

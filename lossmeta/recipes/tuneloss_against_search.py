@@ -45,7 +45,7 @@ def rows(settings: dict[str, Setting]) -> tuple[Method, ...]:
 class Search:
     """The recipe."""
 
-    name = "tuneloss-regularizer-search"
+    name = "tuneloss-against-search"
     about = "A regulariser learned in one run, and 40 random runs of a loss with four parameters"
 
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
