@@ -26,8 +26,10 @@ MODULES = (
     "ala_cifar10_error",
     "ala_cifar10_aucpr",
     "ala_ablations",
+    "tuneloss_against_search",
     "tuneloss_figure1",
     "tuneloss_hyperparameters",
+    "tuneloss_online",
     "tuneloss_regularizer",
 )
 

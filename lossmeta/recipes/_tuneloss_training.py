@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,22 @@ class Course:
         """At the epoch that is best on the validation part."""
         return self.at(min(range(len(self.valid)), key=self.valid.__getitem__))
 
+    @torch.no_grad()
+    def look(self, model: nn.Module, *of: Batch) -> None:
+        """Takes an epoch in: the model on the training, the validation and the test part.
+
+        Raises:
+            Diverged: where a log loss is not finite.
+        """
+        model.eval()
+        outputs: list[Tensor] = [model(inputs) for inputs, _ in of]
+        model.train()
+        for known, output, (_, labels) in zip((self.train, self.valid, self.test), outputs, of, strict=True):
+            known.append(F.cross_entropy(output, labels).item())
+            if not math.isfinite(known[-1]):
+                raise Diverged
+        self.error.append((outputs[-1].argmax(1) != of[-1][1]).float().mean().item())
+
 
 def task(name: str, setting: Setting, epochs: int | None) -> Task:
     """``epochs``: instead of the setting's own."""
@@ -93,6 +109,11 @@ def task(name: str, setting: Setting, epochs: int | None) -> Task:
         "decay": list(setting.decay),
     }
     return Task(name, prepare, (LOG_LOSS, ERROR, ABOVE, VALIDATION), settings)
+
+
+def by_runs(name: str, setting: Setting, epochs: int | None) -> Task:
+    """The task where some rows train to an exact minimum, which has no epochs: :data:`ABOVE` is no measure there."""
+    return replace(task(name, setting, epochs), measures=(LOG_LOSS, ERROR, VALIDATION))
 
 
 def parts(drawn: Drawn, device: torch.device) -> tuple[Batch, Batch, Batch]:
@@ -135,7 +156,7 @@ def fit(
         course.tuner = OnlineTuner(model, train, valid, regularizer=regularizer, every=steps)
     orders = torch.Generator().manual_seed(trial.random_seed(ORDER))
     for epoch in range(epochs):
-        for inputs, labels in _batches(train, setting.batch, orders):
+        for inputs, labels in batches(train, setting.batch, orders):
             loss = F.cross_entropy(model(inputs), labels)
             if course.tuner is not None:
                 loss = loss + course.tuner.penalty()
@@ -144,26 +165,13 @@ def fit(
             optimizer.step()
             if course.tuner is not None and (report := course.tuner.step()) is not None:
                 course.reports.append(report)
-        _measure(course, model, train, valid, test)
+        course.look(model, train, valid, test)
         (progress or trial.progress)((epoch + 1) / epochs)
     return course
 
 
-def _batches(part: Batch, size: int, orders: torch.Generator) -> Iterator[Batch]:
+def batches(part: Batch, size: int, orders: torch.Generator) -> Iterator[Batch]:
+    """An epoch's."""
     inputs, labels = part
     for rows in torch.randperm(len(labels), generator=orders).to(labels.device).split(size):
         yield inputs[rows], labels[rows]
-
-
-@torch.no_grad()
-def _measure(course: Course, model: nn.Module, *of: Batch) -> None:
-    model.eval()
-    outputs: list[Tensor] = [model(inputs) for inputs, _ in of]
-    model.train()
-    for known, output, (_, labels) in zip(
-        (course.train, course.valid, course.test), outputs, of, strict=True
-    ):
-        known.append(F.cross_entropy(output, labels).item())
-        if not math.isfinite(known[-1]):
-            raise Diverged
-    course.error.append((outputs[-1].argmax(1) != of[-1][1]).float().mean().item())

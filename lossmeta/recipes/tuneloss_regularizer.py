@@ -32,7 +32,7 @@ All start from the same weights and see the same batches. The test part decides 
 log loss on the test part is above the least that it was at any epoch of the same training."""
 
 
-def _adagrad(parameters: list[nn.Parameter], decay: float) -> Optimizer:
+def adagrad(parameters: list[nn.Parameter], decay: float) -> Optimizer:
     return Adagrad(parameters, lr=0.1, initial_accumulator_value=0.1, weight_decay=decay)
 
 
@@ -44,7 +44,7 @@ def _sgd(parameters: list[nn.Parameter], decay: float) -> Optimizer:
     return SGD(parameters, lr=0.05, momentum=0.9, weight_decay=decay)
 
 
-def _softmax_regression(width: int, classes: int) -> nn.Module:
+def softmax_regression(width: int, classes: int) -> nn.Module:
     model = nn.Linear(width, classes)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
@@ -73,16 +73,14 @@ _FLOWERS = Source("flowers-features", 1500, 1000, _BOUNDS)
 _DIGITS = Source("digits", 500, 500, _BOUNDS, scale=1 / 255)
 _MNIST = Source("mnist", 1000, 1000, _BOUNDS, scale=1 / 255, test=4000)
 SMALL = {
-    "flowers, softmax regression": Setting(
-        _FLOWERS, partial(_softmax_regression, 1280, 5), _adagrad, 32, 300
-    ),
+    "flowers, softmax regression": Setting(_FLOWERS, partial(softmax_regression, 1280, 5), adagrad, 32, 300),
     "digits, MLP": Setting(_DIGITS, partial(_mlp, 64, 10), _adam, 32, 300),
     "MNIST, MLP": Setting(_MNIST, partial(_mlp, 784, 10), _adam, 32, 300),
     "MNIST, CNN": Setting(_MNIST, partial(_cnn, 28, 10), _sgd, 32, 100),
 }
 PAPER = {
     "flowers, softmax regression": Setting(
-        replace(_FLOWERS, train=1670, test=1000), partial(_softmax_regression, 1280, 5), _adagrad, 1, 1000
+        replace(_FLOWERS, train=1670, test=1000), partial(softmax_regression, 1280, 5), adagrad, 1, 1000
     ),
     "MNIST, CNN": Setting(_MNIST, partial(_cnn, 28, 10), _sgd, 32, 1000),
 }
@@ -123,24 +121,27 @@ def _tell(trial: Trial, done: int, of: int, share: float) -> None:
     trial.progress((done + share) / of)
 
 
+def row(
+    settings: dict[str, Setting], label: str, make: Callable[[], Regularizer] | None, *, stopped: bool
+) -> Method:
+    """One training, for tasks by name: its end, or where it is stopped, which share the training."""
+    shared = label.removesuffix(", stopped")
+
+    def train(trial: Trial) -> dict[str, float]:
+        course = _trained(settings, shared, make, trial)
+        return course.stopped() if stopped else course.end()
+
+    return Method(label, train, {"stopped": stopped})
+
+
 def rows(settings: dict[str, Setting]) -> tuple[Method, ...]:
     """Of the methods, for tasks by name."""
-
-    def row(label: str, make: Callable[[], Regularizer] | None, *, stopped: bool) -> Method:
-        shared = label.removesuffix(", stopped")
-
-        def train(trial: Trial) -> dict[str, float]:
-            course = _trained(settings, shared, make, trial)
-            return course.stopped() if stopped else course.end()
-
-        return Method(label, train, {"stopped": stopped})
-
     return (
-        row("plain", None, stopped=False),
-        row("plain, stopped", None, stopped=True),
-        row("TuneLoss", ConvexRegularizer, stopped=False),
-        row("TuneLoss, stopped", ConvexRegularizer, stopped=True),
-        row("the paper's", ConvexPWLRegularizer, stopped=False),
+        row(settings, "plain", None, stopped=False),
+        row(settings, "plain, stopped", None, stopped=True),
+        row(settings, REFERENCE, ConvexRegularizer, stopped=False),
+        row(settings, f"{REFERENCE}, stopped", ConvexRegularizer, stopped=True),
+        row(settings, "the paper's", ConvexPWLRegularizer, stopped=False),
         *(Method(label_of("l2", n), partial(_with_l2, settings, n), {"runs": n}) for n in RUNS),
     )
 

@@ -35,6 +35,10 @@ class TuneLoss:
     Models that exist already, or checkpoints, are told before the first :meth:`ask`, with the values that they were
     trained with.
 
+    In one run a trial is a round of it, an epoch or some steps: the same model trains on with the values that
+    :meth:`ask` gives. Earlier rounds measured the model as it was, so ``window=1`` goes on from the last one alone.
+    :attr:`best` then has the values of the best round, not ones that a whole run was trained with.
+
     Args:
         bounds: ``{name: (lower, upper)}``, of numbers or of vectors.
         method: ``"gauss_newton"`` or ``"paper"``.
@@ -42,7 +46,7 @@ class TuneLoss:
         radius: r of the trust region :math:`\|u - u_b\|_\infty \le r` in coordinates from 0 to 1.
         growth: by which a success widens it, up to 1.
         shrinkage: :math:`\rho`, the pull of a vector's coordinates to their mean.
-        window: how many finite trials count, the last ones. ``None`` is all.
+        window: how many finite trials count, the last ones. ``None`` is all, 1 is for rounds of one run.
         eps: weight of gradients in Eq. 6, for ``"paper"``; see :func:`learn_loss`.
         solver: for ``"paper"``; see :func:`learn_loss`.
 
