@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossmeta._batches import Batch
+from lossmeta.adalfl import AveragedWeights
 from lossmeta.experiments import Diverged, Measure, Task, Trial
 from lossmeta.recipes._tuneloss_tasks import ERROR, LOG_LOSS, VALIDATION, Drawn, Source, draw
 from lossmeta.tuneloss import OnlineReport, OnlineTuner
@@ -54,6 +55,7 @@ class Course:
         error: share of errors on the test part.
         reports: of an online tuner, where there was one.
         tuner: it.
+        averaged: the same training, looked at through the average of its weights.
     """
 
     train: list[float] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Course:
     error: list[float] = field(default_factory=list)
     reports: list[OnlineReport] = field(default_factory=list)
     tuner: OnlineTuner | None = None
+    averaged: Course | None = None
 
     def at(self, epoch: int) -> dict[str, float]:
         return {
@@ -150,7 +153,9 @@ def fit(
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     optimizer = setting.optimizer(matrices, decay)
     optimizer.add_param_group({"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0})
-    course, epochs = Course(), int(trial.task.settings["epochs"])
+    average = AveragedWeights(model)
+    course, epochs = Course(averaged=Course()), int(trial.task.settings["epochs"])
+    assert course.averaged is not None
     steps = math.ceil(len(train[1]) / setting.batch)
     if regularizer is not None:
         course.tuner = OnlineTuner(model, train, valid, regularizer=regularizer, every=steps)
@@ -163,9 +168,11 @@ def fit(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            average.update()
             if course.tuner is not None and (report := course.tuner.step()) is not None:
                 course.reports.append(report)
         course.look(model, train, valid, test)
+        course.averaged.look(average.model, train, valid, test)
         (progress or trial.progress)((epoch + 1) / epochs)
     return course
 

@@ -29,7 +29,8 @@ validation loss is worse than that of the one before. The paper's: Eq. 4 with 50
 eps. Both are the model at the end of the training. Stopped: the epoch that is best on the validation part. l2: weight
 decay drawn evenly over its logarithm; of the first runs, the one and the epoch that are best on the validation part.
 All start from the same weights and see the same batches. The test part decides nothing. Above its least: how far the
-log loss on the test part is above the least that it was at any epoch of the same training."""
+log loss on the test part is above the least that it was at any epoch of the same training. Averaged weights: an
+exponential moving average over some 200 steps, of the same training."""
 
 
 def adagrad(parameters: list[nn.Parameter], decay: float) -> Optimizer:
@@ -122,16 +123,24 @@ def _tell(trial: Trial, done: int, of: int, share: float) -> None:
 
 
 def row(
-    settings: dict[str, Setting], label: str, make: Callable[[], Regularizer] | None, *, stopped: bool
+    settings: dict[str, Setting],
+    label: str,
+    make: Callable[[], Regularizer] | None,
+    *,
+    stopped: bool,
+    averaged: bool = False,
 ) -> Method:
-    """One training, for tasks by name: its end, or where it is stopped, which share the training."""
-    shared = label.removesuffix(", stopped")
+    """One training, for tasks by name: its end, where it is stopped, or the average of its weights; all share it."""
+    shared = label.removesuffix(", stopped").removesuffix(", averaged weights")
 
     def train(trial: Trial) -> dict[str, float]:
         course = _trained(settings, shared, make, trial)
+        if averaged:
+            assert course.averaged is not None
+            course = course.averaged
         return course.stopped() if stopped else course.end()
 
-    return Method(label, train, {"stopped": stopped})
+    return Method(label, train, {"stopped": stopped, **({"averaged": True} if averaged else {})})
 
 
 def rows(settings: dict[str, Setting]) -> tuple[Method, ...]:
@@ -139,7 +148,9 @@ def rows(settings: dict[str, Setting]) -> tuple[Method, ...]:
     return (
         row(settings, "plain", None, stopped=False),
         row(settings, "plain, stopped", None, stopped=True),
+        row(settings, "plain, averaged weights, stopped", None, stopped=True, averaged=True),
         row(settings, REFERENCE, ConvexRegularizer, stopped=False),
+        row(settings, f"{REFERENCE}, averaged weights", ConvexRegularizer, stopped=False, averaged=True),
         row(settings, f"{REFERENCE}, stopped", ConvexRegularizer, stopped=True),
         row(settings, "the paper's", ConvexPWLRegularizer, stopped=False),
         *(Method(label_of("l2", n), partial(_with_l2, settings, n), {"runs": n}) for n in RUNS),
