@@ -20,7 +20,7 @@ if ! "$environment/bin/pip" install -qq "torch==$newer" > "$environment/torch.lo
   echo "LOSSMETA_SKIP_NEWER_TORCH=1 leaves this check out" >&2
   exit 1
 fi
-"$environment/bin/pip" install -qq "$wheel[test]"
+"$environment/bin/pip" install -qq "$wheel[test]" "pytest-xdist>=3.6"
 cd "$environment"
 "$environment/bin/python" - <<'PY'
 import glob
@@ -44,7 +44,7 @@ else:
         assert set(backends.values()) == {"compiled"}, name
 PY
 cd - > /dev/null
-HYPOTHESIS_PROFILE=default "$environment/bin/python" -m pytest
+.ci/fast_tests.sh "$environment/bin/python"
 # timm needs torchvision, which is there for this torch.
 "$environment/bin/pip" install -qq timm
 "$environment/bin/python" -m pytest -q tests/integrations/test_timm.py

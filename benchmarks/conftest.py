@@ -1,7 +1,8 @@
 """How every benchmark here measures: one group holds the baselines and lossmeta on the same input and threads.
 
 ``--device`` says where (``device.py``). A test takes its sizes from a table by device:
-``@pytest.mark.by_device("size", {"cpu": [...], "cuda": [...], "dry": [...]})``.
+``@pytest.mark.by_device("size", {"cpu": [...], "cuda": [...], "dry": [...]})``. A smoke run takes those of
+"smoke" where the table has them, else those of the CPU.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.stash[DEVICE]
     for marker in metafunc.definition.iter_markers("by_device"):
         names, table = marker.args
-        metafunc.parametrize(names, table[device.name], ids=_id)
+        key = "cpu" if device.name == "smoke" and "smoke" not in table else device.name
+        metafunc.parametrize(names, table[key], ids=_id)
     if "threads" in metafunc.fixturenames and device.threads:
         ids = [f"{count}thread{'s' * (count > 1)}" for count in device.threads]
         metafunc.parametrize("threads", device.threads, ids=ids, indirect=True)

@@ -32,6 +32,10 @@ GPU_DTYPES = [torch.float32, torch.bfloat16]
 DTYPES = {"cpu": [torch.float32], "cuda": GPU_DTYPES, "dry": GPU_DTYPES}
 
 
+def _is_smoke_run() -> bool:
+    return bool(os.environ.get("LOSSMETA_BENCHMARK_SMOKE"))
+
+
 class Cpu:
     """The host's clock around single calls on one set of inputs."""
 
@@ -94,13 +98,39 @@ class Cpu:
         """Called after every benchmark."""
 
     def _rounds(self, call: Call) -> int:
-        """Enough rounds for a steady median in about half a second; one in a smoke run."""
-        if _is_smoke_run():
-            return 1
+        """Enough rounds for a steady median in about half a second."""
         start = time.perf_counter()
         call()
         elapsed = time.perf_counter() - start
         return int(min(2000, max(15, 0.5 / max(elapsed, 1e-6))))
+
+
+class Smoke(Cpu):
+    """Every benchmark of the CPU once, with one thread, to see that it runs: its figures mean nothing."""
+
+    name = "smoke"
+    threads = (1,)
+    note = "SMOKE: every benchmark ran once; no figure means anything"
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        # Traced and differentiated as ever. The code that Inductor would write takes most of a run to compile.
+        return torch.compile(function, backend="aot_eager", **options)
+
+    def time(
+        self,
+        benchmark: Any,
+        function: Callable[..., Any],
+        make: Make,
+        *,
+        dtype: torch.dtype,
+        no_graph: str | None,
+    ) -> dict[str, Any]:
+        torch.manual_seed(0)
+        benchmark.pedantic(partial(function, *make()), rounds=1)
+        return {}
+
+    def peak_memory(self, make: Callable[[], Call]) -> int | None:
+        return None  # a profile of several steps for each, and tests measure with it anyway
 
 
 class Cuda:
@@ -408,7 +438,7 @@ class Dry(Cuda):
         """There is none."""
 
 
-DEVICES = {device.name: device for device in (Cpu, Cuda, Dry)}
+DEVICES = {"cpu": Smoke if _is_smoke_run() else Cpu, "cuda": Cuda, "dry": Dry}
 
 
 class Rotation:
@@ -452,10 +482,6 @@ def skipped_if_out_of_memory() -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold the tensors
         reason = first_line(error)
     pytest.skip(f"out of memory: {reason}")
-
-
-def _is_smoke_run() -> bool:
-    return bool(os.environ.get("LOSSMETA_BENCHMARK_SMOKE"))
 
 
 def _within(value: float, least: int, most: int) -> int:

@@ -52,7 +52,7 @@ CANDIDATES: dict[str, Callable[..., Callable[[], None]]] = {"plain steps": plain
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
-@pytest.mark.by_device("side", {"cpu": [32], "cuda": [32], "dry": [8]})
+@pytest.mark.by_device("side", {"cpu": [32], "smoke": [8], "cuda": [32], "dry": [8]})
 @pytest.mark.filterwarnings("ignore:Controller. the metric has not changed")
 def test_window(candidate: str, side: int, device: Any, measure: Any) -> None:
     def make() -> Callable[[], None]:
@@ -71,7 +71,7 @@ def test_window(candidate: str, side: int, device: Any, measure: Any) -> None:
     )
 
 
-@pytest.mark.by_device("classes", {"cpu": [10, 1000], "cuda": [10, 1000], "dry": [3]})
+@pytest.mark.by_device("classes", {"cpu": [10, 1000], "smoke": [10], "cuda": [10, 1000], "dry": [3]})
 @pytest.mark.filterwarnings("ignore:Controller. the metric has not changed")
 def test_step(classes: int, device: Any, measure: Any) -> None:
     """A step that is the end of a window: statistics, reward, an update of the policy, and actions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from device import Cpu, Cuda, Dry, Rotation, skipped_if_out_of_memory
+from device import Cpu, Cuda, Dry, Rotation, Smoke, skipped_if_out_of_memory
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -279,6 +280,13 @@ def test_devices_are_of_one_shape() -> None:
     assert shape <= set(dir(Dry))
 
 
+def test_a_smoke_run_calls_once() -> None:
+    calls: list[int] = []
+    once = SimpleNamespace(pedantic=lambda call, rounds: [call() for _ in range(rounds)])
+    assert Smoke().time(once, calls.append, lambda: (1,), dtype=torch.float32, no_graph=None) == {}
+    assert calls == [1]
+
+
 SUITE = """
 import torch
 def test_one(measure):
@@ -301,11 +309,15 @@ def test_a_run_that_is_cut_keeps_what_is_done_and_can_go_on(tmp_path: Path) -> N
     (tmp_path / "test_suite.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {BENCHMARKS}\n")
     file = tmp_path / "lines.jsonl"
+    # pytest-benchmark does not measure in a worker of pytest-xdist, nor where it believes to be in one.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
 
     def run(*options: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
         before = file.read_text() if file.exists() else ""
         command = [sys.executable, "-m", "pytest", "-rs", "--device", "dry", "--lines", str(file), *options]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         added = file.read_text()[len(before) :].strip().splitlines()
         return ended, [json.loads(line) for line in added]
 

@@ -23,8 +23,7 @@ inline int failures = 0;  // of the test that is running
 inline bool add(const char* name, void (*run)()) { return tests.push_back({name, run}), true; }
 
 template <class... Message>
-void verify(bool ok, const char* file, int line, const char* condition, const Message&... message) {
-  if (ok) return;
+void fail(const char* file, int line, const char* condition, const Message&... message) {
   constexpr int shown = 10;
   if (++failures > shown) return;
   std::ostringstream text;
@@ -35,13 +34,9 @@ void verify(bool ok, const char* file, int line, const char* condition, const Me
 }
 
 // |actual − expected| ≤ absolute + relative·|expected|; equal infinities are near, and so are two NaN.
-template <class... Message>
-void verify_near(const char* file, int line, const char* condition, double actual, double expected,
-                 double absolute, double relative, const Message&... message) {
-  double tolerance = std::isfinite(expected) ? absolute + relative * std::abs(expected) : 0;
-  bool near = actual == expected || (std::isnan(actual) && std::isnan(expected)) ||
-              std::abs(actual - expected) <= tolerance;
-  verify(near, file, line, condition, "got ", actual, ", expected ", expected, " ", message...);
+inline bool is_near(double actual, double expected, double absolute, double relative) {
+  if (actual == expected || (std::isnan(actual) && std::isnan(expected))) return true;
+  return std::isfinite(expected) && std::abs(actual - expected) <= absolute + relative * std::abs(expected);
 }
 
 }  // namespace check
@@ -51,14 +46,19 @@ void verify_near(const char* file, int line, const char* condition, double actua
   static const bool added_##name = check::add(#name, test_##name); \
   static void test_##name()
 
-// CHECK(condition, message...): a test goes on after a failure; the parts of the message are streamed.
+// CHECK(condition, message...): a test goes on after a failure; the parts of the message are streamed. They, and what
+// is compared again to be shown, are only evaluated for one.
 #define CHECK(...) CHECK_WITH(__VA_ARGS__, "")
-#define CHECK_WITH(condition, ...) check::verify(!!(condition), __FILE__, __LINE__, #condition, __VA_ARGS__)
+#define CHECK_WITH(condition, ...) \
+  ((condition) ? void() : check::fail(__FILE__, __LINE__, #condition, __VA_ARGS__))
 
 // CHECK_NEAR(actual, expected, absolute, relative, message...)
 #define CHECK_NEAR(...) CHECK_NEAR_WITH(__VA_ARGS__, "")
-#define CHECK_NEAR_WITH(actual, expected, ...) \
-  check::verify_near(__FILE__, __LINE__, #actual " near " #expected, actual, expected, __VA_ARGS__)
+#define CHECK_NEAR_WITH(actual, expected, absolute, relative, ...)                                          \
+  (check::is_near(actual, expected, absolute, relative)                                                     \
+       ? void()                                                                                             \
+       : check::fail(__FILE__, __LINE__, #actual " near " #expected, "got ", double(actual), ", expected ", \
+                     double(expected), " ", __VA_ARGS__))
 
 int main(int argc, char** argv) {
   int passed = 0, failed = 0;
@@ -69,7 +69,7 @@ int main(int argc, char** argv) {
     try {
       test.run();
     } catch (const std::exception& error) {
-      check::verify(false, test.name, 0, "exception:", error.what());
+      check::fail(test.name, 0, "exception:", error.what());
     }
     ++(check::failures ? failed : passed);
     std::cout << (check::failures ? "FAILED  " : "passed  ") << test.name << std::endl;

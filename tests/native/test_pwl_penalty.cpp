@@ -163,18 +163,12 @@ void for_every_case(const Check& check) {
 }  // namespace
 
 TEST(cpu) {
-  for (Isa isa : native::supported_isas()) {
-    native::set_isa(isa);
-    for (int threads : {1, 3}) {
-      native::set_threads(threads);
-      for_every_case([&](const auto& c) {
-        c.check(cpu::pwl_penalty_forward, cpu::pwl_penalty_backward, "isa ", int(isa));
-      });
-      for (Knots kind : {Knots::uniform, Knots::logarithmic})
-        Case<float>(100003, 25, kind)
-            .check(cpu::pwl_penalty_forward, cpu::pwl_penalty_backward, "several chunks, isa ", int(isa));
-    }
-  }
+  const auto check = [](const auto& c) {
+    on_every_cpu([&](int isa) { c.check(cpu::pwl_penalty_forward, cpu::pwl_penalty_backward, "isa ", isa); });
+  };
+  for_every_case(check);
+  for (Knots kind : {Knots::uniform, Knots::logarithmic})
+    check(Case<float>(100003, 25, kind));  // several chunks
 }
 
 TEST(nan) {
@@ -190,16 +184,16 @@ TEST(nan) {
 }
 
 TEST(cuda) {
-  for (int seed = 0; seed < 3; ++seed) {
-    const auto check = [&](const auto& c) {
+  const auto check = [](const auto& c) {
+    for (int seed = 0; seed < 3; ++seed) {
       simt::set_seed(seed);
       for (int offset : {0, 1})
         c.check([](const PwlPenalty& a) { cuda::pwl_penalty_forward(a, nullptr); },
                 [](const PwlPenalty& a) { cuda::pwl_penalty_backward(a, nullptr); }, "seed ", seed, offset);
-    };
-    for_every_case(check);
-    check(Case<float>(5003, 40, Knots::logarithmic));  // several blocks
-  }
+    }
+  };
+  for_every_case(check);
+  check(Case<float>(5003, 40, Knots::logarithmic));  // several blocks
 }
 
 // Of unsorted or NaN knots nothing may be expected but that no memory beyond the arguments is touched, which

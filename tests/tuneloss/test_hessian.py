@@ -162,7 +162,7 @@ def test_diagonal(sizes: list[int]) -> None:
     values = {**loss.checked(VALUES), "own": 0.0}
     hessian = TrainingHessian(loss, model, values, Data(data, nothing), weights, exact=False)
     expected = hessian.products(torch.eye(weights.size, dtype=torch.float64)).diagonal()
-    torch.testing.assert_close(hessian.diagonal(1000), expected, rtol=0.25, atol=2e-3)
+    torch.testing.assert_close(hessian.diagonal(300), expected, rtol=0.25, atol=2e-3)
     assert (hessian.diagonal() / expected).log().abs().mean() < 0.5
     norms = TunedLoss(F.cross_entropy, {"l2": SquaredL2()})
     flat = TrainingHessian(norms, model, {"l2": 0.5}, Data(data, nothing), weights, exact=False)
