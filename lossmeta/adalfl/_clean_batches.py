@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lossmeta._batches import Batch, checked, endless
-from lossmeta._checks import check_at_least_one, may_look, refuse
+from lossmeta._checks import check_at_least_one, refuse
 
 WHERE = "CleanLearner"
 REMEDY = "give some samples whose labels are known to be right"
@@ -23,7 +23,8 @@ class CleanBatches:
         clean: the data.
         batch_size: of batches of a pair.
         seed: of the order of a pair.
-        count_classes: of the model's prediction for some inputs, ``None`` where it has none.
+        count_classes: of the model's prediction for some inputs and labels; ``None`` where they are no class indices.
+        ignore_index: label that does not count.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class CleanBatches:
         clean: Batch | Iterable[Batch],
         batch_size: int,
         seed: int,
-        count_classes: Callable[[Any], int | None],
+        count_classes: Callable[[Any, Tensor], int | None],
+        ignore_index: int = -100,
     ) -> None:
         check_at_least_one(WHERE, "batch_size", batch_size)
-        self._count_classes = count_classes
+        self._count_classes, self.ignore_index = count_classes, ignore_index
         self.classes: int | None = None
         self._pair: Batch | None = None
         self._batches: Iterator[Batch] | None = None
@@ -48,7 +50,7 @@ class CleanBatches:
             self.batch_size = min(batch_size, len(labels))
             self.generator = torch.Generator().manual_seed(seed)
             self.order = torch.empty(0, dtype=torch.int64, device="cpu")
-            self._warn_of_missing(self._classes_of((inputs[:1], labels)))
+            self._warn_of_missing(self._classes_of((inputs, labels)))
         else:
             self._batches = endless(WHERE, "clean", _Watched(clean, self))
 
@@ -72,21 +74,21 @@ class CleanBatches:
             self.generator.set_state(state[1])
 
     def _classes_of(self, batch: Batch) -> set[int]:
-        """Those that occur; empty where labels are no class indices, or nobody may look."""
+        """Those that occur; empty where labels are no class indices. It waits for a GPU, once for each sample."""
         inputs, labels = batch
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or not may_look(labels):
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             return set()
         if self.classes is None:
-            self.classes = self._count_classes(inputs)
+            self.classes = self._count_classes(inputs, labels)
         if self.classes is None:
             return set()
         refuse(
             WHERE,
             f"clean labels must lie in [0, {self.classes}), the model's classes",
             labels,
-            (labels < 0) | (labels >= self.classes),
+            ((labels < 0) | (labels >= self.classes)) & (labels != self.ignore_index),
         )
-        return set(labels.unique().tolist())
+        return set(labels.unique().tolist()) - {self.ignore_index}
 
     def _warn_of_missing(self, seen: set[int]) -> None:
         missing = sorted(set(range(self.classes or 0)) - seen)

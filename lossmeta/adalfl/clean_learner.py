@@ -1,4 +1,4 @@
-"""Training with labels that are partly wrong, by a few that are right: one setting, one run."""
+"""Training with labels that are partly wrong, by a few that are right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lossmeta._batches import Batch, Loss
@@ -20,6 +20,8 @@ from lossmeta.adalfl.online import OnlineLearner
 from lossmeta.adalfl.records import StepReport
 from lossmeta.losses import LossNetwork
 
+RANK = 1_000_003  # seeds of two processes lie this far apart
+
 
 class CleanLearner:
     r"""Trains a model on labels of which some are wrong, with a loss learned from a few that are right.
@@ -28,16 +30,17 @@ class CleanLearner:
 
     .. math:: \mathcal M_\phi(\text{training batch}) + w\,\mathcal L_T(\text{clean batch})
 
-    and moves :math:`\phi` by what the step did to :math:`\mathcal L_T` on the next clean batch (AdaLFL, Algorithm 2).
-    What the model becomes is an exponential moving average of the weights. One setting serves: nothing is tuned, and no
-    stop is needed, for the averaged model stays as good as it was when training goes on.
-    ``docs/results/quickstart.md`` has the measurements.
+    and moves :math:`\phi` by what the step did to :math:`\mathcal L_T` on the next clean batch (AdaLFL, Algorithm 2);
+    the first step is judged by its own. What the model becomes is an exponential moving average of the weights. On
+    digits and MNIST nothing needed tuning (``docs/results/quickstart.md``). It is no rule: where a network learns the
+    clean samples by heart at once, as it does wide features of few samples, they teach the loss nothing, and the error
+    rises with the training as it does without. Keep some samples that judge.
 
     Args:
         model: in training mode; may be wrapped in ``DistributedDataParallel``.
         optimizer: the model's; SGD with momentum is what was measured.
-        clean: samples with right labels, a pair (inputs, labels) of tensors or batches such as a DataLoader; 100 are
-            enough for ten classes. They are gone through again and again, a pair in an order of its own.
+        clean: samples with right labels, a pair (inputs, labels) of tensors or batches such as a DataLoader, on the
+            model's device. They are gone through again and again, a pair in an order of its own.
         loss: what is learned, ``loss(prediction, target) -> []``; by default a
             ``LossNetwork(residual="cross_entropy", normalize_slope=True)``, which starts as cross-entropy.
         task_loss: function of the same arguments, what is really to be lowered.
@@ -46,8 +49,8 @@ class CleanLearner:
             the default loss.
         batch_size: of the clean batches, where ``clean`` is a pair.
         decay: of the average, see :class:`AveragedWeights`.
-        guard: see :class:`OnlineLearner`.
-        seed: of the order of the clean samples.
+        guard: see :class:`OnlineLearner`; the average goes back with the model.
+        seed: of the order of the clean samples; processes of a ``DistributedDataParallel`` model have others.
         options: of :class:`OnlineLearner`: ``meta_every``, ``autocast``, ``learning_rate`` and so on.
 
     Attributes:
@@ -56,7 +59,8 @@ class CleanLearner:
         averaged: a copy of the model with the averaged weights, in evaluation mode, for predictions at any time.
 
     Raises:
-        ValueError: for no clean data, clean labels that are none of the model's classes, and options out of range.
+        ValueError: for no clean data, clean labels that are none of the model's classes, options out of range, and a
+            task loss other than cross-entropy without a loss.
         TypeError: for clean data that is neither a pair nor batches.
         Warning: where a class has no clean sample.
 
@@ -90,6 +94,11 @@ class CleanLearner:
             check_positive_and_finite(WHERE, "meta_rate", meta_rate)
         is_pair(clean)  # refuses what is neither, before anything is made
         parameter = next(model.parameters())
+        if loss is None and not (task_loss is F.cross_entropy or isinstance(task_loss, nn.CrossEntropyLoss)):
+            raise ValueError(
+                f"{WHERE}: loss must be given with a task_loss of its own: the default one starts as cross-entropy; "
+                'LossNetwork(link="identity", residual="squared_error", normalize_slope=True) is for regression'
+            )
         if loss is None:
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             with torch.random.fork_rng(devices=[]):
@@ -100,28 +109,38 @@ class CleanLearner:
             rate = default_meta_rate(loss) if meta_rate is None else meta_rate
             options["meta_optimizer"] = Adam(phi, rate, fused=parameter.device.type in ("cpu", "cuda"))
         elif meta_rate is not None:
-            raise ValueError(f"{WHERE}: meta_rate must be left out with a meta_optimizer, which has its own")
+            raise ValueError(
+                f"{WHERE}: meta_rate must be left out with a meta_optimizer, which has its own, and for a loss without "
+                "parameters"
+            )
         self.learner = OnlineLearner(
             model, optimizer, loss, task_loss, clean_weight=clean_weight, guard=guard, **options
         )
         self.loss, self._wrapped = loss, model
         self._model = self.learner._step.model.plain
         self._task_loss = task_loss
-        self._clean = CleanBatches(clean, batch_size, seed, self._count_classes)
+        own = self.learner._step.model
+        rank = torch.distributed.get_rank(own.group) if own.distributed else 0
+        ignored = getattr(task_loss, "ignore_index", -100)
+        self._clean = CleanBatches(clean, batch_size, seed + RANK * rank, self._count_classes, ignored)
         self._average = AveragedWeights(self._model, decay)
+        if self.learner._guard:
+            self.learner._guard.others.append(self._average)
 
     @property
     def averaged(self) -> nn.Module:
         return self._average.model
 
     @torch.no_grad()
-    def _count_classes(self, inputs: Any) -> int | None:
+    def _count_classes(self, inputs: Any, labels: Tensor) -> int | None:
         model = self.learner._step.model
         start = RandomState(model.device)
         with evaluating(self._model):
             prediction = model.predict(inputs)
         start.bring_back()
-        return prediction.shape[1] if prediction.dim() > 1 else None
+        shape = prediction.shape
+        of_classes = len(shape) > 1 and shape[1] > 1 and labels.shape == shape[:1] + shape[2:]
+        return shape[1] if of_classes else None
 
     def step(self, train_batch: Batch | Sequence[Batch]) -> StepReport:
         """One training step, with the next clean batch, in the place of ``loss.backward(); optimizer.step()``.
@@ -157,7 +176,8 @@ class CleanLearner:
             count = 0
             for batch in train_batches:
                 count += 1
-                yield self.step(batch)
+                # A DataLoader gives lists; a list of batches would be something else.
+                yield self.step(tuple(batch) if isinstance(batch, list) else batch)
             if not count:
                 raise ValueError(
                     f"{WHERE}: train_batches must hold at least one batch each time they are gone through, got none "
@@ -168,20 +188,27 @@ class CleanLearner:
         """Gives the model the averaged weights.
 
         Args:
-            last_stage: steps on the clean batches alone that follow; none has been found to pay where ``clean_weight``
-                is 1.
+            last_stage: steps on the clean batches alone that follow, with the optimizer as it is; in trials none paid
+                where ``clean_weight`` was 1.
+
+        Raises:
+            ValueError: for a negative ``last_stage``.
         """
         if last_stage < 0:
             raise ValueError(f"{WHERE}: last_stage must not be negative, got {last_stage}")
         self._average.give()
-        optimizer = self.learner.optimizer
+        step, optimizer = self.learner._step, self.learner.optimizer
         for _ in range(last_stage):
             inputs, labels = next(self._clean)
             optimizer.zero_grad()
-            prediction = self.learner._step.model.train(inputs)
-            self._task_loss(self.learner._step.model.for_losses(prediction), labels).backward()  # type: ignore[no-untyped-call]
+            with step.model.step():
+                prediction = step.model.train(inputs)
+                self._task_loss(step.model.for_losses(prediction), labels).backward()  # type: ignore[no-untyped-call]
+            step.clipping([p.grad for p in step.model.names if p.grad is not None])
             optimizer.step()
         optimizer.zero_grad()
+        if last_stage:
+            self._average.take()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model, its optimizer and the place in a DataLoader, which are the caller's to save."""
@@ -207,7 +234,7 @@ def learn_with_clean(
     last_stage: int = 0,
     **options: Any,
 ) -> CleanLearner:
-    """Trains a model on labels of which some are wrong, by a few that are right; nothing needs to be tuned.
+    """Trains a model on labels of which some are wrong, by a few that are right, see :class:`CleanLearner`.
 
     For whoever owns the loop, :class:`CleanLearner` takes single steps.
 

@@ -16,12 +16,13 @@ from lossmeta._checks import check_scalar
 from lossmeta._model_state import ModelState, ThreadModes, Watch, is_capturing
 from lossmeta._optimizers import unwrapped
 from lossmeta.adalfl.backends import Check, DoubleBackward, ForwardMode, TrainingPass
+from lossmeta.adalfl.capture import all_finite
 from lossmeta.adalfl.channels_last import ChannelsLast, in_channels_last
 from lossmeta.adalfl.choice_of_backend import BACKENDS, make_backend
 from lossmeta.adalfl.clean_gradient import CleanGradient, Gradients
 from lossmeta.adalfl.clipping import Clipping
 from lossmeta.adalfl.finite_difference import FiniteDifference, norm
-from lossmeta.adalfl.learned_loss import LearnedLoss, check_apart
+from lossmeta.adalfl.learned_loss import DivergedError, LearnedLoss, check_apart
 from lossmeta.adalfl.learned_rate import LearnedRates
 from lossmeta.adalfl.records import MetaGradient, StepOptions
 from lossmeta.adalfl.step_jacobian import StepJacobian, check_has_derivative, parameters_of
@@ -215,8 +216,14 @@ class DifferentiableStep:
         """That of the task loss before the step. It leaves buffers and random numbers as they are."""
         parameters = list(self.model.names)
         with self._now().kept():
-            _, gradients = self._validate(*valid_batch, parameters, relaid=False)
-        return dict(zip(parameters, gradients, strict=True))
+            value, gradients, reached = self._validate(*valid_batch, parameters, relaid=False)
+        found = {p: g for p, g, r in zip(parameters, gradients, reached, strict=True) if r}
+        if not all_finite([value, *found.values()]):
+            raise DivergedError(
+                f"AdaLFL: the task loss on the clean batch is {value.item()}, or its gradient is not finite; the step "
+                "was not taken. Look at the batch, lower the learning rates, or load an earlier state"
+            )
+        return found
 
     def _now(self) -> ModelState:
         return ModelState(self.model.plain, self.model.device, self.watch, everything=self._check_is_due())
@@ -260,9 +267,9 @@ class DifferentiableStep:
             with after.kept():
                 # In another layout random numbers would fall elsewhere.
                 relaid = may_relay and start.random.equals(after.random)
-                task_value, v = self._validate(*valid_batch, moved, relaid)
+                task_value, v, reached = self._validate(*valid_batch, moved, relaid)
                 if self.clean:  # the products overwrite v
-                    judged = dict(zip(moved, [g.clone() for g in v], strict=True))
+                    judged = {p: g.clone() for p, g, r in zip(moved, v, reached, strict=True) if r}
                 rates = self.rates.gradients(v, jacobian, before) if self.options.learning_rates else []
                 products, rate = jacobian.products(v, before)
                 w = dict(zip(moved, clipped.transposed(products), strict=True))
@@ -274,7 +281,7 @@ class DifferentiableStep:
                 results = model.averaged([None if g is None else g * -rate for g in phi])
         if unseen:
             self.watch.numpy = True
-        if self.clean:
+        if self.clean and all_finite([task_value, *judged.values()]):
             self.clean.keep(judged, model.names)
         return MetaGradient(
             _mean([t.loss for t in passes], passes),
@@ -309,15 +316,16 @@ class DifferentiableStep:
 
     def _validate(
         self, inputs: Any, target: Tensor, moved: list[Tensor], relaid: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The task loss after the step and its gradients."""
+    ) -> tuple[Tensor, list[Tensor], list[bool]]:
+        """The task loss after the step, its gradients, 0 where there is none, and whether there is one."""
         with torch.enable_grad():
             prediction = self.model.predict(in_channels_last(inputs) if relaid else inputs)
             value = self.task_loss(self.model.for_losses(prediction), target)
             check_scalar("AdaLFL", "task_loss", value)
             v = torch.autograd.grad(value, moved, allow_unused=True)
         filled = _writable([torch.zeros_like(p) if g is None else g for p, g in zip(moved, v, strict=True)])
-        return value.detach(), self.model.averaged(filled)  # type: ignore[return-value]
+        reached = [g is not None for g in v]
+        return value.detach(), self.model.averaged(filled), reached  # type: ignore[return-value]
 
     def _slope_ratio(self, trained: TrainingPass, target: Tensor) -> Tensor | None:
         if not self.options.log_slope:

@@ -72,9 +72,10 @@ class OnlineLearner:
             ``DistributedDataParallel`` model.
         max_slope: the same for a slope ratio above this, which is a learning rate that runs away. A loss with
             ``normalize_slope`` has a ratio of 1.
-        guard: whether to go back to an earlier loss, with a tenth of the meta rate and a warning, where the task loss
-            on the validation batches rises for long: where its moving average over ten updates or so has been above
-            its least for ten, and by more than a quarter of what it first was.
+        guard: whether to go back to an earlier loss, model and optimizer state, with a tenth of the meta rate and a
+            warning, where the task loss on the validation batches rises for long: where its moving average over ten
+            updates or so has been above its least for ten, and by more than a quarter of what it first was. After
+            three times it stops to watch.
         backend: see :func:`meta_gradient`.
         clip_norm: see :func:`meta_gradient`.
         clip_value: see :func:`meta_gradient`.
@@ -231,7 +232,6 @@ class OnlineLearner:
         self.steps = 0
         self.skipped: int | Tensor = 0
         self._bounds = SlopeBounds(phi)
-        self._guard = TurningGuard(phi) if guard and phi else None
         self.keep_gradients = keep_gradients
         self._accumulated: list[Batch] = []
         self._warned_of_gradients = False
@@ -249,6 +249,9 @@ class OnlineLearner:
             slope_of=slope_of,
         )
         self._step = DifferentiableStep(model, optimizer, loss, task_loss, options)
+        self._guard = None
+        if guard and phi:
+            self._guard = TurningGuard(phi, self._step.optimizer, [self._step.model.plain])
         self._replicas = None
         if self._step.model.distributed:
             self._replicas = Replicas(
@@ -426,10 +429,12 @@ class OnlineLearner:
             finite = bool(found.task_loss.isfinite())
             return "the meta-gradient is not finite" if finite else "the task loss is not finite"
         if self._guard and meta is not None:
-            undone = self._guard.undo_if_turned(float(self._step.model.mean(found.task_loss)), meta)
-            if undone:
-                warnings.warn(f"OnlineLearner: {undone}", RuntimeWarning, stacklevel=5)
-                return undone
+            turned = self._guard.turned(float(self._step.model.mean(found.task_loss)), meta)
+            if turned:
+                warnings.warn(f"OnlineLearner: {turned}", RuntimeWarning, stacklevel=5)
+                self._guard.undo(meta)
+                self._bounds.accepted = None
+                return turned
         if meta is not None:
             for p, g in zip(phi, found.gradients, strict=True):
                 p.grad = g
@@ -468,8 +473,8 @@ class OnlineLearner:
         self.steps, self.skipped = state["steps"], state["skipped"]
         accepted = state["accepted"]
         self._bounds.accepted = accepted and LossSnapshot(*accepted)
-        if self._guard and state.get("guard"):
-            self._guard.load(state["guard"])
+        if self._guard:
+            self._guard.load(state.get("guard"))
         self.history = [Snapshot(*saved) for saved in state["history"]]
         if "backend" in state:
             self._step.load_backend(*state["backend"])

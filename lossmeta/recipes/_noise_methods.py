@@ -231,18 +231,22 @@ def symmetric(trial: Trial, beta: float) -> Loss:
     return SymmetricCrossEntropy(1.0, beta)
 
 
-def gold_corrected(trial: Trial) -> Loss:
-    """Flips estimated from what a network that trained on the wrong labels says of the clean samples."""
-    if gold_corrected not in trial.scratch:
+def gold_corrected(trial: Trial, share: float) -> Loss:
+    """Flips estimated from what a network says of the clean samples that trained on the wrong labels.
+
+    ``share``: of the steps, at a rate of 0.03.
+    """
+    key = gold_corrected, share
+    if key not in trial.scratch:
         drawn: Drawn = trial.data
         model = new_model(trial.seed, drawn)
-        optimizer = SGD(model.parameters(), 0.01, momentum=0.9)
-        for x, y in batches(drawn.train, trial.seed, trial.task.settings["steps"] // 8):
+        optimizer = SGD(model.parameters(), 0.03, momentum=0.9)
+        for x, y in batches(drawn.train, trial.seed, max(1, round(share * trial.task.settings["steps"]))):
             descend(optimizer, F.cross_entropy(model(x), y))
         with torch.no_grad():
             said = model(drawn.clean[0]).softmax(1)
-        trial.scratch[gold_corrected] = gold_transition(said, drawn.clean[1])
-    return ForwardCorrectedLoss(trial.scratch[gold_corrected])
+        trial.scratch[key] = gold_transition(said, drawn.clean[1])
+    return ForwardCorrectedLoss(trial.scratch[key])
 
 
 def tuned(label: str, make: MakeLoss, **grid: tuple[float, ...]) -> Tuned:

@@ -14,7 +14,7 @@ from small_problems import OPTIMIZERS, batches, cnn, equal, learner, mlp, relati
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lossmeta.adalfl import OnlineLearner
+from lossmeta.adalfl import DivergedError, OnlineLearner
 from lossmeta.losses import LossNetwork
 
 WEIGHT = 0.7
@@ -189,7 +189,7 @@ def test_several_batches_of_one_step() -> None:
 PROCESS = """
 import torch.nn.functional as F
 from torch import nn
-from lossmeta.adalfl import OnlineLearner
+from lossmeta.adalfl import DivergedError, OnlineLearner
 from lossmeta.losses import LossNetwork
 
 data = torch.load(f"{folder}/data.pt", weights_only=True)
@@ -243,3 +243,48 @@ def test_every_step_needs_a_clean_batch() -> None:
 def test_no_capture() -> None:
     with pytest.raises(ValueError, match=r"with capture=True clean_weight must be 0, got 0\.7"):
         learner(clean_weight=WEIGHT, capture=True)
+
+
+class TwoHeads(nn.Module):
+    """One of them is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.idle = nn.Linear(64, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.flatten(1)).relu())
+
+
+@pytest.mark.parametrize("meta_every", [1, 2])
+def test_parameters_without_a_gradient_are_left_alone(meta_every: int) -> None:
+    """As in plain training: weight decay moves only what has one."""
+    model = TwoHeads().double()
+    idle = model.idle.weight.detach().clone()
+    optimizer = SGD(model.parameters(), 0.1, weight_decay=0.1)
+    loss = LossNetwork(8, dtype=torch.float64)
+    one = OnlineLearner(model, optimizer, loss, F.cross_entropy, clean_weight=WEIGHT, meta_every=meta_every)
+    for step in pairs(4):
+        one.step(*step)
+    assert torch.equal(model.idle.weight, idle)
+
+
+@pytest.mark.parametrize("meta_every", [1, 3])
+def test_a_clean_batch_that_is_not_finite_moves_nothing(meta_every: int) -> None:
+    one = learner(clean_weight=WEIGHT, meta_every=meta_every)
+    steps = pairs(4)
+    one.step(*steps[0])
+    (x, y) = steps[1][1]
+    broken = x * torch.nan, y
+    if meta_every == 1:
+        assert one.step(steps[1][0], broken).skipped == "the task loss is not finite"
+    else:  # the gradient of the first meta-update is used up by the second step
+        one.step(*steps[1])
+        before = [values(one._step.model.plain), copy.deepcopy(one.optimizer.state_dict())]
+        with pytest.raises(DivergedError, match="the task loss on the clean batch is nan"):
+            one.step(steps[2][0], broken)
+        after = [values(one._step.model.plain), one.optimizer.state_dict()]
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    for step in steps[2:]:
+        one.step(*step)
+    assert all(v.isfinite().all() for v in values(one._step.model.plain))

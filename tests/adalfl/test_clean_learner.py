@@ -87,6 +87,54 @@ def test_an_average_goes_on_from_its_state() -> None:
     assert equal(values(one.model), values(two.model))
 
 
+def test_averages_of_half_precision_weights_move() -> None:
+    """By less than such a number can tell from one step to the next."""
+    model = nn.Linear(4, 4).bfloat16()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    one = AveragedWeights(model)
+    for _ in range(20):
+        one.update()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.2)
+    two = AveragedWeights(model)
+    for i in range(3000):
+        one.update()
+        if i == 100:
+            two.load_state_dict(copy.deepcopy(one.state_dict()))
+        elif i > 100:
+            two.update()
+    for a, b in zip(values(one.model), values(two.model), strict=True):
+        torch.testing.assert_close(a, torch.full_like(a, 1.2), rtol=1e-2, atol=0)
+        assert torch.equal(a, b)
+
+
+def test_a_model_that_changes_is_followed_or_refused() -> None:
+    model = WithBuffers()
+    average = AveragedWeights(model, decay=0.0)
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True)
+    average.update()
+    assert equal(values(average.model), values(model))
+    before = values(average.model)
+    model.register_buffer("more", torch.ones(2))
+    with pytest.raises(
+        ValueError, match=r"must keep its parameters and buffers .* got a change of \['more'\]"
+    ):
+        average.update()
+    assert equal(values(average.model), before) and average.steps == 1
+
+
+def test_parameters_that_are_no_floats_are_copied() -> None:
+    model = nn.Linear(2, 2)
+    model.table = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    average = AveragedWeights(model)
+    model.table.fill_(7)
+    average.update()
+    assert average.model.table.tolist() == [7, 7, 7]  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_bad_decays(decay: float) -> None:
     with pytest.raises(ValueError, match=r"AveragedWeights: decay must"):
@@ -321,6 +369,69 @@ def test_classes_without_a_clean_sample_are_named_once(batches: bool) -> None:
         if "CleanLearner: clean must have samples of every class, got none of [1]" in str(w.message)
     ]
     assert len(said) == 1
+
+
+def test_labels_that_do_not_count_and_other_shapes() -> None:
+    """Ignored ones; a class in every place; yes or no; each is what its task loss takes."""
+    x, y = data(9)
+    y[::4] = -100
+    made(clean=(x, y)).step(data(8))
+    ignoring = nn.CrossEntropyLoss(ignore_index=255)
+    made(clean=(x, torch.where(y < 0, 255, y)), task_loss=ignoring).step(data(8))
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    def of_tokens(f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f.flatten(0, 1), y.flatten())
+
+    tokens = torch.randn(8, 2, 6), torch.randint(5, (8, 2))
+    loss = LossNetwork(residual="cross_entropy", normalize_slope=True)
+
+    class OfTokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = loss
+
+        def forward(self, f: Tensor, y: Tensor) -> Tensor:
+            return self.inner(f.flatten(0, 1), y.flatten())
+
+    made(Sequence(), tokens, loss=OfTokens(), task_loss=of_tokens).step(tokens)
+
+
+def test_a_task_loss_of_its_own_needs_a_loss() -> None:
+    x = torch.randn(8, 6)
+    with pytest.raises(ValueError, match="loss must be given with a task_loss of its own"):
+        made(clean=(x, torch.randn(8, 3)), task_loss=F.mse_loss)
+    loss = LossNetwork(link="identity", residual="squared_error", normalize_slope=True)
+    made(clean=(x, torch.randn(8, 3)), task_loss=F.mse_loss, loss=loss).step((x, torch.randn(8, 3)))
+
+
+def test_lists_of_a_loader_are_pairs() -> None:
+    one = made()
+    x, y = data(2)
+    with pytest.raises(TypeError, match="forward"):  # of two inputs; and not two steps
+        list(one.steps([[[x, x], [y, y]]]))  # type: ignore[list-item]
+    assert one.learner.steps == 0
+
+
+def test_the_guard_brings_the_average_back_too() -> None:
+    one = made(clean=[data(8)])
+    for _ in range(12):
+        one.step(data(8))
+    guard, meta = one.learner._guard, one.learner.meta_optimizer
+    assert guard is not None and meta is not None and guard.kept is not None
+    kept = copy.deepcopy(guard.kept[1])
+    for _ in range(3):
+        one.step(data(8))
+    guard.undo(meta)
+    assert equal(one.learner._step.model.plain.state_dict().values(), kept[1].values())
+    assert equal(one.averaged.state_dict().values(), kept[2]["model"].values())
 
 
 def test_a_model_in_evaluation_mode() -> None:

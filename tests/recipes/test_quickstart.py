@@ -134,7 +134,7 @@ def test_without_a_learned_difference_the_learned_row_is_a_plain_loop(make_trial
     ).train(trial)
     model = new_model(0, CPU)
     optimizer, average = SGD(model.parameters(), 0.03, momentum=0.9), AveragedWeights(model)
-    clean = CleanBatches(drawn.clean, 64, trial.random_seed(LOSS), lambda inputs: CLASSES)
+    clean = CleanBatches(drawn.clean, 64, trial.random_seed(LOSS), lambda inputs, labels: CLASSES)
     before = None
     for inputs, (noisy, _) in batches(trial, 30):
         now = next(clean)
