@@ -29,10 +29,10 @@ LEGEND = """\
 A seed draws rows, wrong labels, weights and the batches of wrong labels, the same for all rows. Clean samples have
 labels that are known to be right, as many of each class; every row may use them. Each fixed loss has the learning rate,
 the weight of the clean batches and, but for label smoothing and bootstrapping, which have one that is usual, the
-parameter that are best on three other seeds, by a selection part of right labels that trains nothing; and its stop, the
-averaging of its weights and a last stage on the clean samples are chosen on each seed by that part. The learned losses
-have the defaults of `learn_with_clean` at a learning rate of 0.03, no stop, and do not see the selection part; flips and
-weights are `TransitionLoss` and `LossWeighting` in the place of its default loss. The test
+parameter that are best on three other seeds, by a selection part of right labels that trains nothing; and its stop,
+the averaging of its weights and a last stage on the clean samples are chosen on each seed by that part. The learned
+losses have the defaults of `learn_with_clean` at a learning rate of 0.03, no stop, and do not see the selection part;
+flips and weights are `TransitionLoss` and `LossWeighting` in the place of its default loss. The test
 part decides nothing. Differences are to the learned loss, paired by seed."""
 
 
