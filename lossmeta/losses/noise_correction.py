@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lossmeta._checks import check_float, check_number, check_same_device, check_tensors, dtype_name, outside
 from lossmeta.losses._classification import ClassificationLoss
+from lossmeta.losses._distributions import check_distributions
 
 
 class ForwardCorrectedLoss(ClassificationLoss):
@@ -71,7 +72,7 @@ class ForwardCorrectedLoss(ClassificationLoss):
             raise ValueError(
                 f"{name}: transition must be [C, C] with C at least 1, got {list(transition.shape)}"
             )
-        _check_distributions(name, "transition", transition, "divide each by its sum")
+        check_distributions(name, "transition", transition, "divide each by its sum")
         super().__init__(
             weight=weight,
             ignore_index=ignore_index,
@@ -196,20 +197,8 @@ def _checked_probabilities(name: str, probabilities: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: probabilities must be [N, C] with C at least 1, got {list(probabilities.shape)}"
         )
-    _check_distributions(name, "probabilities", probabilities, "of logits take .softmax(1)")
+    check_distributions(name, "probabilities", probabilities, "of logits take .softmax(1)")
     return probabilities.detach().cpu().double()
-
-
-def _check_distributions(name: str, argument: str, rows: Tensor, remedy: str) -> None:
-    if rows.is_meta:
-        raise ValueError(f"{name}: {argument} must hold values, got a tensor on the meta device")
-    p = rows.detach().cpu().double()
-    sums, tolerance = p.sum(1), max(1e-3, 2 * torch.finfo(rows.dtype).eps)
-    for row in (~((p >= 0).all(1) & ((sums - 1).abs() <= tolerance))).nonzero()[:1].flatten().tolist():
-        raise ValueError(
-            f"{name}: rows of {argument} must be at least 0 and sum to 1, got a least value of "
-            f"{p[row].min().item():.6g} and a sum of {sums[row].item():.6g} in row {row}; {remedy}"
-        )
 
 
 def _as_transition(rows: Tensor, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lossmeta import _checks, plot
 from lossmeta.losses._class_indices import Samples, read
+from lossmeta.losses._distributions import check_distributions
 from lossmeta.losses._outputwise import IGNORED
 from lossmeta.losses._parameters import has_hooks
 from lossmeta.losses._saved import SavedLoss
@@ -19,7 +20,6 @@ from lossmeta.losses.loss_network import LossNetwork
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOLERANCE = 1e-3  # of the sum of a row that is given
 RAISED = 1e-3  # the most of a row that is moved to entries that were given as 0
 
 
@@ -269,16 +269,9 @@ def _check_transition(transition: Tensor, classes: int) -> None:
             f"TransitionLoss: transition must be [{classes}, {classes}] for num_classes={classes}, "
             f"got {list(transition.shape)}"
         )
-    bad = ~(transition >= 0)
-    _checks.refuse("TransitionLoss", "transition must hold probabilities", transition, bad)
-    sums = transition.detach().double().sum(1)
-    bad = ~((sums - 1).abs() <= TOLERANCE)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"TransitionLoss: transition must have rows that sum to 1 within {TOLERANCE}, got {sums[row].item():.6g} "
-            f"in row {row}; divide each row, which is one class, by its sum"
-        )
+    check_distributions(
+        "TransitionLoss", "transition", transition, "divide each row, which is one class, by its sum"
+    )
 
 
 def _check_shape(shape: LossNetwork) -> None:

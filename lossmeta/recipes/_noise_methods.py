@@ -88,24 +88,15 @@ def fixed(label: str, make: MakeLoss, rate: float, clean_weight: float, **parame
     """
 
     def train(trial: Trial) -> dict[str, float]:
-        drawn: Drawn = trial.data
-        steps: int = trial.task.settings["steps"]
         loss = make(trial, **parameter)
-        model = new_model(trial.seed, drawn)
-        optimizer, average = SGD(model.parameters(), rate, momentum=0.9), AveragedWeights(model)
-        stops, best = {max(1, round(share * steps)) for share in STOPS}, Best()
-        for step, (x, y, clean) in enumerate(_batches(trial, steps), 1):
-            value = loss(model(x), y)
-            if clean_weight:
-                value = value + clean_weight * F.cross_entropy(model(clean[0]), clean[1])
-            if not value.isfinite():
-                break
-            descend(optimizer, value)
-            average.update()
-            if step in stops:
-                for averaged, one in enumerate((model, average.model)):
-                    best.see(one, drawn, stop=step, averaged=averaged)
-        return _with_last_stage(trial, best)
+
+        def value(model: nn.Module, x: Tensor, y: Tensor, clean: Batch) -> Tensor:
+            found = loss(model(x), y)
+            return (
+                found + clean_weight * F.cross_entropy(model(clean[0]), clean[1]) if clean_weight else found
+            )
+
+        return _with_last_stage(trial, _best_stop(trial, value, rate))
 
     return Method(label, train, {"rate": rate, "clean weight": clean_weight, **parameter})
 
@@ -113,21 +104,34 @@ def fixed(label: str, make: MakeLoss, rate: float, clean_weight: float, **parame
 def clean_alone(label: str, rate: float) -> Method:
     """Cross-entropy on the clean samples alone; stop and averaging by the selection part."""
 
+    def value(model: nn.Module, x: Tensor, y: Tensor, clean: Batch) -> Tensor:
+        return F.cross_entropy(model(clean[0]), clean[1])
+
     def train(trial: Trial) -> dict[str, float]:
-        drawn: Drawn = trial.data
-        steps: int = trial.task.settings["steps"]
-        model = new_model(trial.seed, drawn)
-        optimizer, average = SGD(model.parameters(), rate, momentum=0.9), AveragedWeights(model)
-        stops, best = {max(1, round(share * steps)) for share in STOPS}, Best()
-        for step, (_, _, (x, y)) in enumerate(_batches(trial, steps), 1):
-            descend(optimizer, F.cross_entropy(model(x), y))
-            average.update()
-            if step in stops:
-                for averaged, one in enumerate((model, average.model)):
-                    best.see(one, drawn, stop=step, averaged=averaged)
-        return _measured(best, drawn)
+        return _measured(_best_stop(trial, value, rate), trial.data)
 
     return Method(label, train, {"rate": rate, "clean alone": True})
+
+
+def _best_stop(
+    trial: Trial, value: Callable[[nn.Module, Tensor, Tensor, Batch], Tensor], rate: float
+) -> Best:
+    """Of a training, with its weights as they are or averaged, by this trial's selection part."""
+    drawn: Drawn = trial.data
+    steps: int = trial.task.settings["steps"]
+    model = new_model(trial.seed, drawn)
+    optimizer, average = SGD(model.parameters(), rate, momentum=0.9), AveragedWeights(model)
+    stops, best = {max(1, round(share * steps)) for share in STOPS}, Best()
+    for step, (x, y, clean) in enumerate(_batches(trial, steps), 1):
+        found = value(model, x, y, clean)
+        if not found.isfinite():
+            break
+        descend(optimizer, found)
+        average.update()
+        if step in stops:
+            for averaged, one in enumerate((model, average.model)):
+                best.see(one, drawn, stop=step, averaged=averaged)
+    return best
 
 
 def _batches(trial: Trial, steps: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:

@@ -196,18 +196,20 @@ def test_starts_from_an_estimate() -> None:
         (
             {"transition": 0.5 * torch.eye(4)},
             ValueError,
-            "transition must have rows that sum to 1 within 0.001, got 0.5 in row 0; divide each row, which is one "
-            "class, by its sum",
+            "rows of transition must be at least 0 and sum to 1, got a least value of 0 and a sum of 0.5 in row 0; "
+            "divide each row, which is one class, by its sum",
         ),
         (
             {"transition": 2 * torch.eye(4).roll(1, 1) - torch.eye(4)},
             ValueError,
-            "transition must hold probabilities, got -1.0 at index 0",
+            "rows of transition must be at least 0 and sum to 1, got a least value of -1 and a sum of 1 in row 0; "
+            "divide each row, which is one class, by its sum",
         ),
         (
             {"transition": torch.full((4, 4), math.nan)},
             ValueError,
-            "transition must hold probabilities, got nan at index 0",
+            "rows of transition must be at least 0 and sum to 1, got a least value of nan and a sum of nan in row 0; "
+            "divide each row, which is one class, by its sum",
         ),
         ({"shape": nn.Linear(2, 2)}, TypeError, "shape must be a LossNetwork, got Linear"),
         (
