@@ -58,7 +58,7 @@ class LogitAdjustment(LossSpace):
     0.
 
     Args:
-        counts: of the training samples of each class, ``[C]``.
+        counts: of the training samples of each class, ``[C]``, or their shares.
 
     Raises:
         ValueError: for counts that are no vector, negative or all 0.
@@ -85,8 +85,9 @@ class LogitAdjustment(LossSpace):
             raise ValueError(
                 f"LogitAdjustment: counts must be finite and not negative, one above 0, got {counts.tolist()}"
             )
-        # A class without samples counts as a tenth of one.
-        self.log_prior = (share.clamp_min(0.1) / share.sum()).log()
+        # A class without samples counts as a tenth of one; among shares, as a tenth of the rarest.
+        least = 0.1 * min(1.0, float(share[share > 0].min()))
+        self.log_prior = (share.where(share > 0, least) / share.sum()).log()
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.parameters = (
             Parameter("tau", default=0.0, scale=0.6, low=-1.0, high=3.0),

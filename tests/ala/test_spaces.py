@@ -276,3 +276,14 @@ def test_a_part_of_a_subclass_is_not_passed_by() -> None:
     stacked = {name: v[None] for name, v in values.items()}
     for space in (Doubled(), Doubled() * Smoothing()):
         torch.testing.assert_close(space.of_children(logits[None], labels, stacked)[0][0], expected)
+
+
+def test_shares_are_as_good_as_counts() -> None:
+    """Only their ratios count, also of rare classes; one without samples counts as a tenth of the least."""
+    counts = torch.tensor([900, 90, 10])
+    expected = (counts / 1000).double().log()
+    for given in (counts, counts.double() / 1000, counts.double() * 7):
+        torch.testing.assert_close(LogitAdjustment(given).log_prior, expected)
+    none = torch.tensor([900, 100, 0])
+    assert LogitAdjustment(none).log_prior[2] == pytest.approx(math.log(0.1 / 1000))
+    assert LogitAdjustment(none.double() / 1000).log_prior[2] == pytest.approx(math.log(0.1 * 0.1))
