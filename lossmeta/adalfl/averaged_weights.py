@@ -50,7 +50,6 @@ class AveragedWeights:
             raise TypeError(
                 f"AveragedWeights: the model must be one that copy.deepcopy copies, got {type(model).__name__}: {error}"
             ) from error
-
         pairs = self._pairs()
         half = (torch.float16, torch.bfloat16)
         self._exact: dict[str, Tensor] = {

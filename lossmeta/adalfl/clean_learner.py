@@ -93,7 +93,9 @@ class CleanLearner:
         if meta_rate is not None:
             check_positive_and_finite(WHERE, "meta_rate", meta_rate)
         is_pair(clean)  # refuses what is neither, before anything is made
-        parameter = next(model.parameters())
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise ValueError(f"{WHERE}: the model must have trainable parameters, got none")
         if loss is None and not (task_loss is F.cross_entropy or isinstance(task_loss, nn.CrossEntropyLoss)):
             raise ValueError(
                 f"{WHERE}: loss must be given with a task_loss of its own: the default one starts as cross-entropy; "

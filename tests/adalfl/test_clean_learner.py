@@ -444,6 +444,11 @@ def test_a_model_in_evaluation_mode() -> None:
     assert one.learner.steps == 0
 
 
+def test_a_model_without_parameters() -> None:
+    with pytest.raises(ValueError, match="CleanLearner: the model must have trainable parameters, got none"):
+        CleanLearner(nn.Identity(), SGD(network().parameters(), 0.1), data(6))
+
+
 def test_batches_of_one_sample() -> None:
     one = made()
     assert one.step(data(1)).skipped is None
