@@ -26,9 +26,8 @@ class CleanGradient:
     def __init__(self, weight: float) -> None:
         self.weight = weight
         self._kept: Gradients | None = None
-        self._weights: list[tuple[int, int]] | None = (
-            None  # what tells those of then from others; None fits all
-        )
+        # Marks of the weights that it is of; None where it is of whatever weights the next step finds.
+        self._weights: list[tuple[int, int]] | None = None
 
     def keep(self, gradients: Gradients, parameters: Iterable[Tensor]) -> None:
         """For the next step; ``parameters`` are all that are trained, as they are now."""

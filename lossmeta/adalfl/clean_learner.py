@@ -32,10 +32,11 @@ class CleanLearner:
 
     and moves :math:`\phi` by what the step did to :math:`\mathcal L_T` on the next clean batch (AdaLFL, Algorithm 2);
     the first step is judged by its own. What the model becomes is an exponential moving average of the weights. On
-    digits and MNIST nothing needed tuning (``docs/results/quickstart.md``). It is no rule: where a network learns the
-    clean samples by heart at once, as it does wide features of few samples, they teach the loss nothing, and the error
-    rises with the training as it does without. A weight decay of 0.005 to 0.01 took a good part of that rise in trials
-    (digits, MNIST, flowers and a network with convolutions on CIFAR-10, two seeds each). Keep some samples that judge.
+    the digits, without tuning, that was level with the best tuned robust loss (``docs/results/quickstart.md``). It is
+    no rule: where a network learns the clean samples by heart at once, as it does wide features of few samples, they
+    teach the loss nothing, and the error rises with the training as it does without. A weight decay of 0.005 to 0.01
+    took a good part of that rise in trials (digits, MNIST, flowers and a network with convolutions on CIFAR-10, two
+    seeds each). Keep some samples that judge.
 
     Args:
         model: in training mode; may be wrapped in ``DistributedDataParallel``.

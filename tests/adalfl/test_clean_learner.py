@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 import warnings
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_bad_decays(decay: float) -> None:
 
 def test_a_model_that_cannot_be_copied() -> None:
     model = network()
-    model.lock = __import__("threading").Lock()  # type: ignore[assignment]
+    model.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r"must be one that copy\.deepcopy copies, got Sequential"):
         AveragedWeights(model)
 
@@ -233,7 +234,10 @@ def test_goes_on_to_the_same_bits(loader: bool) -> None:
         whole.step(batch)
     for batch in batches[:5]:
         half.step(batch)
-    parts = lambda one: (one.learner._step.model.plain, one.learner.optimizer, one)  # noqa: E731
+
+    def parts(one: CleanLearner) -> tuple[Any, ...]:
+        return one.learner._step.model.plain, one.learner.optimizer, one
+
     for a, b in zip(parts(new), parts(half), strict=True):
         a.load_state_dict(copy.deepcopy(b.state_dict()))
     for batch in batches[5:]:
