@@ -9,6 +9,7 @@ from lossmeta.adalfl.meta_gradient import meta_gradient
 from lossmeta.adalfl.online import OnlineLearner
 from lossmeta.adalfl.plot import plot_loss
 from lossmeta.adalfl.records import MetaGradient, Snapshot, StepReport
+from lossmeta.adalfl.relabelling import Relabelling
 from lossmeta.adalfl.verification import BackendError
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DivergedError",
     "MetaGradient",
     "OnlineLearner",
+    "Relabelling",
     "Snapshot",
     "StepReport",
     "choose_backend",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lossmeta._batches import Batch, Loss
+from lossmeta._batches import Batch, Loss, checked_batches
 from lossmeta._checks import check_at_least_one, check_positive_and_finite
 from lossmeta._model_state import RandomState, evaluating
 from lossmeta.adalfl._clean_batches import WHERE, CleanBatches, is_pair
@@ -18,6 +18,7 @@ from lossmeta.adalfl.averaged_weights import AveragedWeights
 from lossmeta.adalfl.learned_loss import default_meta_rate, to_learn
 from lossmeta.adalfl.online import OnlineLearner
 from lossmeta.adalfl.records import StepReport
+from lossmeta.adalfl.relabelling import Drawn, Relabelling
 from lossmeta.losses import LossNetwork
 
 RANK = 1_000_003  # seeds of two processes lie this far apart
@@ -51,6 +52,9 @@ class CleanLearner:
             the default loss.
         batch_size: of the clean batches, where ``clean`` is a pair.
         decay: of the average, see :class:`AveragedWeights`.
+        relabel: whether a share of the training labels is drawn anew in each step, see :class:`Relabelling`, by what
+            the averaged model makes of them; where they are class indices of the model's outputs. By default with the
+            default loss alone: another one may have its own idea of what a label says.
         guard: see :class:`OnlineLearner`; the average goes back with the model.
         seed: of the order of the clean samples; processes of a ``DistributedDataParallel`` model have others.
         options: of :class:`OnlineLearner`: ``meta_every``, ``autocast``, ``learning_rate`` and so on.
@@ -59,6 +63,8 @@ class CleanLearner:
         learner: the :class:`OnlineLearner`.
         loss: the learned loss.
         averaged: a copy of the model with the averaged weights, in evaluation mode, for predictions at any time.
+        relabelling: draws labels anew, and has in ``transition`` what labels the classes seem to bear; ``None`` before
+            the first step and without ``relabel``.
 
     Raises:
         ValueError: for no clean data, clean labels that are none of the model's classes, options out of range, and a
@@ -88,6 +94,7 @@ class CleanLearner:
         meta_rate: float | None = None,
         batch_size: int = 64,
         decay: float = 0.995,
+        relabel: bool | None = None,
         guard: bool = True,
         seed: int = 0,
         **options: Any,
@@ -103,6 +110,8 @@ class CleanLearner:
                 f"{WHERE}: loss must be given with a task_loss of its own: the default one starts as cross-entropy; "
                 'LossNetwork(link="identity", residual="squared_error", normalize_slope=True) is for regression'
             )
+        self._relabel = loss is None if relabel is None else relabel
+        self.relabelling: Relabelling | None = None
         if loss is None:
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             with torch.random.fork_rng(devices=[]):
@@ -125,8 +134,9 @@ class CleanLearner:
         self._task_loss = task_loss
         own = self.learner._step.model
         rank = torch.distributed.get_rank(own.group) if own.distributed else 0
-        ignored = getattr(task_loss, "ignore_index", -100)
-        self._clean = CleanBatches(clean, batch_size, seed + RANK * rank, self._count_classes, ignored)
+        self._ignored = getattr(task_loss, "ignore_index", -100)
+        self._seed = seed + RANK * rank
+        self._clean = CleanBatches(clean, batch_size, self._seed, self._count_classes, self._ignored)
         self._average = AveragedWeights(self._model, decay)
         if self.learner._guard:
             self.learner._guard.others.append(self._average)
@@ -161,9 +171,31 @@ class CleanLearner:
             raise ValueError(
                 f"{WHERE}: the model must be in training mode, got one in evaluation mode; call model.train()"
             )
-        report = self.learner.step(train_batch, next(self._clean))
+        clean = next(self._clean)
+        batches = checked_batches("OnlineLearner", "train_batch", train_batch)
+        found = [self._relabelled(batch) for batch in batches] if self._relabel else []
+        report = self.learner.step([batch for batch, _ in found] if found else batches, clean)
         self._average.update()
+        if self.relabelling:
+            self.relabelling.learn(*(drawn for _, drawn in found if drawn))
         return report
+
+    @torch.no_grad()
+    def _relabelled(self, batch: Batch) -> tuple[Batch, Drawn | None]:
+        inputs, labels = batch
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.uint8):
+            return batch, None
+        logits = self.learner._step.model.predict_by(self.averaged, inputs)
+        shape = logits.shape
+        if len(shape) < 2 or labels.shape != shape[:1] + shape[2:] or labels.device != logits.device:
+            return batch, None
+        if self.relabelling is None:
+            self.relabelling = self._new_relabelling(shape[1], logits.device)
+        drawn = self.relabelling.draw(logits, labels)
+        return (inputs, drawn.labels), drawn
+
+    def _new_relabelling(self, classes: int, device: torch.device) -> Relabelling:
+        return Relabelling(classes, seed=self._seed, ignore_index=self._ignored, device=device)
 
     def steps(self, train_batches: Iterable[Batch], epochs: int = 1) -> Iterator[StepReport]:
         """Takes the steps of whole epochs, one for each report that is asked for.
@@ -220,12 +252,19 @@ class CleanLearner:
             "learner": self.learner.state_dict(),
             "averaged": self._average.state_dict(),
             "clean": self._clean.state(),
+            "relabelling": self.relabelling and self.relabelling.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
         self._average.load_state_dict(state["averaged"])
         self._clean.load(state["clean"])
+        relabelling = state.get("relabelling")
+        self.relabelling = None
+        if relabelling and self._relabel:
+            seen = relabelling["seen"]
+            self.relabelling = self._new_relabelling(len(seen), seen.device)
+            self.relabelling.load_state_dict(relabelling)
 
 
 def learn_with_clean(

@@ -78,6 +78,10 @@ class TrainedModel:
     def predict(self, inputs: Any) -> Tensor:
         return self._call(self.plain, inputs, self.dtype)
 
+    def predict_by(self, other: nn.Module, inputs: Any) -> Tensor:
+        """As another module of the same kind predicts."""
+        return self._call(other, inputs, self.autocast)
+
     def predict_in_full_precision(self, inputs: Any) -> Tensor:
         """Without autocast."""
         return self._call(self.plain, inputs, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from lossmeta import experiments
@@ -11,28 +12,33 @@ from lossmeta.recipes import _noise_tasks as tasks
 
 LEARNED = "learned loss, nothing tuned"
 CLEAN_ALONE = tuple(
-    methods.clean_alone(f"clean samples alone, rate {rate:g}", rate) for rate in methods.RATES
+    methods.clean_alone(f"clean samples alone, rate {rate:g}, decay {decay:g}", rate, decay)
+    for rate, decay in itertools.product(methods.RATES, methods.WEIGHT_DECAYS)
 )
 ROWS = (
     Tuned("clean samples alone", CLEAN_ALONE, tasks.SELECTION.name, methods.TUNING_SEEDS),
-    methods.tuned("cross-entropy", methods.cross_entropy),
+    methods.tuned("cross-entropy", methods.cross_entropy, clean_weight=(0.0, 1.0)),
     methods.tuned("label smoothing", methods.smoothed, smoothing=(0.3,)),
     methods.tuned("bootstrapping", methods.bootstrapped, beta=(0.8,)),
     methods.tuned("generalised cross-entropy", methods.generalized, q=(0.7, 0.9)),
-    methods.tuned("symmetric cross-entropy", methods.symmetric, beta=(1.0, 3.0, 10.0)),
-    methods.tuned("gold loss correction", methods.gold_corrected, share=(0.06, 0.25, 0.5)),
+    methods.tuned("symmetric cross-entropy", methods.symmetric, beta=(3.0, 10.0)),
+    methods.tuned("gold loss correction", methods.gold_corrected, share=(0.06, 0.25)),
     methods.learned("learned flips, nothing tuned", methods.flips),
     methods.learned("learned weights, nothing tuned", methods.weights),
+    methods.drawn_labels("drawn labels, nothing tuned"),
+    methods.learned("learned loss, given labels, nothing tuned", relabel=False),
     methods.learned(LEARNED),
 )
 LEGEND = """\
 A seed draws rows, wrong labels, weights and the batches of wrong labels, the same for all rows. Clean samples have
-labels that are known to be right, as many of each class; every row may use them. Each fixed loss has the learning rate,
-the weight of the clean batches and, but for label smoothing and bootstrapping, which have one that is usual, the
-parameter that are best on three other seeds, by a selection part of right labels that trains nothing; and its stop,
-the averaging of its weights and a last stage on the clean samples are chosen on each seed by that part. The learned
-losses have the defaults of `learn_with_clean` at a learning rate of 0.03, no stop, and do not see the selection part;
-flips and weights are `TransitionLoss` and `LossWeighting` in the place of its default loss. The test
+labels that are known to be right, as many of each class; every row may use them. Each fixed loss has the learning rate
+(0.01, 0.03 or 0.1), the weight decay (0, 0.005 or 0.02) and, but for label smoothing and bootstrapping, which have one
+that is usual, the parameter that are best on two other seeds, by a selection part of right labels that trains nothing.
+Its stop, the averaging of its weights and a last stage on the clean samples are chosen on each seed by that part.
+Clean batches are in every step of it; cross-entropy is tried without them too. The rows of which nothing is tuned have
+the defaults of `learn_with_clean` at a learning rate of 0.03 and a weight decay of 0.005, no stop, and do not see the
+selection part. Flips and weights are `TransitionLoss` and `LossWeighting` in the place of its default loss; drawn
+labels are cross-entropy on the labels that it draws; given labels, its default loss without drawing any. The test
 part decides nothing. Differences are to the learned loss, paired by seed."""
 
 

@@ -187,7 +187,7 @@ def test_it_beats_plain_training_on_wrong_labels() -> None:
 def test_its_steps_are_those_of_the_pieces() -> None:
     """An OnlineLearner with clean batches, and an average."""
     clean = [data(7) for _ in range(3)]
-    one = made(clean=clean)
+    one = made(clean=clean, relabel=False)
     model, loss = copy.deepcopy((one.learner._step.model.plain, one.loss))
     optimizer = SGD(model.parameters(), 0.05, momentum=0.9)
     pieces = OnlineLearner(

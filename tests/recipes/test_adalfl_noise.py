@@ -65,7 +65,7 @@ def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyP
     assert second["error"] == second["selection error"] == first["selection error"]
     blind = replace(drawn, selection=(drawn.selection[0] * 0, drawn.selection[1]))
     third = method.train(make_trial(blind, steps=120))
-    if "learned" in method.label:
+    if "nothing tuned" in method.label:
         assert third["error"] == first["error"]
     else:
         assert {"stop", "averaged"} <= set(first)
@@ -73,7 +73,7 @@ def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyP
 
 def test_the_rivals_end_as_their_best_stop_or_the_last_stage(make_trial: MakeTrial) -> None:
     trial = make_trial(draw(DIGITS, UNIFORM[1], 0, CPU), steps=100)
-    found = _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 1.0).train(trial)
+    found = _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 0.0, 1.0).train(trial)
     seen: list[float] = []
     best = _noise_methods.Best()
     see = _noise_methods.Best.see
@@ -84,7 +84,7 @@ def test_the_rivals_end_as_their_best_stop_or_the_last_stage(make_trial: MakeTri
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_noise_methods.Best, "see", watched)
-        _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 1.0).train(trial)
+        _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 0.0, 1.0).train(trial)
     assert len(seen) == 2 * 6 + len(_noise_methods.LAST_STAGES)
     assert found["selection error"] == min(seen)
     assert best.model is None
@@ -94,7 +94,7 @@ def test_training_that_diverges_is_said(make_trial: MakeTrial) -> None:
     trial = make_trial(draw(DIGITS, UNIFORM[1], 0, CPU), steps=100)
     trial.data.train[0][:] = torch.nan
     with pytest.raises(Diverged):
-        _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 1.0).train(trial)
+        _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 0.0, 1.0).train(trial)
 
 
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
