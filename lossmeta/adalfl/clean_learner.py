@@ -32,12 +32,12 @@ class CleanLearner:
     .. math:: \mathcal M_\phi(\text{training batch}) + w\,\mathcal L_T(\text{clean batch})
 
     and moves :math:`\phi` by what the step did to :math:`\mathcal L_T` on the next clean batch (AdaLFL, Algorithm 2);
-    the first step is judged by its own. What the model becomes is an exponential moving average of the weights. On
-    the digits, without tuning, that was level with the best tuned robust loss (``docs/results/quickstart.md``). It is
-    no rule: where a network learns the clean samples by heart at once, as it does wide features of few samples, they
-    teach the loss nothing, and the error rises with the training as it does without. A weight decay of 0.005 to 0.01
-    took a good part of that rise in trials (digits, MNIST, flowers and a network with convolutions on CIFAR-10, two
-    seeds each). Keep some samples that judge.
+    the first step is judged by its own. What the model becomes is an exponential moving average of the weights. Part
+    of the training labels is drawn anew in each step by what that average makes of them (:class:`Relabelling`): the
+    loss is learned where the shape of a loss can tell wrong labels from right ones, and the draws serve where it
+    cannot, as with classes that are taken for each other, or where the clean samples are learned by heart and teach
+    the loss nothing. ``docs/results/adalfl-noise.md`` has what that is worth. A weight decay of 0.005 helped on most
+    data there. Keep some samples that judge.
 
     Args:
         model: in training mode; may be wrapped in ``DistributedDataParallel``.

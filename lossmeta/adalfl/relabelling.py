@@ -97,7 +97,7 @@ class Relabelling:
 
     @property
     def concentration(self) -> Tensor:
-        """:math:`s`, ``[]``: 0 where wrong labels are spread evenly, 1 where each class has one that it is taken for."""
+        """:math:`s`, ``[]``: 0 where wrong labels are spread evenly, 1 where each class is taken for one other."""
         wrong = self.transition.fill_diagonal_(0)
         count = wrong.sum(1)
         if len(wrong) < 3:
@@ -147,7 +147,9 @@ class Relabelling:
             finite = count.isfinite() & (count > 0)
             self._seen += one.seen.where(finite, 0)
             self._wrong = self._wrong + one.wrong.where(finite, 0)
-            self._recent = self._recent.lerp((one.wrong / count).where(finite, self._recent), MEMORY / len(drawn))
+            self._recent = self._recent.lerp(
+                (one.wrong / count).where(finite, self._recent), MEMORY / len(drawn)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -203,14 +203,15 @@ def drawn_labels(label: str) -> Method:
         drawn: Drawn = trial.data
         model, optimizer = _untuned(trial)
         average = AveragedWeights(model)
-        relabelling = Relabelling(
-            drawn.source.classes, seed=trial.random_seed(LOSS), device=trial.device
-        )
+        relabelling = Relabelling(drawn.source.classes, seed=trial.random_seed(LOSS), device=trial.device)
 
         def step(x: Tensor, y: Tensor, clean: Batch) -> None:
             with torch.no_grad():
                 found = relabelling.draw(average.model(x), y)
-            descend(optimizer, F.cross_entropy(model(x), found.labels) + F.cross_entropy(model(clean[0]), clean[1]))
+            descend(
+                optimizer,
+                F.cross_entropy(model(x), found.labels) + F.cross_entropy(model(clean[0]), clean[1]),
+            )
             average.update()
             relabelling.learn(found)
 

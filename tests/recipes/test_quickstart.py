@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from lossmeta.adalfl import AveragedWeights
+from lossmeta.adalfl import AveragedWeights, Relabelling
 from lossmeta.adalfl._clean_batches import CleanBatches
 from lossmeta.experiments import Trial, run_folder
 from lossmeta.losses import GeneralizedCrossEntropy
@@ -135,12 +135,16 @@ def test_without_a_learned_difference_the_learned_row_is_a_plain_loop(make_trial
     model = new_model(0, CPU)
     optimizer, average = SGD(model.parameters(), 0.03, momentum=0.9), AveragedWeights(model)
     clean = CleanBatches(drawn.clean, 64, trial.random_seed(LOSS), lambda inputs, labels: CLASSES)
+    relabelling = Relabelling(CLASSES, seed=trial.random_seed(LOSS))
     before = None
     for inputs, (noisy, _) in batches(trial, 30):
         now = next(clean)
         x, y = before or now
+        drawn_labels = relabelling.draw(average.model(inputs[: len(noisy)]), noisy)
+        relabelling.learn(drawn_labels)
         optimizer.zero_grad()
-        (F.cross_entropy(model(inputs[: len(noisy)]), noisy) + F.cross_entropy(model(x), y)).backward()
+        loss = F.cross_entropy(model(inputs[: len(noisy)]), drawn_labels.labels)
+        (loss + F.cross_entropy(model(x), y)).backward()
         optimizer.step()
         average.update()
         before = now
