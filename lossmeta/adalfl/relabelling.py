@@ -137,7 +137,9 @@ class Relabelling:
         found = torch.where(counts & chosen, (q / times).argmax(1), given.long())
         one_hot = (y[:, None] == torch.arange(classes, device=y.device)) & counts[:, None]
         wrong = (1 - q.gather(1, y[:, None]).squeeze(1)).where(counts, 0).sum()
-        return Drawn(found.to(labels.dtype).view(labels.shape), q.T @ one_hot.float(), wrong)
+        with torch.autocast(y.device.type, enabled=False):  # which would round the product
+            seen = q.T @ one_hot.float()
+        return Drawn(found.to(labels.dtype).view(labels.shape), seen, wrong)
 
     def learn(self, *drawn: Drawn) -> None:
         """Takes the batches of a step into what is believed; those of a model that was not finite are left out."""

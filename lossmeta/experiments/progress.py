@@ -71,9 +71,9 @@ class Progress:
         self.done += 1
         self.share(0.0)
 
-    def leaves_out(self, trials: int) -> None:
-        """Trials will not be done."""
-        self.total -= trials
+    def adds(self, trials: int) -> None:
+        """So many trials more, or fewer, will be done."""
+        self.total += trials
         if self._bar is not None:
             self._bar.update(self._shown, total=self.total)
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -171,17 +171,18 @@ class _Session:
         self.left_out: dict[str, list[str]] = {}
         self._trained = {record.identity: record for record in writer.trials}
         self._latest = {(r.role, r.task, r.method, r.seed): r for r in writer.trials}
+        self._tried: dict[tuple[str, str], tuple[Method, ...]] = {}
         self.progress = Progress(recipe, sum(map(self._count, tasks)))
 
     def train(self) -> None:
         with self.progress:
             for task in self.tasks:
-                end = self.progress.done + self._count(task)
+                others = self.progress.total - self.progress.done - self._count(task)
                 try:
                     self._train_task(task)
                 except _Unavailable as error:
                     self.left_out.setdefault(str(error), []).append(task.name)
-                    self.progress.leaves_out(end - self.progress.done)
+                    self.progress.adds(others - (self.progress.total - self.progress.done))
 
     def _count(self, task: Task) -> int:
         return len(self.rows) * len(self.seeds) + sum(map(len, self._tuning(task).values()))
@@ -200,15 +201,37 @@ class _Session:
             data = _Data(task, seed, self.device)
             for method in candidates.values():
                 self._trial(data, method, method.label, "tuning")
+        for row in self.rows:
+            if isinstance(row, Tuned) and row.beside:
+                self._try_beside(row, row.beside, task)
         chosen = {row.label: self._chosen(row, task) for row in self.rows}
         for seed in self.seeds:
             data = _Data(task, seed, self.device)
             for label, method in chosen.items():
                 self._trial(data, method, label, "report")
 
+    def _try_beside(self, row: Tuned, beside: Callable[[Method], tuple[Method, ...]], task: Task) -> None:
+        tried = {method.label: method for method in _candidates(row, task)}
+        while True:
+            best = self._best(row, task, tried.values())
+            new = {method.label: method for method in beside(best) if method.label not in tried}
+            if not new:
+                break
+            self.progress.adds(len(new) * len(row.seeds))
+            for seed in row.seeds:
+                data = _Data(task, seed, self.device)
+                for method in new.values():
+                    self._trial(data, method, method.label, "tuning")
+            tried.update(new)
+        self._tried[task.name, row.label] = tuple(tried.values())
+
     def _chosen(self, row: Method | Tuned, task: Task) -> Method:
         if isinstance(row, Method):
             return row
+        best = self._best(row, task, self._tried.get((task.name, row.label)) or _candidates(row, task))
+        return row.then(best) if row.then else best
+
+    def _best(self, row: Tuned, task: Task, candidates: Iterable[Method]) -> Method:
         higher = next(m.higher_is_better for m in task.measures if m.name == row.by)
         sign = -1 if higher else 1
 
@@ -217,8 +240,7 @@ class _Session:
             values = [trial.measures[row.by] for trial in trials]
             return math.inf if None in values else sign * math.fsum(v for v in values if v is not None)
 
-        best = min(_candidates(row, task), key=badness)
-        return row.then(best) if row.then else best
+        return min(candidates, key=badness)
 
     def _trial(self, data: _Data, method: Method, label: str, role: str) -> None:
         """Puts the trial into the folder unless it is there."""

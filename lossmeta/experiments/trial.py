@@ -90,6 +90,8 @@ class Tuned:
         by: the measure that decides, taken on held-out data and never on the test data.
         seeds: for choosing; none of them is reported.
         then: turns the best candidate into the method that is reported, where that is another one.
+        beside: gives what lies beside the best candidate: it is tried too, and what is beside the one that is best
+            then, until nothing new is; so that the best does not lie at an edge of what was tried.
 
     Example:
         >>> def plain(rate: float) -> Method:
@@ -103,6 +105,7 @@ class Tuned:
     by: str
     seeds: tuple[int, ...]
     then: Callable[[Method], Method] | None = None
+    beside: Callable[[Method], tuple[Method, ...]] | None = None
 
 
 @dataclass

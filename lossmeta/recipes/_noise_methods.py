@@ -40,6 +40,16 @@ TUNING_SEEDS = (10_000, 10_001)
 RATES = (0.01, 0.03, 0.1)
 WEIGHT_DECAYS = (0.0, 0.005, 0.02)
 CLEAN_WEIGHTS = (1.0,)
+LADDERS = {
+    "rate": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    "weight_decay": (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+    "smoothing": (0.1, 0.3, 0.5, 0.7),
+    "bootstrap": (0.6, 0.8, 0.9),
+    "q": (0.3, 0.5, 0.7, 0.8, 0.9, 1.0),
+    "beta": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+    "share": (0.03, 0.06, 0.125, 0.25, 0.5, 1.0),
+}
+"""What is tried beside the best, one step at a time."""
 STOPS = (0.03, 0.06, 0.125, 0.25, 0.5, 1.0)
 """Shares of the training after which it may stop."""
 LAST_STAGES = tuple(itertools.product((0.003, 0.01, 0.03, 0.1), (10, 50, 200)))
@@ -266,8 +276,8 @@ def smoothed(trial: Trial, smoothing: float) -> Loss:
     return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
-def bootstrapped(trial: Trial, beta: float) -> Loss:
-    return BootstrappingLoss(beta)
+def bootstrapped(trial: Trial, bootstrap: float) -> Loss:
+    return BootstrappingLoss(bootstrap)
 
 
 def generalized(trial: Trial, q: float) -> Loss:
@@ -298,17 +308,46 @@ def gold_corrected(trial: Trial, share: float) -> Loss:
 
 
 def tuned(label: str, make: MakeLoss, **grid: tuple[float, ...]) -> Tuned:
-    """At the rate, weight decay, and parameter that are best on other seeds.
+    """At the rate, weight decay and parameters that are best on other seeds, found from a grid on.
 
     Args:
         label: of the row.
         make: makes the loss.
-        grid: values of each parameter of the loss; ``clean_weight`` is that of the clean batches.
+        grid: values of each parameter of the loss to begin with; ``clean_weight`` is that of the clean batches.
     """
-    candidates = []
-    grid = {"clean_weight": CLEAN_WEIGHTS, **grid}
-    for rate, decay, *values in itertools.product(RATES, WEIGHT_DECAYS, *grid.values()):
-        parameter = dict(zip(grid, values, strict=True))
-        text = ", ".join(f"{name} {v:g}" for name, v in {"rate": rate, "decay": decay, **parameter}.items())
-        candidates.append(fixed(f"{label}, {text}", make, rate, decay, **parameter))
-    return Tuned(label, tuple(candidates), SELECTION.name, TUNING_SEEDS)
+    start = {"rate": RATES, "weight_decay": WEIGHT_DECAYS, "clean_weight": CLEAN_WEIGHTS, **grid}
+
+    def method(rate: float, weight_decay: float, **parameter: float) -> Method:
+        values = {"rate": rate, "decay": weight_decay, **parameter}
+        text = ", ".join(f"{name} {v:g}" for name, v in values.items())
+        return fixed(f"{label}, {text}", make, rate, weight_decay, **parameter)
+
+    return _tuned(label, method, start)
+
+
+def clean_alone_tuned(label: str) -> Tuned:
+    """The clean samples alone, as :func:`tuned`."""
+
+    def method(rate: float, weight_decay: float) -> Method:
+        return clean_alone(f"{label}, rate {rate:g}, decay {weight_decay:g}", rate, weight_decay)
+
+    return _tuned(label, method, {"rate": RATES, "weight_decay": WEIGHT_DECAYS})
+
+
+def _tuned(label: str, method: Callable[..., Method], start: Mapping[str, tuple[float, ...]]) -> Tuned:
+    def at(values: tuple[float, ...]) -> Method:
+        return method(**dict(zip(start, values, strict=True)))
+
+    def beside(best: Method) -> tuple[Method, ...]:
+        here = tuple(best.settings[name.replace("_", " ")] for name in start)
+        found = []
+        for i, name in enumerate(start):
+            ladder = LADDERS.get(name, start[name])
+            place = ladder.index(here[i])
+            found += [
+                at((*here[:i], value, *here[i + 1 :])) for value in ladder[max(place - 1, 0) : place + 2]
+            ]
+        return tuple(found)
+
+    candidates = tuple(at(values) for values in itertools.product(*start.values()))
+    return Tuned(label, candidates, SELECTION.name, TUNING_SEEDS, beside=beside)

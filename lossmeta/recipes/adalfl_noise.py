@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 from lossmeta import experiments
-from lossmeta.experiments import Tuned
 from lossmeta.recipes import _noise_methods as methods
 from lossmeta.recipes import _noise_tasks as tasks
 
 LEARNED = "learned loss, nothing tuned"
-CLEAN_ALONE = tuple(
-    methods.clean_alone(f"clean samples alone, rate {rate:g}, decay {decay:g}", rate, decay)
-    for rate, decay in itertools.product(methods.RATES, methods.WEIGHT_DECAYS)
-)
 ROWS = (
-    Tuned("clean samples alone", CLEAN_ALONE, tasks.SELECTION.name, methods.TUNING_SEEDS),
+    methods.clean_alone_tuned("clean samples alone"),
     methods.tuned("cross-entropy", methods.cross_entropy, clean_weight=(0.0, 1.0)),
     methods.tuned("label smoothing", methods.smoothed, smoothing=(0.3,)),
-    methods.tuned("bootstrapping", methods.bootstrapped, beta=(0.8,)),
+    methods.tuned("bootstrapping", methods.bootstrapped, bootstrap=(0.8,)),
     methods.tuned("generalised cross-entropy", methods.generalized, q=(0.7, 0.9)),
     methods.tuned("symmetric cross-entropy", methods.symmetric, beta=(3.0, 10.0)),
     methods.tuned("gold loss correction", methods.gold_corrected, share=(0.06, 0.25)),
@@ -31,10 +25,10 @@ ROWS = (
 )
 LEGEND = """\
 A seed draws rows, wrong labels, weights and the batches of wrong labels, the same for all rows. Clean samples have
-labels that are known to be right, as many of each class; every row may use them. Each fixed loss has the learning rate
-(0.01, 0.03 or 0.1), the weight decay (0, 0.005 or 0.02) and, but for label smoothing and bootstrapping, which have one
-that is usual, the parameter that are best on two other seeds, by a selection part of right labels that trains nothing.
-Its stop, the averaging of its weights and a last stage on the clean samples are chosen on each seed by that part.
+labels that are known to be right, as many of each class; every row may use them. Each fixed loss has the learning rate,
+the weight decay and the parameter that are best on two other seeds, by a selection part of right labels that trains
+nothing: of a grid, and then of what lies beside the best, one step at a time, until nothing is better. Its stop, the
+averaging of its weights and a last stage on the clean samples are chosen on each seed by that part.
 Clean batches are in every step of it; cross-entropy is tried without them too. The rows of which nothing is tuned have
 the defaults of `learn_with_clean` at a learning rate of 0.03 and a weight decay of 0.005, no stop, and do not see the
 selection part. Flips and weights are `TransitionLoss` and `LossWeighting` in the place of its default loss; drawn

@@ -147,6 +147,14 @@ def test_places_ignored_labels_and_dtypes(dtype: torch.dtype) -> None:
     assert float(found.seen.sum()) == pytest.approx(int((~kept).sum()), rel=1e-5)
 
 
+def test_autocast_rounds_nothing() -> None:
+    logits, labels = torch.randn(40, 3), torch.randint(3, (40,))
+    plain = Relabelling(3).draw(logits, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = Relabelling(3).draw(logits, labels)
+    assert torch.equal(cast.seen, plain.seen) and torch.equal(cast.labels, plain.labels)
+
+
 def test_impossible_labels_and_models_that_are_not_finite() -> None:
     one = Relabelling(2, 1.0)
     one._seen = torch.tensor([[1.0, 0.0], [0.0, 1.0]])

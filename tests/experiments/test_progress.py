@@ -37,7 +37,7 @@ def test_line() -> None:
     shown.share(0.256)
     assert shown.line(3725.9) == "lossmeta toy: 0 of 30 trials after 1:02:05; Task: plain, seed 1, 26 % of it"
     shown.ends()
-    shown.leaves_out(9)
+    shown.adds(-9)
     assert shown.line(0).startswith("lossmeta toy: 1 of 21 trials after 0:00:00;")
     shown.share(7)
     assert "100 % of it" in shown.line(0)

@@ -123,6 +123,28 @@ def test_tuning_may_depend_on_the_task_and_lead_to_another_method(toy: Any, tmp_
     assert sum(seed == 100 for _, _, seed in toy.trained) == 4, "candidates are trained once for both rows"
 
 
+def test_what_lies_beside_the_best_is_tried_until_nothing_is_better(toy: Any, tmp_path: Path) -> None:
+    """From the edge of a grid it goes on, one step at a time; what has been tried is not tried again."""
+    ladder = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]
+
+    def plain(rate: float) -> Method:
+        return toy.method(f"plain, rate {rate:g}", rate=rate)
+
+    def beside(best: Method) -> tuple[Method, ...]:
+        at = ladder.index(best.settings["rate"])
+        return tuple(plain(rate) for rate in ladder[max(at - 1, 0) : at + 2])
+
+    start = plain(0.8), plain(1.6)
+    toy.methods = [Tuned("tuned", start, "selection error", (100, 101), beside=beside)]
+    assert toy(tmp_path, seeds=2) == 0
+    tried = [label for _, label, seed in toy.trained if seed == 100]
+    assert tried == [f"plain, rate {rate:g}" for rate in (0.8, 1.6, 0.4, 0.2, 0.1, 0.05)]
+    assert [t.candidate for t in reported(tmp_path, "tuned")] == ["plain, rate 0.1"] * 2
+    toy.trained.clear()
+    assert toy(tmp_path, seeds=2) == 0
+    assert toy.trained == []
+
+
 def test_equal_trials_are_trained_once(toy: Any, tmp_path: Path) -> None:
     toy.methods = [toy.method("plain, rate 0.1"), toy.tuned]
     assert toy(tmp_path, seeds=1) == 0
