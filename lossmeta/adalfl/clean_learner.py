@@ -22,6 +22,7 @@ from lossmeta.adalfl.relabelling import Drawn, Relabelling
 from lossmeta.losses import LossNetwork
 
 RANK = 1_000_003  # seeds of two processes lie this far apart
+MOST_CLASSES = 4096  # for which labels are drawn without being asked for
 
 
 class CleanLearner:
@@ -54,7 +55,8 @@ class CleanLearner:
         decay: of the average, see :class:`AveragedWeights`.
         relabel: whether a share of the training labels is drawn anew in each step, see :class:`Relabelling`, by what
             the averaged model makes of them; where they are class indices of the model's outputs. By default with the
-            default loss alone: another one may have its own idea of what a label says.
+            default loss alone, for another one may have its own idea of what a label says, and up to 4096 classes, for
+            it keeps a number for each pair of them.
         guard: see :class:`OnlineLearner`; the average goes back with the model.
         seed: of the order of the clean samples; processes of a ``DistributedDataParallel`` model have others.
         options: of :class:`OnlineLearner`: ``meta_every``, ``autocast``, ``learning_rate`` and so on.
@@ -111,6 +113,7 @@ class CleanLearner:
                 'LossNetwork(link="identity", residual="squared_error", normalize_slope=True) is for regression'
             )
         self._relabel = loss is None if relabel is None else relabel
+        self._most_classes = MOST_CLASSES if relabel is None else None
         self.relabelling: Relabelling | None = None
         if loss is None:
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -188,6 +191,9 @@ class CleanLearner:
         logits = self.learner._step.model.predict_by(self.averaged, inputs)
         shape = logits.shape
         if len(shape) < 2 or labels.shape != shape[:1] + shape[2:] or labels.device != logits.device:
+            return batch, None
+        if self._most_classes and shape[1] > self._most_classes:
+            self._relabel = False
             return batch, None
         if self.relabelling is None:
             self.relabelling = self._new_relabelling(shape[1], logits.device)

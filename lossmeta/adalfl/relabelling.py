@@ -14,18 +14,19 @@ WHERE = "Relabelling"
 START = 20.0  # samples of each class that the transition matrix is believed to have seen at the start
 BEGINNING = 400  # steps until what the model believes is all that decides
 MEMORY = 0.01  # share of a step in the mean over the last ones
+INTERVAL = 50  # steps until it is looked anew at how wrong labels are spread
 ALARM = 10.0  # a tenth fewer wrong labels than before is alarm enough
 
 
 class Drawn(NamedTuple):
-    """Labels of a batch, and what they say of how labels go wrong."""
+    """Labels of a batch of S samples, and what they say of how labels go wrong."""
 
     labels: Tensor
     """of the shape of those that were given"""
-    seen: Tensor
-    """``[C, C]``: by class and label, how many samples the batch is believed to hold"""
-    wrong: Tensor
-    """``[]``: how many labels are believed to be wrong"""
+    given: Tensor
+    """``[S]``: those that were given, 0 where the sample does not count"""
+    classes: Tensor
+    """``[S, C]``: probabilities of the classes, 0 where the sample does not count"""
 
 
 class Relabelling:
@@ -48,9 +49,11 @@ class Relabelling:
     limited to 1. Where the wrong labels of a class are spread over all others, the shape of a loss can tell them from
     right ones by how unlikely they are; where they name one class, it cannot. :math:`s` is 0 in the first case and 1 in
     the second: one minus the entropy of the wrong labels of a class over its greatest value, in the mean over the wrong
-    labels; with two classes it is 1. A model that learns the given labels by heart sees ever fewer wrong ones:
-    :math:`w_t`, the share of wrong labels in the last hundred steps or so, falls below :math:`\bar w`, that of all so
-    far. The last term is of the first steps t, in which the model knows nothing yet.
+    labels; with two classes it is 1. It is looked at every fifty steps. A model that learns the given labels by heart
+    sees ever fewer wrong ones: :math:`w_t`, the share of wrong labels in the last hundred steps or so, falls below
+    :math:`\bar w`, that of all so far. The last term is of the first steps t, in which the model knows nothing yet.
+
+    It keeps :math:`C^2` numbers.
 
     Args:
         num_classes: C.
@@ -84,34 +87,37 @@ class Relabelling:
         check_fraction(WHERE, "least", least)
         self.least, self.ignore_index = least, ignore_index
         right = torch.eye(num_classes, device=device, dtype=torch.float32)
-        self._seen = START * (0.5 * right + 0.5 / num_classes)
+        self._seen = START * (0.5 * right + 0.5 / num_classes)  # by label and class
+        self._of_class = self._seen.sum(0)
         self._wrong = self._seen.sum() - self._seen.trace()
-        self._recent = self._wrong / self._seen.sum()
+        self._recent = self._wrong / self._of_class.sum()
+        self._concentration = self.concentration
         self._steps = 0
         self._generator = torch.Generator(self._seen.device).manual_seed(seed)
 
     @property
     def transition(self) -> Tensor:
         """T, ``[C, C]``, of now."""
-        return self._seen / self._seen.sum(1, keepdim=True)
+        return (self._seen / self._of_class).T.contiguous()
 
     @property
     def concentration(self) -> Tensor:
-        """:math:`s`, ``[]``: 0 where wrong labels are spread evenly, 1 where each class is taken for one other."""
+        """:math:`s` of now, ``[]``: 0 where wrong labels are spread evenly, 1 where a class is taken for one other."""
         wrong = self.transition.fill_diagonal_(0)
         count = wrong.sum(1)
         if len(wrong) < 3:
             return torch.ones_like(count[0])
-        shares = wrong / count[:, None].clamp_min(torch.finfo(wrong.dtype).tiny)
+        least = torch.finfo(wrong.dtype).tiny
+        shares = wrong / count[:, None].clamp_min(least)
         entropy = -torch.xlogy(shares, shares).sum(1) / math.log(len(wrong) - 1)
-        return ((1 - entropy) * count).sum() / count.sum().clamp_min(torch.finfo(wrong.dtype).tiny)
+        return ((1 - entropy) * count).sum() / count.sum().clamp_min(least)
 
     @property
     def share(self) -> Tensor:
-        """:math:`\\rho`, ``[]``: of the labels that are drawn now."""
-        before = self._wrong / self._seen.sum()
+        r""":math:`\rho`, ``[]``: of the labels that are drawn now."""
+        before = self._wrong / self._of_class.sum()
         by_heart = ALARM * (1 - self._recent / before.clamp_min(torch.finfo(before.dtype).tiny))
-        most = self.concentration.maximum(by_heart).clamp(max(0.0, 1 - self._steps / BEGINNING), 1)
+        most = self._concentration.maximum(by_heart).clamp(max(0.0, 1 - self._steps / BEGINNING), 1)
         return self.least + (1 - self.least) * most
 
     @torch.no_grad()
@@ -127,7 +133,7 @@ class Relabelling:
         counts = (given >= 0) & (given < classes) & (given != self.ignore_index)
         y = given.long().where(counts, 0)
         p = logits.movedim(1, -1).reshape(-1, classes).float().softmax(1)
-        q = p * self.transition.T[y]
+        q = p * (self._seen[y] / self._of_class)
         total = q.sum(1, keepdim=True)
         # Where the model is sure of a class that never bears the label, what it says stands.
         q = torch.where(total > 0, q / total, p)
@@ -135,35 +141,41 @@ class Relabelling:
         times = torch.empty_like(q).exponential_(generator=self._generator)
         chosen = torch.rand(len(y), generator=self._generator, device=y.device) < self.share
         found = torch.where(counts & chosen, (q / times).argmax(1), given.long())
-        one_hot = (y[:, None] == torch.arange(classes, device=y.device)) & counts[:, None]
-        wrong = (1 - q.gather(1, y[:, None]).squeeze(1)).where(counts, 0).sum()
-        with torch.autocast(y.device.type, enabled=False):  # which would round the product
-            seen = q.T @ one_hot.float()
-        return Drawn(found.to(labels.dtype).view(labels.shape), seen, wrong)
+        return Drawn(found.to(labels.dtype).view(labels.shape), y, q.where(counts[:, None], 0))
 
     def learn(self, *drawn: Drawn) -> None:
         """Takes the batches of a step into what is believed; those of a model that was not finite are left out."""
         self._steps += 1
         for one in drawn:
-            count = one.seen.sum()
-            finite = count.isfinite() & (count > 0)
-            self._seen += one.seen.where(finite, 0)
-            self._wrong = self._wrong + one.wrong.where(finite, 0)
-            self._recent = self._recent.lerp(
-                (one.wrong / count).where(finite, self._recent), MEMORY / len(drawn)
-            )
+            count = one.classes.sum()
+            usable = count.isfinite() & (count > 0)
+            classes = one.classes.where(usable, 0)
+            wrong = count - one.classes.gather(1, one.given[:, None]).sum()
+            self._seen.index_put_(
+                (one.given,), classes, accumulate=True
+            )  # unlike index_add_ the same in every run
+            self._of_class += classes.sum(0)
+            self._wrong = self._wrong + wrong.where(usable, 0)
+            recent = (wrong / count).where(usable, self._recent)
+            self._recent = self._recent.lerp(recent, MEMORY / len(drawn))
+        if self._steps % INTERVAL == 0:
+            self._concentration = self.concentration
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "seen": self._seen.clone(),
+            "of_class": self._of_class.clone(),
             "wrong": self._wrong.clone(),
             "recent": self._recent.clone(),
+            "concentration": self._concentration.clone(),
             "steps": self._steps,
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seen.copy_(state["seen"])
+        self._of_class.copy_(state["of_class"])
         self._wrong, self._recent = state["wrong"].clone(), state["recent"].clone()
+        self._concentration = state["concentration"].clone()
         self._steps = state["steps"]
         self._generator.set_state(state["generator"])

@@ -14,8 +14,14 @@ from small_problems import equal, values
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lossmeta.adalfl import CleanLearner, Relabelling
+from lossmeta.adalfl import CleanLearner, Relabelling, clean_learner
 from lossmeta.losses import LossNetwork, TransitionLoss
+
+
+def believe(one: Relabelling, rows: list[list[float]]) -> None:
+    """What it has seen, by class and label."""
+    one._seen = torch.tensor(rows).T.contiguous()
+    one._of_class, one._concentration = one._seen.sum(0), one.concentration
 
 
 def posterior(p: Tensor, t: Tensor, y: int) -> Tensor:
@@ -26,7 +32,7 @@ def posterior(p: Tensor, t: Tensor, y: int) -> Tensor:
 
 def test_draws_have_the_probabilities_of_the_classes() -> None:
     one = Relabelling(4, 1.0, seed=3)
-    one._seen = torch.tensor([[7.0, 1, 1, 1], [2, 6, 1, 1], [0, 0, 5, 5], [1, 1, 1, 7]])
+    believe(one, [[7.0, 1, 1, 1], [2, 6, 1, 1], [0, 0, 5, 5], [1, 1, 1, 7]])
     logits, count = torch.tensor([0.3, -0.2, 0.5, 0.1]), 40_000
     for y in range(4):
         found = one.draw(logits.expand(count, 4), torch.full((count,), y))
@@ -34,9 +40,7 @@ def test_draws_have_the_probabilities_of_the_classes() -> None:
         shares = found.labels.bincount(minlength=4) / count
         error = (expected * (1 - expected) / count).sqrt()
         assert ((shares - expected).abs() <= 4.5 * error + 1e-9).all()
-        column = torch.zeros(4, 4)
-        column[:, y] = count * expected
-        torch.testing.assert_close(found.seen, column, rtol=1e-3, atol=0.1)
+        torch.testing.assert_close(found.classes.double(), expected.expand(count, 4), rtol=1e-5, atol=1e-7)
 
 
 def reference(one: Relabelling, wrong: float, recent: float, steps: int) -> float:
@@ -59,7 +63,7 @@ def reference(one: Relabelling, wrong: float, recent: float, steps: int) -> floa
 )
 def test_the_share_is_the_formula(least: float, recent: float, steps: int) -> None:
     one = Relabelling(4, least)
-    one._seen = torch.tensor([[60.0, 30, 5, 5], [10, 60, 20, 10], [15, 10, 60, 15], [0, 40, 0, 60]])
+    believe(one, [[60.0, 30, 5, 5], [10, 60, 20, 10], [15, 10, 60, 15], [0, 40, 0, 60]])
     one._wrong, one._recent, one._steps = 0.4 * one._seen.sum(), torch.tensor(recent), steps
     expected = reference(one, 0.4, recent, steps)
     assert float(one.share) == pytest.approx(expected, abs=1e-5)
@@ -81,7 +85,7 @@ def test_the_share_is_the_formula(least: float, recent: float, steps: int) -> No
 )
 def test_wrong_labels_are_spread_or_concentrated(rows: list[list[float]], expected: float) -> None:
     one = Relabelling(len(rows))
-    one._seen = 100 * torch.tensor(rows)
+    believe(one, [[100 * value for value in row] for row in rows])
     before = one.transition
     assert float(one.concentration) == pytest.approx(expected, abs=1e-6)
     assert torch.equal(one.transition, before)
@@ -129,7 +133,7 @@ def test_one_learned_batch_is_the_formula() -> None:
     drawn = one.draw(logits, labels)
     assert torch.equal(one.transition, t)
     one.learn(drawn)
-    torch.testing.assert_close(one._seen.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one._seen.T.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
@@ -144,7 +148,7 @@ def test_places_ignored_labels_and_dtypes(dtype: torch.dtype) -> None:
     kept = labels >= 2
     assert torch.equal(found.labels[kept], labels[kept])
     assert torch.equal(found.labels[~kept].long(), logits.argmax(1)[~kept])
-    assert float(found.seen.sum()) == pytest.approx(int((~kept).sum()), rel=1e-5)
+    assert float(found.classes.sum()) == pytest.approx(int((~kept).sum()), rel=1e-5)
 
 
 def test_autocast_rounds_nothing() -> None:
@@ -152,12 +156,12 @@ def test_autocast_rounds_nothing() -> None:
     plain = Relabelling(3).draw(logits, labels)
     with torch.autocast("cpu", torch.bfloat16):
         cast = Relabelling(3).draw(logits, labels)
-    assert torch.equal(cast.seen, plain.seen) and torch.equal(cast.labels, plain.labels)
+    assert torch.equal(cast.classes, plain.classes) and torch.equal(cast.labels, plain.labels)
 
 
 def test_impossible_labels_and_models_that_are_not_finite() -> None:
     one = Relabelling(2, 1.0)
-    one._seen = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    believe(one, [[1.0, 0.0], [0.0, 1.0]])
     sure = torch.tensor([[0.0, -torch.inf]])
     assert one.draw(sure, torch.tensor([1])).labels.tolist() == [0]  # what the model says
     before = one.transition
@@ -240,6 +244,15 @@ def test_several_batches_of_one_step() -> None:
     one.step([batch(5), batch(7)])
     assert one.relabelling is not None
     assert float(one.relabelling._seen.sum()) == pytest.approx(3 * 20 + 12, rel=1e-5)
+
+
+def test_many_classes_are_drawn_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clean_learner, "MOST_CLASSES", 2)
+    for relabel, drawn in ((None, False), (True, True)):
+        one = made(relabel=relabel)
+        one.step(batch())
+        one.step(batch())
+        assert (one.relabelling is not None) == drawn
 
 
 def test_targets_that_are_no_class_indices_are_left() -> None:
