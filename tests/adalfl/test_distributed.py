@@ -225,3 +225,29 @@ def test_fully_shard_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
+
+
+CLEAN = """
+from torch import nn
+from lossmeta.adalfl import CleanLearner
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+parallel = nn.parallel.DistributedDataParallel(model)
+clean = torch.randn(30, 6), torch.arange(30) % 3
+learner = CleanLearner(parallel, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), clean, batch_size=8)
+torch.manual_seed(rank)
+for _ in range(6):
+    learner.step((torch.randn(16, 6), torch.randint(3, (16,))))
+learner.finish()
+mine = learner.relabelling.transition, learner.relabelling._generator.get_state()
+torch.save([*mine, *model.state_dict().values(), *learner.loss.state_dict().values()], f"{folder}/{rank}.pt")
+"""
+
+
+def test_clean_learners_stay_alike_and_draw_on_their_own(tmp_path: Path) -> None:
+    two_processes.run(CLEAN, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert equal(first[2:], second[2:])
+    assert all(value.isfinite().all() for value in first[2:])
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
