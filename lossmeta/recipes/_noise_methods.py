@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -204,6 +204,29 @@ def learned(label: str, make: Callable[[Trial], nn.Module] | None = None, **opti
         return _to_the_end(trial, model, learner.averaged, lambda x, y, _: learner.step((x, y)))
 
     return Method(label, train, {"rate": RATE, "weight decay": WEIGHT_DECAY, **options, "loss": label})
+
+
+def without_clean(label: str) -> Method:
+    """As :func:`learned`, with a tenth of the samples whose labels may be wrong in the place of the clean ones.
+
+    They teach the loss, and nothing else.
+    """
+
+    def train(trial: Trial) -> dict[str, float]:
+        drawn: Drawn = trial.data
+        inputs, labels = drawn.train
+        count = len(labels) // 10
+        held_out, rest = (inputs[:count], labels[:count]), (inputs[count:], labels[count:])
+        model, optimizer = _untuned(trial)
+        learner = CleanLearner(model, optimizer, held_out, clean_weight=0.0, seed=trial.random_seed(LOSS))
+        return _to_the_end(
+            replace(trial, data=replace(drawn, train=rest)),
+            model,
+            learner.averaged,
+            lambda x, y, _: learner.step((x, y)),
+        )
+
+    return Method(label, train, {"rate": RATE, "weight decay": WEIGHT_DECAY, "loss": label})
 
 
 def drawn_labels(label: str) -> Method:

@@ -20,6 +20,7 @@ ROWS = (
     methods.learned("learned flips, nothing tuned", methods.flips),
     methods.learned("learned weights, nothing tuned", methods.weights),
     methods.drawn_labels("drawn labels, nothing tuned"),
+    methods.without_clean("learned loss, no clean samples, nothing tuned"),
     methods.learned("learned loss, given labels, nothing tuned", relabel=False),
     methods.learned(LEARNED),
 )
@@ -32,7 +33,8 @@ averaging of its weights and a last stage on the clean samples are chosen on eac
 Clean batches are in every step of it; cross-entropy is tried without them too. The rows of which nothing is tuned have
 the defaults of `learn_with_clean` at a learning rate of 0.03 and a weight decay of 0.005, no stop, and do not see the
 selection part. Flips and weights are `TransitionLoss` and `LossWeighting` in the place of its default loss; drawn
-labels are cross-entropy on the labels that it draws; given labels, its default loss without drawing any. The test
+labels are cross-entropy on the labels that it draws; given labels, its default loss without drawing any; no clean
+samples, its default where a tenth of the samples with wrong labels teach the loss, in the place of clean ones. The test
 part decides nothing. Differences are to the learned loss, paired by seed."""
 
 
