@@ -44,7 +44,9 @@ class CleanLearner:
         model: in training mode; may be wrapped in ``DistributedDataParallel``.
         optimizer: the model's; SGD with momentum is what was measured.
         clean: samples with right labels, a pair (inputs, labels) of tensors or batches such as a DataLoader, on the
-            model's device. They are gone through again and again, a pair in an order of its own.
+            model's device. They are gone through again and again, a pair in an order of its own. Where there are none,
+            samples like the training ones that are held out of it will do with ``clean_weight=0``, if wrong labels are
+            spread over all classes; not where classes are taken for certain others.
         loss: what is learned, ``loss(prediction, target) -> []``; by default a
             ``LossNetwork(residual="cross_entropy", normalize_slope=True)``, which starts as cross-entropy.
         task_loss: function of the same arguments, what is really to be lowered.

@@ -21,6 +21,7 @@ MODULES = (
     "adalfl_table6",
     "adalfl_table7",
     "adalfl_noise",
+    "adalfl_imbalance",
     "ala",
     "ala_retrieval",
     "ala_cifar10_error",

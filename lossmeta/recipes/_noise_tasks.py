@@ -127,7 +127,7 @@ class Drawn:
 
 
 @cache
-def _pool(name: str) -> tuple[Tensor, Tensor, int | None]:
+def pool(name: str) -> tuple[Tensor, Tensor, int | None]:
     """Standardised inputs, labels, and where the official test part begins; images at half their size."""
     dataset = data.load(name)
     parts = [dataset.train] if dataset.test is None else [dataset.train, dataset.test]
@@ -141,7 +141,7 @@ def _pool(name: str) -> tuple[Tensor, Tensor, int | None]:
 
 def draw(source: Source, noise: Noise, seed: int, device: torch.device) -> Drawn:
     """A seed's rows and wrong labels; the test part is the same in every seed where there is an official one."""
-    inputs, labels, official = _pool(source.name)
+    inputs, labels, official = pool(source.name)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(official or len(labels), generator=generator)
     clean = torch.cat(

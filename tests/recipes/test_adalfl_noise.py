@@ -112,12 +112,12 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         raise FileNotFoundError(f"{name}: not here")
 
     monkeypatch.setattr(_noise_tasks.data, "load", load)
-    _noise_tasks._pool.cache_clear()
+    _noise_tasks.pool.cache_clear()
     status = recipes()["adalfl-noise"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {f"digits: {n.name}" for n in (*UNIFORM, *PAIRS, NONE)}
     assert status in (0, 2) and "mnist" in capsys.readouterr().err
-    _noise_tasks._pool.cache_clear()
+    _noise_tasks.pool.cache_clear()
 
 
 def test_batches_are_whole_and_go_through_all() -> None:
