@@ -55,6 +55,15 @@ TUNED, POPULATION = "cross-entropy, rate and stop tuned per seed", "population, 
 VALIDATION_TOO = "the first, trained on the validation rows too"
 SCHEDULE = "its schedule, on the validation rows too"
 
+
+def _noise(table: str, *rows: tuple[str, str]) -> Evidence:
+    against = f"{table}, 10 seeds; error: difference to {LEARNED}"
+    return Evidence("docs/results/adalfl-noise.md", against, "error (%)", rows)
+
+
+LEARNED = "learned loss, nothing tuned"
+WITHOUT_CLEAN = "learned loss, no clean samples, nothing tuned"
+
 QUICKSTART = Evidence(
     "docs/results/quickstart.md",
     "Digits with wrong labels, 10 seeds",
@@ -71,22 +80,65 @@ QUICKSTART = Evidence(
 EVEN_WITH_CLEAN = Advice(
     "wrong labels that follow no pairs of classes, and clean samples",
     "lossmeta.adalfl.learn_with_clean, which learns LossNetwork(residual='cross_entropy', normalize_slope=True)",
-    "Measured with 40 % of the labels redrawn and 100 clean samples. Symmetric cross-entropy, tuned, is level with it.",
-    (QUICKSTART,),
+    "Measured with 40 % of the labels redrawn, and 100 clean digits or 200 images of MNIST; the rivals' settings, stop "
+    "and last stage are chosen by more right labels than these. In the quickstart tuned symmetric cross-entropy is "
+    "level with it.",
+    (
+        _noise(
+            "digits: 40% uniform",
+            ("cross-entropy", "6.26 ± 1.23"),
+            ("generalised cross-entropy", "4.40 ± 0.99"),
+            ("symmetric cross-entropy", "4.44 ± 1.38"),
+            (LEARNED, "2.82 ± 0.70"),
+        ),
+        _noise(
+            "MNIST, 14 x 14: 40% uniform",
+            ("cross-entropy", "12.86 ± 0.55"),
+            ("symmetric cross-entropy", "9.34 ± 0.50"),
+            (LEARNED, "8.45 ± 0.26"),
+        ),
+        QUICKSTART,
+    ),
 )
 EVEN = Advice(
     "wrong labels that follow no pairs of classes, no clean samples",
-    "lossmeta.losses.SymmetricCrossEntropy or GeneralizedCrossEntropy",
-    "Their figures had 100 clean samples in training and others for tuning: without any, none stands in docs/results. "
-    "Checking the labels of 100 samples opens the way to a learned loss.",
-    (QUICKSTART,),
+    "lossmeta.adalfl.CleanLearner(..., clean_weight=0) with held-out samples like the others for clean ones",
+    "The other rows have 100 or 200 clean samples, and more for tuning. Where wrong labels do follow pairs this fails: "
+    "checking the labels of 100 samples is worth it.",
+    (
+        _noise(
+            "digits: 40% uniform",
+            ("cross-entropy", "6.26 ± 1.23"),
+            ("symmetric cross-entropy", "4.44 ± 1.38"),
+            (WITHOUT_CLEAN, "4.38 ± 1.66"),
+        ),
+        _noise(
+            "MNIST, 14 x 14: 40% uniform",
+            ("cross-entropy", "12.86 ± 0.55"),
+            ("symmetric cross-entropy", "9.34 ± 0.50"),
+            (WITHOUT_CLEAN, "9.29 ± 0.40"),
+        ),
+    ),
 )
 TO_CLASS_WITH_CLEAN = Advice(
     "classes that are taken for certain others, and clean samples",
-    "lossmeta.losses.gold_transition with ForwardCorrectedLoss, or TransitionLoss learned by "
-    "lossmeta.adalfl.OnlineLearner",
-    "No figure for this stands in docs/results; docs/results/quickstart.md says that estimates of the noise do better "
-    "here than the losses it measured.",
+    "lossmeta.adalfl.learn_with_clean, or lossmeta.losses.gold_transition with ForwardCorrectedLoss",
+    "Measured where 40 % of the labels name the next class. Gold loss correction, with its settings and stop chosen by "
+    "more right labels, is level on the digits and 0.3 points ahead on MNIST.",
+    (
+        _noise(
+            "digits: 40% to the next class",
+            ("cross-entropy", "6.40 ± 1.61"),
+            ("gold loss correction", "3.02 ± 0.59"),
+            (LEARNED, "2.90 ± 0.99"),
+        ),
+        _noise(
+            "MNIST, 14 x 14: 40% to the next class",
+            ("cross-entropy", "12.51 ± 1.29"),
+            ("gold loss correction", "8.12 ± 0.35"),
+            (LEARNED, "8.38 ± 0.38"),
+        ),
+    ),
 )
 TO_CLASS = Advice(
     "classes that are taken for certain others, no clean samples",
