@@ -270,8 +270,9 @@ class CleanLearner:
         relabelling = state.get("relabelling")
         self.relabelling = None
         if relabelling and self._relabel:
-            seen = relabelling["seen"]
-            self.relabelling = self._new_relabelling(len(seen), seen.device)
+            self.relabelling = self._new_relabelling(
+                len(relabelling["seen"]), self.learner._step.model.device
+            )
             self.relabelling.load_state_dict(relabelling)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lossmeta._checks import check_at_least_one, check_fraction
+from lossmeta.losses._class_indices import check, rows
 
 WHERE = "Relabelling"
 START = 20.0  # samples of each class that the transition matrix is believed to have seen at the start
@@ -126,13 +127,17 @@ class Relabelling:
 
         Args:
             logits: of the model that lags behind, ``[N, C]`` or ``[N, C, d...]``.
-            labels: class indices, ``[N]`` or ``[N, d...]``.
+            labels: class indices (int64 or uint8), ``[N]`` or ``[N, d...]``.
+
+        Raises:
+            ValueError: for shapes, dtypes or devices that do not fit.
+            TypeError: for something that is not a tensor.
         """
-        classes = len(self._seen)
+        classes = check(WHERE, logits, labels, (len(self._seen), "num_classes"), "logits")
         given = labels.reshape(-1)
         counts = (given >= 0) & (given < classes) & (given != self.ignore_index)
         y = given.long().where(counts, 0)
-        p = logits.movedim(1, -1).reshape(-1, classes).float().softmax(1)
+        p = rows(logits, classes).float().softmax(1)
         q = p * (self._seen[y] / self._of_class)
         total = q.sum(1, keepdim=True)
         # Where the model is sure of a class that never bears the label, what it says stands.
@@ -173,9 +178,8 @@ class Relabelling:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seen.copy_(state["seen"])
-        self._of_class.copy_(state["of_class"])
-        self._wrong, self._recent = state["wrong"].clone(), state["recent"].clone()
-        self._concentration = state["concentration"].clone()
+        # Wherever the state has been loaded to; a generator takes its own from the CPU alone.
+        for name in ("seen", "of_class", "wrong", "recent", "concentration"):
+            getattr(self, f"_{name}").copy_(state[name])
         self._steps = state["steps"]
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())

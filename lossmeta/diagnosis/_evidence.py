@@ -103,8 +103,8 @@ EVEN_WITH_CLEAN = Advice(
 EVEN = Advice(
     "wrong labels that follow no pairs of classes, no clean samples",
     "lossmeta.adalfl.CleanLearner(..., clean_weight=0) with held-out samples like the others for clean ones",
-    "The other rows have 100 or 200 clean samples, and more for tuning. Where wrong labels do follow pairs this fails: "
-    "checking the labels of 100 samples is worth it.",
+    "The other rows have 100 or 200 clean samples, and more for tuning. With 60 % redrawn it is behind them, and where "
+    "wrong labels do follow pairs it fails: checking the labels of 100 samples is worth it.",
     (
         _noise(
             "digits: 40% uniform",

@@ -184,6 +184,34 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         Relabelling(**options)
 
 
+@pytest.mark.parametrize(
+    ("logits", "labels", "kind", "message"),
+    [
+        (torch.ones(4, 6), torch.zeros(4).long(), ValueError, "logits must have 3 classes"),
+        (torch.ones(4, 3), torch.zeros(5).long(), ValueError, r"target must be \[4\]"),
+        (torch.ones(4, 3), torch.zeros(4), ValueError, "target must be class indices"),
+        (torch.ones(4, 3).long(), torch.zeros(4).long(), ValueError, "logits must be"),
+        (torch.ones(4, 3), [0, 1, 2, 0], TypeError, "target must be a tensor"),
+    ],
+)
+def test_bad_batches(logits: Any, labels: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"Relabelling: {message}"):
+        Relabelling(3).draw(logits, labels)
+
+
+def test_a_state_is_copied() -> None:
+    one, two = Relabelling(3), Relabelling(3, seed=9)
+    one.learn(one.draw(torch.randn(8, 3), torch.randint(3, (8,))))
+    state = one.state_dict()
+    kept = copy.deepcopy(state)
+    two.load_state_dict(state)
+    logits, labels = torch.randn(8, 3), torch.randint(3, (8,))
+    first, second = one.draw(logits, labels), two.draw(logits, labels)
+    assert all(map(torch.equal, first, second))
+    two.learn(second)
+    assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(v)) for k, v in kept.items())
+
+
 # ---- In CleanLearner.
 
 
