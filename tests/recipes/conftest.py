@@ -12,7 +12,7 @@ import torch
 
 from lossmeta import plot
 from lossmeta.experiments import Task, Trial
-from lossmeta.recipes import _ala_images
+from lossmeta.recipes import _ala_images, _noise_tasks
 
 
 @pytest.fixture
@@ -49,3 +49,19 @@ def make_trial(tmp_path: Path) -> Callable[..., Trial]:
         return Trial(task, seed, torch.device("cpu"), data, {}, lambda share: None, tmp_path)
 
     return make
+
+
+@pytest.fixture
+def only_digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where no other data set can be had."""
+    original = _noise_tasks.data.load
+
+    def load(name: str, *args: Any, **options: Any) -> Any:
+        if name == "digits":
+            return original(name, *args, **options)
+        raise FileNotFoundError(f"{name}: not here")
+
+    monkeypatch.setattr(_noise_tasks.data, "load", load)
+    _noise_tasks.pool.cache_clear()
+    yield
+    _noise_tasks.pool.cache_clear()

@@ -63,6 +63,7 @@ def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyP
     assert 0.02 < found["error"] < 0.6  # type: ignore[operator]
 
 
+@pytest.mark.usefixtures("only_digits")
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """On the digits alone, where there is nothing else."""
     rows = tuple(
@@ -71,17 +72,7 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )
     monkeypatch.setattr(adalfl_imbalance, "ROWS", rows)
     monkeypatch.setattr(_noise_methods, "LAST_STAGES", ((0.03, 5),))
-    original = _noise_tasks.data.load
-
-    def load(name: str, *args: Any, **options: Any) -> Any:
-        if name == "digits":
-            return original(name, *args, **options)
-        raise FileNotFoundError(f"{name}: not here")
-
-    monkeypatch.setattr(_noise_tasks.data, "load", load)
-    _noise_tasks.pool.cache_clear()
     status = recipes()["adalfl-imbalance"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {"digits: 50 : 1"} and len(trials) == len(rows)
     assert status in (0, 2) and "mnist" in capsys.readouterr().err
-    _noise_tasks.pool.cache_clear()

@@ -97,6 +97,7 @@ def test_training_that_diverges_is_said(make_trial: MakeTrial) -> None:
         _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 0.0, 1.0).train(trial)
 
 
+@pytest.mark.usefixtures("only_digits")
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """On the digits alone, where there is nothing else."""
     rows = tuple(
@@ -104,20 +105,10 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )  # type: ignore[index]
     monkeypatch.setattr(adalfl_noise, "ROWS", rows)
     monkeypatch.setattr(_noise_methods, "LAST_STAGES", ((0.03, 5),))
-    original = _noise_tasks.data.load
-
-    def load(name: str, *args: Any, **options: Any) -> Any:
-        if name == "digits":
-            return original(name, *args, **options)
-        raise FileNotFoundError(f"{name}: not here")
-
-    monkeypatch.setattr(_noise_tasks.data, "load", load)
-    _noise_tasks.pool.cache_clear()
     status = recipes()["adalfl-noise"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {f"digits: {n.name}" for n in (*UNIFORM, *PAIRS, NONE)}
     assert status in (0, 2) and "mnist" in capsys.readouterr().err
-    _noise_tasks.pool.cache_clear()
 
 
 def test_batches_are_whole_and_go_through_all() -> None:
