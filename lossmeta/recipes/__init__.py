@@ -22,6 +22,7 @@ MODULES = (
     "adalfl_table7",
     "adalfl_noise",
     "adalfl_imbalance",
+    "adalfl_outliers",
     "ala",
     "ala_retrieval",
     "ala_cifar10_error",

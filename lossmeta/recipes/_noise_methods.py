@@ -27,12 +27,10 @@ from lossmeta.losses import (
 )
 from lossmeta.recipes._noise_tasks import (
     CLEAN_ORDER,
-    ERROR,
     LOSS,
     SELECTION,
     Drawn,
     batches,
-    error,
     new_model,
 )
 
@@ -52,12 +50,16 @@ LADDERS = {
     "tau": (0.5, 1.0, 1.5, 2.0, 3.0),
     "margin": (0.1, 0.25, 0.5, 1.0, 2.0),
     "gamma": (0.5, 1.0, 2.0, 4.0),
+    "delta": (0.02, 0.1, 0.5, 1.0, 2.0),
+    "c": (0.5, 1.0, 2.0, 3.0, 5.0),
+    "quantile": (0.2, 0.35, 0.5, 0.65),
 }
 """What is tried beside the best, one step at a time."""
 STOPS = (0.03, 0.06, 0.125, 0.25, 0.5, 1.0)
 """Shares of the training after which it may stop."""
-LAST_STAGES = tuple(itertools.product((0.003, 0.01, 0.03, 0.1), (10, 50, 200)))
-"""Learning rates and steps on the clean samples alone."""
+LAST_RATES = (0.003, 0.01, 0.03, 0.1)
+LAST_STEPS = (10, 50, 200)
+"""On the clean samples alone."""
 RATE = 0.03
 """Of the rows that are not tuned: a usual one for SGD with momentum."""
 WEIGHT_DECAY = 0.005
@@ -82,7 +84,7 @@ class Best:
     about: Mapping[str, float] | None = None
 
     def see(self, model: nn.Module, drawn: Drawn, **about: float) -> None:
-        found = error(model, drawn.selection)
+        found = drawn.source.judge(model, drawn.selection)
         if found < self.selection:
             self.selection, self.model, self.about = found, copy.deepcopy(model), about
 
@@ -103,7 +105,7 @@ def fixed(
         make: makes the loss of the noisy batch.
         rate: learning rate.
         weight_decay: of SGD.
-        clean_weight: of the clean batch's cross-entropy.
+        clean_weight: of the task loss on the clean batch.
         parameter: of the loss.
     """
 
@@ -112,9 +114,7 @@ def fixed(
 
         def value(model: nn.Module, x: Tensor, y: Tensor, clean: Batch) -> Tensor:
             found = loss(model(x), y)
-            return (
-                found + clean_weight * F.cross_entropy(model(clean[0]), clean[1]) if clean_weight else found
-            )
+            return found + clean_weight * _task_loss(trial, model, clean) if clean_weight else found
 
         return _with_last_stage(trial, _best_stop(trial, value, rate, weight_decay))
 
@@ -123,12 +123,12 @@ def fixed(
 
 
 def clean_alone(label: str, rate: float, weight_decay: float) -> Method:
-    """Cross-entropy on the clean samples alone; stop and averaging by the selection part."""
-
-    def value(model: nn.Module, x: Tensor, y: Tensor, clean: Batch) -> Tensor:
-        return F.cross_entropy(model(clean[0]), clean[1])
+    """The task loss on the clean samples alone; stop and averaging by the selection part."""
 
     def train(trial: Trial) -> dict[str, float]:
+        def value(model: nn.Module, x: Tensor, y: Tensor, clean: Batch) -> Tensor:
+            return _task_loss(trial, model, clean)
+
         return _measured(_best_stop(trial, value, rate, weight_decay), trial.data)
 
     return Method(label, train, {"rate": rate, "weight decay": weight_decay, "clean alone": True})
@@ -159,6 +159,11 @@ def _best_stop(
     return best
 
 
+def _task_loss(trial: Trial, model: nn.Module, batch: Batch) -> Tensor:
+    found: Tensor = trial.data.source.task_loss(model(batch[0]), batch[1])
+    return found
+
+
 def _batches(trial: Trial, steps: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:
     drawn: Drawn = trial.data
     noisy = batches(drawn.train, trial.seed, steps)
@@ -174,19 +179,22 @@ def _with_last_stage(trial: Trial, best: Best) -> dict[str, float]:
     if best.model is None:
         raise Diverged
     start, about = best.model, best.about or {}
-    for rate, steps in LAST_STAGES:
+    for rate in LAST_RATES:
         model = copy.deepcopy(start).requires_grad_()
         optimizer = SGD(model.parameters(), rate, momentum=0.9)
-        for x, y in batches(drawn.clean, trial.seed, steps, CLEAN_ORDER):
-            descend(optimizer, F.cross_entropy(model(x), y))
-        best.see(model, drawn, **about, last_rate=rate, last_steps=steps)
+        for step, batch in enumerate(batches(drawn.clean, trial.seed, max(LAST_STEPS), CLEAN_ORDER), 1):
+            descend(optimizer, _task_loss(trial, model, batch))
+            if step in LAST_STEPS:
+                best.see(model, drawn, **about, last_rate=rate, last_steps=step)
     return _measured(best, drawn)
 
 
 def _measured(best: Best, drawn: Drawn) -> dict[str, float]:
     if best.model is None:
         raise Diverged
-    return {ERROR.name: error(best.model, drawn.test), SELECTION.name: best.selection, **(best.about or {})}
+    source = drawn.source
+    found = {source.measure.name: source.judge(best.model, drawn.test), SELECTION.name: best.selection}
+    return {**found, **(best.about or {})}
 
 
 def learned(label: str, make: Callable[[Trial], nn.Module] | None = None, **options: Any) -> Method:
@@ -203,7 +211,13 @@ def learned(label: str, make: Callable[[Trial], nn.Module] | None = None, **opti
         model, optimizer = _untuned(trial)
         loss = make(trial) if make else None
         learner = CleanLearner(
-            model, optimizer, drawn.clean, loss=loss, seed=trial.random_seed(LOSS), **options
+            model,
+            optimizer,
+            drawn.clean,
+            loss=loss,
+            task_loss=drawn.source.task_loss,
+            seed=trial.random_seed(LOSS),
+            **options,
         )
         return _to_the_end(trial, model, learner.averaged, lambda x, y, _: learner.step((x, y)))
 
@@ -267,15 +281,15 @@ def _to_the_end(
 ) -> dict[str, float]:
     drawn: Drawn = trial.data
     steps: int = trial.task.settings["steps"]
-    found = {}
+    judge, found = drawn.source.judge, {}
     for i, (x, y, clean) in enumerate(_batches(trial, steps), 1):
         step(x, y, clean)
         if i in (steps // 4, steps // 2):
-            found[f"error after {i}"] = error(averaged, drawn.test)
+            found[f"error after {i}"] = judge(averaged, drawn.test)
     return {
-        ERROR.name: error(averaged, drawn.test),
-        SELECTION.name: error(averaged, drawn.selection),
-        "not averaged": error(model, drawn.test),
+        drawn.source.measure.name: judge(averaged, drawn.test),
+        SELECTION.name: judge(averaged, drawn.selection),
+        "not averaged": judge(model, drawn.test),
         **found,
     }
 

@@ -47,7 +47,12 @@ def draw(source: Source, seed: int, device: torch.device) -> Drawn:
             raise ValueError(f"{source.name}: needs {sum(wanted)} samples of class {c}, got {len(rows)}")
         clean, selection, *test, train = rows[: sum(wanted)].split(wanted)
         if official is not None:
-            test = [official + (labels[official:] == c).nonzero()[: source.test // source.classes, 0]]
+            wanted_of_test = source.test // source.classes
+            test = [official + (labels[official:] == c).nonzero()[:wanted_of_test, 0]]
+            if len(test[0]) < wanted_of_test:
+                raise ValueError(
+                    f"{source.name}: needs {wanted_of_test} test samples of class {c}, got {len(test[0])}"
+                )
         for part, found in zip(parts, (train, clean, selection, test[0]), strict=True):
             part.append(found)
     rows_of = [torch.cat(part) for part in parts]

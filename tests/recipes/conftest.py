@@ -10,9 +10,9 @@ import pytest
 import tiny_images
 import torch
 
-from lossmeta import plot
+from lossmeta import data, plot
 from lossmeta.experiments import Task, Trial
-from lossmeta.recipes import _ala_images, _noise_tasks
+from lossmeta.recipes import _ala_images, _noise_tasks, adalfl_outliers
 
 
 @pytest.fixture
@@ -44,24 +44,27 @@ def images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make_trial(tmp_path: Path) -> Callable[..., Trial]:
     """Makes a trial of some data; its task has the settings given."""
 
-    def make(data: Any, seed: int = 0, **settings: Any) -> Trial:
-        task = Task("toy", lambda seed, device: data, (), settings)
-        return Trial(task, seed, torch.device("cpu"), data, {}, lambda share: None, tmp_path)
+    def make(prepared: Any, seed: int = 0, **settings: Any) -> Trial:
+        task = Task("toy", lambda seed, device: prepared, (), settings)
+        return Trial(task, seed, torch.device("cpu"), prepared, {}, lambda share: None, tmp_path)
 
     return make
 
 
 @pytest.fixture
-def only_digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As where no other data set can be had."""
-    original = _noise_tasks.data.load
+def only_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where there are no other data sets than those that come with it."""
+    original = data.load
 
     def load(name: str, *args: Any, **options: Any) -> Any:
-        if name == "digits":
+        if name in ("digits", "diabetes"):
             return original(name, *args, **options)
         raise FileNotFoundError(f"{name}: not here")
 
-    monkeypatch.setattr(_noise_tasks.data, "load", load)
-    _noise_tasks.pool.cache_clear()
+    monkeypatch.setattr(data, "load", load)
+    pools = _noise_tasks.pool, adalfl_outliers.pool
+    for pool in pools:
+        pool.cache_clear()
     yield
-    _noise_tasks.pool.cache_clear()
+    for pool in pools:
+        pool.cache_clear()

@@ -46,6 +46,8 @@ def test_an_official_test_part_is_the_same_in_every_seed(monkeypatch: pytest.Mon
     assert float(one.test[0].min()) >= 1500 > float(one.train[0].max())
     with pytest.raises(ValueError, match="needs 160 samples of class 0, got 150"):
         draw(replace(source, train=140), 0, CPU)
+    with pytest.raises(ValueError, match="needs 60 test samples of class 0, got 50"):
+        draw(replace(source, test=600), 0, CPU)
 
 
 def methods() -> list[Method]:
@@ -58,12 +60,13 @@ def methods() -> list[Method]:
 
 @pytest.mark.parametrize("method", methods(), ids=lambda m: m.label)
 def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_noise_methods, "LAST_STAGES", ((0.03, 5),))
+    monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
+    monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))
     found = method.train(make_trial(draw(DIGITS, 0, CPU), steps=120))
     assert 0.02 < found["error"] < 0.6  # type: ignore[operator]
 
 
-@pytest.mark.usefixtures("only_digits")
+@pytest.mark.usefixtures("only_scikit_learn")
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """On the digits alone, where there is nothing else."""
     rows = tuple(
@@ -71,7 +74,8 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         for r in adalfl_imbalance.ROWS
     )
     monkeypatch.setattr(adalfl_imbalance, "ROWS", rows)
-    monkeypatch.setattr(_noise_methods, "LAST_STAGES", ((0.03, 5),))
+    monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
+    monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))
     status = recipes()["adalfl-imbalance"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {"digits: 50 : 1"} and len(trials) == len(rows)

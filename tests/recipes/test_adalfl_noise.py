@@ -56,7 +56,8 @@ def methods() -> list[Method]:
 @pytest.mark.parametrize("method", methods(), ids=lambda m: m.label)
 def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each trains; the test part moves nothing, and the selection part the rivals alone."""
-    monkeypatch.setattr(_noise_methods, "LAST_STAGES", ((0.03, 5),))
+    monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
+    monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))
     drawn = draw(DIGITS, UNIFORM[1], 0, CPU)
     first = method.train(make_trial(drawn, steps=120))
     assert 0.02 < first["error"] < 0.6  # type: ignore[operator]
@@ -79,13 +80,13 @@ def test_the_rivals_end_as_their_best_stop_or_the_last_stage(make_trial: MakeTri
     see = _noise_methods.Best.see
 
     def watched(self: Any, model: Any, drawn: Drawn, **about: float) -> None:
-        seen.append(_noise_methods.error(model, drawn.selection))
+        seen.append(_noise_tasks.error(model, drawn.selection))
         see(self, model, drawn, **about)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_noise_methods.Best, "see", watched)
         _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 0.0, 1.0).train(trial)
-    assert len(seen) == 2 * 6 + len(_noise_methods.LAST_STAGES)
+    assert len(seen) == 2 * 6 + len(_noise_methods.LAST_RATES) * len(_noise_methods.LAST_STEPS)
     assert found["selection error"] == min(seen)
     assert best.model is None
 
@@ -97,14 +98,15 @@ def test_training_that_diverges_is_said(make_trial: MakeTrial) -> None:
         _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 0.0, 1.0).train(trial)
 
 
-@pytest.mark.usefixtures("only_digits")
+@pytest.mark.usefixtures("only_scikit_learn")
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """On the digits alone, where there is nothing else."""
     rows = tuple(
         replace(r, candidates=r.candidates[:2]) if isinstance(r, Tuned) else r for r in adalfl_noise.ROWS
     )  # type: ignore[index]
     monkeypatch.setattr(adalfl_noise, "ROWS", rows)
-    monkeypatch.setattr(_noise_methods, "LAST_STAGES", ((0.03, 5),))
+    monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
+    monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))
     status = recipes()["adalfl-noise"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {f"digits: {n.name}" for n in (*UNIFORM, *PAIRS, NONE)}
