@@ -188,7 +188,8 @@ class DifferentiableStep:
         model = self.model
         relay = meta and len(batches) == 1 and self.channels_last.accepts(batches[0][0])
         model.check_parameters(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
+        for p, _ in parameters_of(self.optimizer):  # as zero_grad, which takes eight times as long
+            p.grad = None
         versions = [p._version for p in model.names]
         shares = _shares(batches)
         passes = []

@@ -14,6 +14,7 @@ from lossmeta.losses._labels import Labels
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, with_labels_as_int64
 from lossmeta.losses._parameters import has_hooks
 from lossmeta.losses._task_loss import as_rows, scale_of_rows, slope_of_labels, task_loss, task_slope
+from lossmeta.ops.adjusted_cross_entropy import with_slope
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
 RESIDUALS = {"cross_entropy": "softmax", "binary_cross_entropy": "sigmoid", "squared_error": "identity"}
@@ -269,12 +270,16 @@ class LossNetwork(OutputwiseLoss):
         shape = slope.shape
         value, slope = loss.sum() / count, slope.reshape(pred.shape) / count
         if self.residual is not None or self.normalize_slope:
-            if self.link == "sigmoid":
+            if self.link == "softmax":
+                task_value, task = with_slope(pred.detach(), target, ignore_index=self.ignore_index)
+            elif self.link == "sigmoid":
                 task = slope_of_labels(self._labels(pred.detach(), target)).reshape(pred.shape) / count
+                task_value = task_loss(self, pred.detach(), target)
             else:
                 task = task_slope(self, *as_rows(self, pred.detach(), target)).reshape(pred.shape)
+                task_value = task_loss(self, pred.detach(), target)
             if self.residual is not None:
-                value, slope = value + task_loss(self, pred.detach(), target), slope + task
+                value, slope = value + task_value, slope + task
         along = slope
         scale: Tensor | None = None
         if self.normalize_slope and task is not None:
