@@ -6,6 +6,7 @@ from lossmeta.adalfl.clean_learner import CleanLearner, learn_with_clean
 from lossmeta.adalfl.initialization import initialize, initialize_learning_rate
 from lossmeta.adalfl.learned_loss import PAPER_META_RATE, DivergedError
 from lossmeta.adalfl.meta_gradient import meta_gradient
+from lossmeta.adalfl.meta_schedule import seldom_later
 from lossmeta.adalfl.online import OnlineLearner
 from lossmeta.adalfl.plot import plot_loss
 from lossmeta.adalfl.records import MetaGradient, Snapshot, StepReport
@@ -29,4 +30,5 @@ __all__ = [
     "learn_with_clean",
     "meta_gradient",
     "plot_loss",
+    "seldom_later",
 ]

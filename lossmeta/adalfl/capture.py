@@ -72,7 +72,9 @@ def check_capturable(argument: str, optimizer: Optimizer) -> None:
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every element is, [] on the device."""
     tensors = [t for t in tensors if t.numel()]
-    if tensors and tensors[0].device.type == "cpu":  # where the largest takes five times as long as the length
+    if (
+        tensors and tensors[0].device.type == "cpu"
+    ):  # where the largest takes five times as long as the length
         finite = torch.stack(torch._foreach_norm(tensors)).isfinite().all()
         if finite:
             return finite

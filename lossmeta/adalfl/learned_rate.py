@@ -34,8 +34,16 @@ class LearnedRates:
 
     def descend(self, gradients: list[Tensor], step_size: float) -> None:
         """A rate that is a tensor is filled in place."""
-        for group, gradient in zip(self.optimizer.param_groups, gradients, strict=True):
-            rate = descended(float(group["lr"]), gradient, step_size)
+        rates = self.state_dict()["rates"]
+        self.load_state_dict(
+            {"rates": [descended(r, g, step_size) for r, g in zip(rates, gradients, strict=True)]}
+        )
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"rates": [float(group["lr"]) for group in self.optimizer.param_groups]}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:

@@ -29,6 +29,7 @@ from lossmeta.adalfl.learned_loss import (
     warn_of_collapse,
 )
 from lossmeta.adalfl.loss_snapshot import LossSnapshot
+from lossmeta.adalfl.meta_schedule import Every, MetaSchedule
 from lossmeta.adalfl.records import MetaGradient, Snapshot, StepOptions, StepReport
 from lossmeta.adalfl.replicas import Replicas
 from lossmeta.adalfl.slope_bounds import SlopeBounds
@@ -62,7 +63,8 @@ class OnlineLearner:
             :class:`~lossmeta.losses.LossNetwork` with ``residual`` and ``normalize_slope``, or with
             :data:`PAPER_META_RATE`, 1e-5. It holds all trainable parameters of ``loss`` and no others. Its groups may
             have rates of their own.
-        meta_every: training steps per meta-update.
+        meta_every: training steps per meta-update; or a function of the steps done so far that gives those until the
+            next one, such as :func:`seldom_later`, which spares most updates of a long training.
         learning_rate: step size of the optimizer's learning rates, which are then learned too (Algorithm 4); 0 leaves
             them as they are. A rate moves by this times its gradient, and in one step falls to a thousandth of itself
             at most. A rate that is a tensor is filled in place. No group may start at 0.
@@ -72,10 +74,10 @@ class OnlineLearner:
             ``DistributedDataParallel`` model.
         max_slope: the same for a slope ratio above this, which is a learning rate that runs away. A loss with
             ``normalize_slope`` has a ratio of 1.
-        guard: whether to go back to an earlier loss, model and optimizer state, with a tenth of the meta rate and a
-            warning, where the task loss on the validation batches rises for long: where its moving average over ten
-            updates or so has been above its least for ten, and by more than a quarter of what it first was. After
-            three times it stops to watch.
+        guard: whether to go back to an earlier loss, model, optimizer state and learned rates, with a tenth of the meta
+            rate and a warning, where the task loss on the validation batches rises for long: where its moving average
+            over ten updates or so has been above its least for ten, and by more than a quarter of what it first was.
+            After three times it stops to watch.
         backend: see :func:`meta_gradient`.
         clip_norm: see :func:`meta_gradient`.
         clip_value: see :func:`meta_gradient`.
@@ -173,7 +175,7 @@ class OnlineLearner:
         task_loss: Loss,
         *,
         meta_optimizer: Optimizer | None = None,
-        meta_every: int = 1,
+        meta_every: Every = 1,
         learning_rate: float = 0.0,
         min_slope: float | None = None,
         max_slope: float | None = None,
@@ -193,7 +195,7 @@ class OnlineLearner:
     ) -> None:
         if snapshot_every is not None:
             check_at_least_one("OnlineLearner", "snapshot_every", snapshot_every)
-        check_at_least_one("OnlineLearner", "meta_every", meta_every)
+        schedule = MetaSchedule(meta_every)
         if not learning_rate >= 0:
             raise ValueError(f"OnlineLearner: learning_rate must not be negative, got {learning_rate}")
         if not 0 <= clean_weight < math.inf:
@@ -223,7 +225,6 @@ class OnlineLearner:
                 warn_of_collapse("OnlineLearner", loss, self.meta_optimizer)
         self.loss = loss
         self.optimizer = optimizer
-        self.meta_every = meta_every
         self.learning_rate = learning_rate
         self.min_slope = min_slope
         self.max_slope = max_slope
@@ -231,6 +232,7 @@ class OnlineLearner:
         self.history: list[Snapshot] = []
         self.steps = 0
         self.skipped: int | Tensor = 0
+        self._schedule = schedule
         self._bounds = SlopeBounds(phi)
         self.keep_gradients = keep_gradients
         self._accumulated: list[Batch] = []
@@ -251,7 +253,8 @@ class OnlineLearner:
         self._step = DifferentiableStep(model, optimizer, loss, task_loss, options)
         self._guard = None
         if guard and phi:
-            self._guard = TurningGuard(phi, self._step.optimizer, [self._step.model.plain])
+            learned_rates = [self._step.rates] if learning_rate else []
+            self._guard = TurningGuard(phi, self._step.optimizer, [self._step.model.plain, *learned_rates])
         self._replicas = None
         if self._step.model.distributed:
             self._replicas = Replicas(
@@ -318,8 +321,9 @@ class OnlineLearner:
                 paper's appendix D.4 compares the two). Not needed for steps without a meta-update.
 
         Raises:
-            ValueError: for an empty batch, and whatever the model and the losses raise for one that does not fit them.
-            TypeError: for a batch that is not a pair.
+            ValueError: for an empty batch, whatever the model and the losses raise for one that does not fit them, and
+                a ``meta_every`` that gives less than 1.
+            TypeError: for a batch that is not a pair, and a ``meta_every`` that gives no integer.
             DivergedError: if the learned loss or its slope is not finite.
             BackendError: if the meta-gradient cannot be computed, see :func:`meta_gradient`.
             RuntimeError: if the processes of a DistributedDataParallel model have different losses.
@@ -358,7 +362,7 @@ class OnlineLearner:
         state = copied_state(meta) if meta else {}
         rates = [group["lr"] for group in meta.param_groups] if meta else []
         counters = self.steps, self.skipped, len(self.history), self._accumulated, self._bounds.accepted
-        guard = self._guard.state() if self._guard else None
+        guard, due_next = self._guard.state() if self._guard else None, self._schedule.next
         try:
             yield
         except BaseException:
@@ -374,6 +378,7 @@ class OnlineLearner:
                     group["lr"] = rate
             self.steps, self.skipped, length, self._accumulated, self._bounds.accepted = counters
             del self.history[length:]
+            self._schedule.next = due_next
             if self._guard and guard:
                 self._guard.load(guard)
             modes.bring_back()
@@ -393,7 +398,7 @@ class OnlineLearner:
             )
 
     def _advance(self, batches: list[Batch], valid_batch: Batch | None) -> StepReport:
-        due = self.steps % self.meta_every == 0
+        due = self._schedule.is_due(self.steps)
         if self._replicas is not None and self._check_replicas_at <= self.steps:
             self._replicas.check(self.steps)
             self._check_replicas_at = self.steps + INTERVAL
@@ -401,6 +406,7 @@ class OnlineLearner:
             loss, ratio = self._step.plain_step(batches, valid_batch)
             self.steps += 1
             return StepReport(loss, None, ratio, None)
+        self._schedule.next = self._schedule.after(self.steps)
         valid_batch = batches[-1] if valid_batch is None else valid_batch
         if self._captured is not None:
             loss, task_loss, taken, *ratios = self._captured(batches[0], valid_batch)
@@ -458,6 +464,7 @@ class OnlineLearner:
             "loss": self.loss.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
             "steps": self.steps,
+            "next_update": self._schedule.next,
             "skipped": int(self.skipped),
             "accepted": accepted and (accepted.values, accepted.state),
             "guard": self._guard.state() if self._guard else None,
@@ -471,6 +478,7 @@ class OnlineLearner:
         if self.meta_optimizer:
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self._schedule.next = state.get("next_update", 0)
         accepted = state["accepted"]
         self._bounds.accepted = accepted and LossSnapshot(*accepted)
         if self._guard:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossmeta import experiments
 from lossmeta._batches import Loss
 from lossmeta.experiments import Task, Trial
 from lossmeta.losses import FocalLoss, LDAMLoss, LogitAdjustedLoss
 from lossmeta.recipes import _noise_methods as methods
 from lossmeta.recipes import _noise_tasks as tasks
+from lossmeta.recipes._clean_recipe import LEARNED, CleanRecipe
 from lossmeta.recipes._noise_tasks import Drawn, Source
 
 RATIO = 50
@@ -24,7 +23,6 @@ CIFAR10 = replace(tasks.CIFAR10, train=600)
 FLOWERS = replace(tasks.FLOWERS, train=400)
 SOURCES = (DIGITS, MNIST, CIFAR10, FLOWERS)
 """``train`` is how many samples the most frequent class has."""
-LEARNED = "learned loss, nothing tuned"
 
 
 def sizes(source: Source) -> list[int]:
@@ -120,26 +118,12 @@ tried without them too. The rows of which nothing is tuned have the defaults of 
 of its default loss. The test part decides nothing. Differences are to the learned loss, paired by seed."""
 
 
-class AdaLFLImbalance:
-    """The recipe."""
-
-    name = "adalfl-imbalance"
-    about = "AdaLFL: rare classes, a loss learned from a few even samples, and losses that know the counts"
-
-    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
-        return experiments.run(
-            self.name,
-            [task(source, steps) for source in SOURCES],
-            ROWS,
-            seeds=seeds,
-            device=device,
-            folder=output,
-            settings={"steps": steps, "device": device},
-            reference=LEARNED,
-            about=self.about,
-            legend=LEGEND,
-            threads=1,  # the tensors are small: a second thread would cost more than it does
-        )
-
-
-RECIPES = (AdaLFLImbalance(),)
+RECIPE = CleanRecipe(
+    "adalfl-imbalance",
+    "AdaLFL: rare classes, a loss learned from a few even samples, and losses that know the counts",
+    lambda steps: [task(source, steps) for source in SOURCES],
+    ROWS,
+    LEGEND,
+)
+RECIPES = (RECIPE,)
+"""Ways to train where classes are rare, with a few samples of all."""

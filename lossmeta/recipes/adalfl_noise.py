@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lossmeta import experiments
+from lossmeta.experiments import Task
 from lossmeta.recipes import _noise_methods as methods
 from lossmeta.recipes import _noise_tasks as tasks
+from lossmeta.recipes._clean_recipe import LEARNED, CleanRecipe
 
-LEARNED = "learned loss, nothing tuned"
 ROWS = (
     methods.clean_alone_tuned("clean samples alone"),
     methods.tuned("cross-entropy", methods.cross_entropy, clean_weight=(0.0, 1.0)),
@@ -38,29 +36,19 @@ samples, its default where a tenth of the samples with wrong labels teach the lo
 part decides nothing. Differences are to the learned loss, paired by seed."""
 
 
-class AdaLFLNoise:
-    """The recipe."""
-
-    name = "adalfl-noise"
-    about = "AdaLFL: labels that are partly wrong, a loss learned from a few right ones, and tuned rivals"
-
-    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
-        noises = (*tasks.UNIFORM, *tasks.PAIRS)
-        pairs = [(source, noise) for source in tasks.SOURCES for noise in noises]
-        pairs += [(tasks.CIFAR10, tasks.ALIKE), *((source, tasks.NONE) for source in tasks.SOURCES)]
-        return experiments.run(
-            self.name,
-            [tasks.task(source, noise, steps) for source, noise in pairs],
-            ROWS,
-            seeds=seeds,
-            device=device,
-            folder=output,
-            settings={"steps": steps, "device": device},
-            reference=LEARNED,
-            about=self.about,
-            legend=LEGEND,
-            threads=1,  # the tensors are small: a second thread would cost more than it does
-        )
+def all_tasks(steps: int | None) -> list[Task]:
+    noises = (*tasks.UNIFORM, *tasks.PAIRS)
+    pairs = [(source, noise) for source in tasks.SOURCES for noise in noises]
+    pairs += [(tasks.CIFAR10, tasks.ALIKE), *((source, tasks.NONE) for source in tasks.SOURCES)]
+    return [tasks.task(source, noise, steps) for source, noise in pairs]
 
 
-RECIPES = (AdaLFLNoise(),)
+RECIPE = CleanRecipe(
+    "adalfl-noise",
+    "AdaLFL: labels that are partly wrong, a loss learned from a few right ones, and tuned rivals",
+    all_tasks,
+    ROWS,
+    LEGEND,
+)
+RECIPES = (RECIPE,)
+"""Ways to train on labels that are partly wrong, with a few that are right."""

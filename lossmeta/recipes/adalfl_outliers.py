@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossmeta import data, experiments
+from lossmeta import data
 from lossmeta._batches import Batch, Loss
 from lossmeta.experiments import Measure, Task, Trial
 from lossmeta.losses import LossNetwork, PinballLoss, TukeyLoss
 from lossmeta.recipes import _noise_methods as methods
 from lossmeta.recipes import _noise_tasks as tasks
+from lossmeta.recipes._clean_recipe import LEARNED, CleanRecipe
 from lossmeta.recipes._noise_tasks import LOSS, Drawn, Source
 
 SQUARED_ERROR = Measure("squared error", higher_is_better=False, digits=3)
-LEARNED = "learned loss, nothing tuned"
 FURTHEST = 10.0
 """In standard deviations of the targets."""
 
@@ -59,13 +58,26 @@ def squared_error(model: nn.Module, part: Batch) -> float:
 
 def _source(name: str, label: str, inputs: int, train: int, test: int) -> Source:
     network = tasks.mlp(inputs, 1, 64)
-    return Source(name, label, 1, train, 100, 300, test, 1600, network, F.mse_loss, SQUARED_ERROR, squared_error)
+    return Source(
+        name, label, 1, train, 100, 300, test, 1600, network, F.mse_loss, SQUARED_ERROR, squared_error
+    )
 
 
 CALIFORNIA = _source("california", "California", 8, 2000, 4000)
 COMMUNITIES = _source("communities", "Communities and Crime", 99, 1000, 500)
 DIABETES = Source(
-    "diabetes", "diabetes", 1, 200, 42, 50, 150, 1600, tasks.mlp(10, 1, 64), F.mse_loss, SQUARED_ERROR, squared_error
+    "diabetes",
+    "diabetes",
+    1,
+    200,
+    42,
+    50,
+    150,
+    1600,
+    tasks.mlp(10, 1, 64),
+    F.mse_loss,
+    SQUARED_ERROR,
+    squared_error,
 )
 SOURCES = (DIABETES, CALIFORNIA, COMMUNITIES)
 
@@ -155,27 +167,14 @@ defaults of `learn_with_clean` at a learning rate of 0.03 and a weight decay of 
 selection part. The test part decides nothing. Differences are to it, paired by seed."""
 
 
-class AdaLFLOutliers:
-    """The recipe."""
-
-    name = "adalfl-outliers"
-    about = "AdaLFL: regression where targets are partly far off, a loss learned from a few right ones, robust losses"
-
-    def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
-        return experiments.run(
-            self.name,
-            [task(source, outliers, steps) for source in SOURCES for outliers in (RAISED, EITHER, NONE)],
-            ROWS,
-            seeds=seeds,
-            device=device,
-            folder=output,
-            settings={"steps": steps, "device": device},
-            reference=LEARNED,
-            about=self.about,
-            legend=LEGEND,
-            threads=1,  # the tensors are small: a second thread would cost more than it does
-        )
-
-
-RECIPES = (AdaLFLOutliers(),)
+RECIPE = CleanRecipe(
+    "adalfl-outliers",
+    "AdaLFL: regression where targets are partly far off, a loss learned from a few right ones, robust losses",
+    lambda steps: [
+        task(source, outliers, steps) for source in SOURCES for outliers in (RAISED, EITHER, NONE)
+    ],
+    ROWS,
+    LEGEND,
+)
+RECIPES = (RECIPE,)
 """Ways to train on targets that are partly far off, with a few that are right."""

@@ -13,7 +13,7 @@ from small_problems import LossOfEager, batches, cnn, equal, learner, mlp, relat
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from lossmeta.adalfl import DivergedError, OnlineLearner, meta_gradient
+from lossmeta.adalfl import DivergedError, OnlineLearner, meta_gradient, seldom_later
 from lossmeta.adalfl.capture import all_finite
 from lossmeta.adalfl.differentiable_step import DifferentiableStep
 from lossmeta.adalfl.records import StepOptions
@@ -44,6 +44,69 @@ def test_meta_every() -> None:
         tasks.append(report.task_loss is not None)
         assert not equal(weights, values(one._step.model.plain))
     assert changed == tasks == [True, False, False, True, False, False]
+
+
+def test_meta_every_as_a_function() -> None:
+    asked: list[int] = []
+
+    def two_more(step: int) -> int:
+        asked.append(step)
+        return 1 + len(asked)
+
+    one = learner(meta_every=two_more)
+    both = batches(14)
+    due = [one.step(batch, batch).task_loss is not None for batch in both[:10]]
+    assert [i for i, found in enumerate(due) if found] == asked == [0, 2, 5, 9]
+    other = learner(meta_every=lambda step: 5)  # goes on where the state was
+    other.load_state_dict(one.state_dict())
+    assert [other.step(batch, batch).task_loss is not None for batch in both[10:]] == [False] * 4
+    assert other.step(both[0], both[0]).task_loss is not None
+    old = {key: value for key, value in one.state_dict().items() if key != "next_update"}
+    other.load_state_dict(old)
+    assert other.step(both[0], both[0]).task_loss is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (0, ValueError, r"what meta_every gives for step 1 must be at least 1, got 0"),
+        (1.5, TypeError, r"meta_every must give an int, .* got float for step 1"),
+        (True, TypeError, r"got bool for step 1"),
+    ],
+)
+def test_a_schedule_that_does_not_say_when(given: Any, error: type[Exception], message: str) -> None:
+    one = learner(meta_every=lambda step: 1 if step == 0 else given)
+    first, second = batches(2)
+    one.step(first, second)
+    before = values(one.loss), values(one._step.model.plain)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            one.step(first, second)
+    assert equal(before[0], values(one.loss)) and equal(before[1], values(one._step.model.plain))
+    assert one.steps == 1
+
+
+def test_a_step_that_fails_leaves_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = learner(meta_every=lambda step: 3)
+    first, second = batches(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one._step, "_step", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.step(first, second)
+    assert one.step(first, second).task_loss is not None
+    assert one.step(first, second).task_loss is None
+
+
+def test_seldom_later() -> None:
+    schedule = seldom_later(period=10, most=3)
+    assert [schedule(t) for t in (0, 9, 10, 19, 20, 1000)] == [1, 1, 2, 2, 3, 3]
+    step, updates = 0, 0
+    while step < 1600:
+        step, updates = step + seldom_later()(step), updates + 1
+    assert updates == 354
+    for option in ({"period": 0}, {"most": 0}):
+        with pytest.raises(ValueError, match=f"seldom_later: {next(iter(option))} must be at least 1, got 0"):
+            seldom_later(**option)
 
 
 def test_plain_steps_are_those_of_the_loss() -> None:

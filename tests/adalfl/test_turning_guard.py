@@ -134,6 +134,29 @@ def test_within_fifty_steps_it_is_undone_and_said() -> None:
 
 
 @QUIET
+@pytest.mark.parametrize("tensor", [False, True])
+def test_learned_rates_go_back_too(tensor: bool) -> None:
+    model = mlp()
+    rate = torch.tensor(0.1) if tensor else 0.1
+    optimizer = SGD(model.parameters(), rate)
+    loss = Turning()
+    meta = SGD(loss.parameters(), 0.0)
+    one = OnlineLearner(
+        model, optimizer, loss, F.cross_entropy, guard=True, meta_optimizer=meta, learning_rate=1e-12
+    )
+    pair = batches()
+    for _ in range(12):
+        one.step(pair[0], pair[0])
+    with torch.no_grad():
+        loss.size.fill_(-20.0)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5) if tensor else 0.5  # as if it had run away
+    steps = 0
+    while one.step(pair[0], pair[0]).skipped is None and steps < 50:
+        steps += 1
+    assert steps < 50 and 0.05 < float(optimizer.param_groups[0]["lr"]) < 0.2
+
+
+@QUIET
 def test_a_collapsing_network_is_kept_from_it() -> None:
     """Without a normalised slope, at a high meta rate, on labels of which half are wrong."""
     x, y = load_digits(return_X_y=True)

@@ -73,10 +73,11 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         replace(r, candidates=r.candidates[:1], beside=None) if isinstance(r, Tuned) else r
         for r in adalfl_imbalance.ROWS
     )
-    monkeypatch.setattr(adalfl_imbalance, "ROWS", rows)
     monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
     monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))
-    status = recipes()["adalfl-imbalance"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
+    recipe = replace(adalfl_imbalance.RECIPE, rows=rows)
+    assert recipe.name == "adalfl-imbalance" in recipes()
+    status = recipe.run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {"digits: 50 : 1"} and len(trials) == len(rows)
     assert status in (0, 2) and "mnist" in capsys.readouterr().err

@@ -104,10 +104,11 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     rows = tuple(
         replace(r, candidates=r.candidates[:2]) if isinstance(r, Tuned) else r for r in adalfl_noise.ROWS
     )  # type: ignore[index]
-    monkeypatch.setattr(adalfl_noise, "ROWS", rows)
     monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
     monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))
-    status = recipes()["adalfl-noise"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
+    recipe = replace(adalfl_noise.RECIPE, rows=rows)
+    assert recipe.name == "adalfl-noise" in recipes()
+    status = recipe.run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {f"digits: {n.name}" for n in (*UNIFORM, *PAIRS, NONE)}
     assert status in (0, 2) and "mnist" in capsys.readouterr().err

@@ -90,10 +90,11 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         replace(r, candidates=r.candidates[:1], beside=None) if isinstance(r, Tuned) else r
         for r in adalfl_outliers.ROWS
     )
-    monkeypatch.setattr(adalfl_outliers, "ROWS", rows)
     monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
     monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))
-    status = recipes()["adalfl-outliers"].run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
+    recipe = replace(adalfl_outliers.RECIPE, rows=rows)
+    assert recipe.name == "adalfl-outliers" in recipes()
+    status = recipe.run(size="small", seeds=1, steps=6, device="cpu", output=tmp_path)
     trials = [t for t in run_folder.read(tmp_path).trials if t.seed == 0]
     assert {t.task for t in trials} == {f"diabetes: {o.name}" for o in (RAISED, EITHER, NONE)}
     assert status in (0, 2) and "california" in capsys.readouterr().err
