@@ -1,0 +1,1 @@
+"""What a loss looks like around a model: surfaces, their curvature, and the Hessian's spectrum."""
