@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -109,6 +110,17 @@ class Objective:
             modes.bring_back()
             state.bring_back()
 
+    def twin(self) -> nn.Module:
+        """A model with parameters of its own, to be put anywhere, that shares all else with this one.
+
+        Raises:
+            Exception: whatever copying the model raises.
+        """
+        moving = {id(p) for p in self.parameters.values()}
+        shared = (*self.model.parameters(), *self.model.buffers())
+        twin = copy.deepcopy(self.model, {id(t): t for t in shared if id(t) not in moving})
+        return twin.requires_grad_(False)
+
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         """Batches, and the share of the samples that each holds."""
         for batch, size in zip(self.batches, self._sizes, strict=True):
@@ -116,19 +128,19 @@ class Objective:
 
     def loss(self, weights: Weights, batch: Any) -> Tensor:
         """Of a batch, ``[]``, at some weights; differentiable in them. To be called in :meth:`quiet`."""
+        return self.loss_of(lambda *a, **k: functional_call(self.model, weights, a, k), batch)
 
-        def call(*arguments: Any, **named: Any) -> Any:
-            return functional_call(self.model, weights, arguments, named)
-
+    def loss_of(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """Of a batch, ``[]``, as a model, or a function in its place, gives it."""
         context: Any = nullcontext()
         if self.autocast is not None:
             context = torch.autocast(self.device.type, dtype=self.autocast)
         with context:
             if isinstance(batch, Mapping):
-                found = call(**batch)
+                found = model(**batch)
                 value = found.loss if self.loss_fn is None else self.loss_fn(found, batch)
             else:
-                found = call_model(call, batch[0])
+                found = call_model(model, batch[0])
                 if self.loss_fn is None:
                     value = found.loss
                 else:

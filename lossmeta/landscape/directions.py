@@ -1,0 +1,203 @@
+"""Directions in which to leave a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lossmeta._checks import check_at_least_one, choice
+
+Direction = dict[str, Tensor]
+"""A tensor for each trainable parameter, by its name."""
+
+NORMALIZATIONS = {"filter": "filter", "layer": "layer", "none": "none"}
+
+
+def trainable(where: str, model: nn.Module) -> Direction:
+    """The parameters with ``requires_grad``, by name; of ``DistributedDataParallel`` those of the module inside."""
+    inside: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    found: Direction = {n: p.detach() for n, p in inside.named_parameters() if p.requires_grad and p.numel()}
+    if not found:
+        raise ValueError(
+            f"{where}: model must have parameters that require a gradient, got none; call requires_grad_() on what is "
+            "to move"
+        )
+    return found
+
+
+def random_directions(
+    model: nn.Module,
+    count: int = 2,
+    *,
+    normalization: str = "filter",
+    biases: bool = False,
+    seed: int = 0,
+) -> list[Direction]:
+    r"""Normal random directions, scaled so that models of different scale can be compared.
+
+    With ``"filter"`` every filter :math:`d_{ij}` of a direction gets the norm of the filter of the weights,
+
+    .. math:: d_{ij} \leftarrow \frac{d_{ij}}{\lVert d_{ij} \rVert} \lVert \theta_{ij} \rVert
+
+    A filter is what one output depends on: a row of a matrix, a slice of a convolution. With ``"layer"`` the same is
+    done with whole parameters. A filter of zeros has a direction of zeros.
+
+    Args:
+        model: only its trainable parameters get a direction.
+        count: how many.
+        normalization: ``"filter"``, ``"layer"`` or ``"none"``.
+        biases: whether parameters with fewer than two dimensions move too, as biases and those of BatchNorm; they are
+            scaled as one layer each. Li et al. leave them where they are.
+        seed: of the numbers, which are the same on every device.
+
+    Raises:
+        ValueError: for options outside the values above and a model without trainable parameters.
+
+    Source:
+        Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets" (2018).
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> one, two = random_directions(model)
+        >>> torch.testing.assert_close(one["weight"].norm(dim=1), model.weight.norm(dim=1))
+        >>> one["bias"].tolist()
+        [0.0, 0.0, 0.0]
+    """
+    where = "random_directions"
+    check_at_least_one(where, "count", count)
+    choice(where, "normalization", normalization, NORMALIZATIONS)
+    weights = trainable(where, model)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        direction = {}
+        for name, w in weights.items():
+            # In float32 on the CPU, so that they depend on neither.
+            drawn = torch.randn(w.shape, generator=generator).to(w)
+            if w.dim() < 2 and not biases:
+                drawn.zero_()
+            elif normalization != "none":
+                over = list(range(1, w.dim())) if normalization == "filter" and w.dim() > 1 else None
+                drawn *= _norm(w, over) / _norm(drawn, over).clamp_min(torch.finfo(w.dtype).tiny)
+            direction[name] = drawn
+        found.append(direction)
+    return found
+
+
+def _norm(t: Tensor, over: list[int] | None) -> Tensor:
+    if over is None:
+        return t.norm()
+    return t.square().sum(over, keepdim=True).sqrt()
+
+
+def line(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction:
+    """From a model to another of the same kind: at 0 it is the first one, at 1 the other.
+
+    Args:
+        model: where the line begins.
+        other: a model, or its state dict.
+
+    Raises:
+        ValueError: for another whose parameters have other names or shapes.
+
+    Example:
+        >>> one, other = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> torch.testing.assert_close(one.weight + line(one, other)["weight"], other.weight)
+    """
+    weights = trainable("line", model)
+    return {name: w - weights[name] for name, w in _of_state("line", weights, other).items()}
+
+
+def _of_state(where: str, weights: Direction, other: nn.Module | Mapping[str, Tensor]) -> Direction:
+    if isinstance(other, DistributedDataParallel):
+        other = other.module
+    state = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
+    wrong = [n for n, w in weights.items() if n not in state or state[n].shape != w.shape]
+    if wrong:
+        raise ValueError(
+            f"{where}: the models must have the same parameters, got one in which {wrong[:3]} is missing or has another "
+            "shape"
+        )
+    return {name: state[name].detach().to(w) for name, w in weights.items()}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What :func:`pca_directions` finds.
+
+    Attributes:
+        directions: orthogonal, of Euclidean norm 1.
+        coordinates: ``[T, count]`` of the checkpoints along them, from the model on; float64.
+        explained: ``[count]``, the share of the variance in each.
+    """
+
+    directions: list[Direction]
+    coordinates: Tensor
+    explained: Tensor
+
+
+def pca_directions(
+    model: nn.Module, checkpoints: Sequence[nn.Module | Mapping[str, Tensor]], count: int = 2
+) -> Trajectory:
+    r"""The directions in which a training moved most: principal components of its weights about the model's.
+
+    The components are those of the differences :math:`\theta_t - \theta`, not of differences from their mean: the plane
+    goes through the model, as in Li et al., section 7.
+
+    Args:
+        model: usually the last.
+        checkpoints: models or state dicts, T of them.
+        count: of directions, at most T and the rank of the differences.
+
+    Raises:
+        ValueError: for fewer checkpoints than directions, for some that differ in parameters, and where the differences
+            do not span as many directions.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> states = [{"weight": torch.tensor([[a, 0.0]]), "bias": torch.zeros(1)} for a in (1.0, 2.0, 4.0)]
+        >>> path = pca_directions(model, states, count=2)
+        >>> path.coordinates.shape
+        torch.Size([3, 2])
+    """
+    where = "pca_directions"
+    check_at_least_one(where, "count", count)
+    if len(checkpoints) < count:
+        raise ValueError(
+            f"{where}: checkpoints must be at least count, got {len(checkpoints)} of them and count {count}"
+        )
+    weights = trainable(where, model)
+    states = [_of_state(where, weights, c) for c in checkpoints]
+    gram = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for name, w in weights.items():
+        rows = torch.stack([(s[name] - w).flatten() for s in states]).double()
+        gram += (rows @ rows.T).cpu()
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if not values[count - 1] > 1e-12 * values[0] or not values[0] > 0:
+        rank = int((values > 1e-12 * values[0]).sum()) if values[0] > 0 else 0
+        raise ValueError(
+            f"{where}: the checkpoints must move in at least {count} directions, got {rank}; give more of them or a "
+            "smaller count"
+        )
+    lengths = values[:count].sqrt()
+    directions = []
+    for k in range(count):
+        along = vectors[:, k] / lengths[k]
+        # The sign of an eigenvector is arbitrary: the first checkpoint lies on the negative side.
+        along = -along if vectors[0, k] > 0 else along
+        directions.append(
+            {
+                name: sum(
+                    (a * (s[name] - w) for a, s in zip(along.tolist(), states, strict=True)), torch.zeros_like(w)
+                )
+                for name, w in weights.items()
+            }
+        )
+    signs = -torch.sign(vectors[0, :count])
+    coordinates = vectors[:, :count] * lengths * torch.where(signs == 0, 1.0, signs)
+    return Trajectory(directions, coordinates, values[:count] / values.sum())
