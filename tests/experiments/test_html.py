@@ -335,6 +335,24 @@ def test_what_cannot_be_drawn_is_left_out() -> None:
     assert picture.count("<circle") == 1 and "interval" not in picture and "nan" not in picture
 
 
+def test_zero_is_in_the_picture_where_all_differences_are_positive() -> None:
+    picture = dots([Row("row", {0: 7.0, 1: 8.0})], name="a", title="b", description="c", zero=True)
+    assert picture is not None
+    parser = Parser()
+    parser.feed(picture)
+    tree = parser.open[0]
+    zero = float(tree.one("line", class_="zero").attributes["x1"])
+    first, last = (float(dot.attributes["cx"]) for dot in tree.all("circle"))
+    assert 30 < zero < first < last < 410
+    assert (last - zero) / (first - zero) == pytest.approx(8 / 7, abs=1e-3)
+
+
+def test_what_was_chosen() -> None:
+    of = a_run()
+    of.trials[:] = [replace(t, candidate="rate 0.1" if t.method == "other" else None) for t in of.trials]
+    assert "Chosen: other: rate 0.1." in [p.text for p in parsed(html([of])).all("p")]
+
+
 def test_hostile_text() -> None:
     labels = tuple(f"{HOSTILE}{i}" for i in range(3))
     errors = dict(zip(labels, ERRORS.values(), strict=True))
