@@ -83,27 +83,50 @@ def run(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of a run, finished or not.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Of runs, finished or not.")],
     markdown: Annotated[
-        Path | None, typer.Option(help="Write a page of Markdown to this file instead.")
+        Path | None,
+        typer.Option(help="Write a page of Markdown to this file instead, all runs below each other."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one page of HTML to this file instead: tables, pictures, and the runs' figures. A folder that "
+            "cannot be read is named in it."
+        ),
     ] = None,
 ) -> None:
-    """Show the tables of a run again; trains nothing."""
+    """Show the tables of runs again; trains nothing."""
     from rich.console import Console
 
     from lossmeta._files import write_text
     from lossmeta.experiments import report
-    from lossmeta.experiments.records import FolderError
+    from lossmeta.experiments.html import html as page_of
+    from lossmeta.experiments.records import FolderError, Run
     from lossmeta.experiments.run_folder import read
 
+    runs: list[Run] = []
+    unreadable: list[str] = []
+    for folder in folders:
+        try:
+            runs.append(read(folder))
+        except (FolderError, OSError) as error:
+            unreadable.append(str(error))
+    if unreadable and not (html and runs):
+        raise typer.BadParameter("; ".join(unreadable), param_hint="FOLDER")
     try:
-        finished = read(folder)
-        if markdown is None:
-            report.show(finished, Console(highlight=False))
-        else:
-            write_text(markdown, report.page(finished))
-    except FolderError as error:
-        raise typer.BadParameter(str(error), param_hint="FOLDER") from error
+        if html:
+            write_text(html, page_of(runs, unreadable))
+            typer.echo(html)
+        if markdown:
+            write_text(markdown, "\n".join(map(report.page, runs)))
+        if not (html or markdown):
+            for run in runs:
+                if len(runs) > 1:
+                    typer.echo(f"{run.path}: {run.header.recipe}\n")
+                report.show(run, Console(highlight=False))
     except OSError as error:
         typer.echo(f"lossmeta report: {error}", err=True)
         raise typer.Exit(1) from error
+    for reason in unreadable:
+        typer.echo(f"lossmeta report: {reason}", err=True)

@@ -36,16 +36,16 @@ def tables(run: Run, seeds: Sequence[int] | None = None) -> list[Table]:
     seeds = run.header.seeds if seeds is None else seeds
     found = []
     for task in run.header.tasks:
-        rows = _rows(run, task, seeds)
+        rows = trials_of(run, task, seeds)
         if any(rows.values()):
-            found.append(_table(run.header, task, rows, seeds))
+            found.append(table_of(run.header, task, rows, seeds))
     return found
 
 
 def explanation(header: Header) -> list[str]:
     """Paragraphs: what all tables have in common, and the recipe's legend."""
     better: dict[bool, list[str]] = {False: [], True: []}
-    for measure in dict.fromkeys(m for task in header.tasks for m in _compared(task)):
+    for measure in dict.fromkeys(m for task in header.tasks for m in compared_measures(task)):
         assert measure.higher_is_better is not None
         better[measure.higher_is_better].append(measure.name)
     directions = [
@@ -72,7 +72,7 @@ def page(run: Run, seeds: Sequence[int] | None = None) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in header.settings.items() if value is not None)
     versions = ", ".join(f"{name} {where[name]}" for name in ("lossmeta", "torch") if where.get(name))
     facts = [f"Settings: {settings}"] if settings else []
-    facts += [f"seeds: {_ranges(shown)}", versions, where.get("processor", ""), where.get("date", "")[:10]]
+    facts += [f"seeds: {ranges(shown)}", versions, where.get("processor", ""), where.get("date", "")[:10]]
     parts = [
         f"# {header.recipe}",
         header.about,
@@ -99,10 +99,10 @@ def figures(run: Run, seeds: Sequence[int] | None = None) -> Iterator[tuple[str,
     """File name and figure of every task: mean and deviation of the first measure of every row."""
     seeds = run.header.seeds if seeds is None else seeds
     for task in run.header.tasks:
-        measure = (_compared(task) or task.measures)[0]
+        measure = (compared_measures(task) or task.measures)[0]
         factor = 100 if measure.percent else 1
         points = {}
-        for label, trials in _rows(run, task, seeds).items():
+        for label, trials in trials_of(run, task, seeds).items():
             of_row = summary([trial.measures.get(measure.name) for trial in trials.values()])
             if of_row.mean is not None:
                 points[label] = factor * of_row.mean, factor * (of_row.deviation or 0.0)
@@ -111,16 +111,17 @@ def figures(run: Run, seeds: Sequence[int] | None = None) -> Iterator[tuple[str,
             means, deviations = zip(*points.values(), strict=True)
             plot.intervals(axes, list(points), means, deviations)
             axes.set_title(task.name)
-            axes.set_xlabel(f"{_heading(measure)}, mean ± sd")
+            axes.set_xlabel(f"{column_name(measure)}, mean ± sd")
             names = [run.header.recipe, *([task.name] if len(run.header.tasks) > 1 else [])]
             yield f"{plot.file_name(*names)}.png", drawing
 
 
-def _compared(task: TaskHeader) -> list[Measure]:
+def compared_measures(task: TaskHeader) -> list[Measure]:
+    """The measures that tables compare."""
     return [m for m in task.measures if m.shown and m.higher_is_better is not None]
 
 
-def _rows(run: Run, task: TaskHeader, seeds: Sequence[int]) -> Rows:
+def trials_of(run: Run, task: TaskHeader, seeds: Sequence[int]) -> Rows:
     """The last trial of every row and seed."""
     rows: Rows = {label: {} for label in run.header.rows}
     for trial in run.trials:
@@ -129,7 +130,8 @@ def _rows(run: Run, task: TaskHeader, seeds: Sequence[int]) -> Rows:
     return rows
 
 
-def _table(header: Header, task: TaskHeader, rows: Rows, seeds: Sequence[int]) -> Table:
+def table_of(header: Header, task: TaskHeader, rows: Rows, seeds: Sequence[int]) -> Table:
+    """Of one task: measures, a paper's columns and comparisons."""
     columns, cells = [], []
     for column, of_rows in (*_values(header, task, rows), *_comparisons(header, task, rows)):
         columns.append(column)
@@ -147,7 +149,7 @@ def _values(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple[Colu
             summary([trial.measures.get(measure.name) for trial in trials.values()])
             for trials in rows.values()
         ]
-        yield Column(_heading(measure)), [Cell(_spread(measure, s), _data(s)) for s in of_rows]
+        yield Column(column_name(measure)), [Cell(_spread(measure, s), _data(s)) for s in of_rows]
         if measure.ratio and header.references:
             name = header.references[0]
             base = of_rows[list(rows).index(name)].mean
@@ -160,10 +162,10 @@ def _values(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple[Colu
 
 def _comparisons(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple[Column, list[Cell]]]:
     for reference in header.references:
-        for measure in _compared(task):
+        for measure in compared_measures(task):
             group = f"{measure.name}: difference to {reference}"
             compared = [
-                None if label == reference else _compare(measure, trials, rows[reference])
+                None if label == reference else comparison(measure, trials, rows[reference])
                 for label, trials in rows.items()
             ]
             texts = [("",) * len(COMPARISONS) if c is None else _texts(measure, c) for c in compared]
@@ -174,7 +176,10 @@ def _comparisons(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple
                     yield Column(heading, group), of_rows
 
 
-def _compare(measure: Measure, trials: dict[int, Record], reference: dict[int, Record]) -> Comparison | None:
+def comparison(
+    measure: Measure, trials: dict[int, Record], reference: dict[int, Record]
+) -> Comparison | None:
+    """Of the seeds that both rows have; None without any."""
     pairs = [(trials[seed], reference[seed]) for seed in trials if seed in reference]
     if not pairs:
         return None
@@ -187,8 +192,8 @@ def _compare(measure: Measure, trials: dict[int, Record], reference: dict[int, R
 def _texts(measure: Measure, c: Comparison) -> tuple[str, ...]:
     """In the order of COMPARISONS."""
     return (
-        "" if c.difference is None else _number(measure, c.difference, "+"),
-        "" if c.interval is None else " to ".join(_number(measure, end, "+") for end in c.interval),
+        "" if c.difference is None else number(measure, c.difference, "+"),
+        "" if c.interval is None else " to ".join(number(measure, end, "+") for end in c.interval),
         f"{c.wins}/{c.count}" + (f", {c.ties}=" if c.ties else ""),
         "" if c.t_test is None else f"{c.t_test:.2g}",
         "" if c.wilcoxon is None else f"{c.wilcoxon:.2g}",
@@ -197,22 +202,30 @@ def _texts(measure: Measure, c: Comparison) -> tuple[str, ...]:
 
 def _notes(rows: Rows, seeds: int) -> Iterator[str]:
     """What was chosen, and what is missing."""
-    chosen = {
-        label: next((t.candidate for t in trials.values() if t.candidate), None)
-        for label, trials in rows.items()
-    }
-    if any(chosen.values()):
-        yield "Chosen: " + "; ".join(f"{label}: {best}" for label, best in chosen.items() if best) + "."
+    if best := chosen(rows):
+        yield best
     partial = {label: len(trials) for label, trials in rows.items() if len(trials) < seeds}
     if partial:
         yield "Not finished: " + "; ".join(f"{label}: {n} of {seeds}" for label, n in partial.items()) + "."
 
 
-def _heading(measure: Measure) -> str:
+def chosen(rows: Rows) -> str:
+    """Which candidates the tuned rows are; empty where none is tuned."""
+    of_rows = {
+        label: next((t.candidate for t in trials.values() if t.candidate), None)
+        for label, trials in rows.items()
+    }
+    named = "; ".join(f"{label}: {best}" for label, best in of_rows.items() if best)
+    return f"Chosen: {named}." if named else ""
+
+
+def column_name(measure: Measure) -> str:
+    """The heading of a measure's column."""
     return f"{measure.name} (%)" if measure.percent else measure.name
 
 
-def _number(measure: Measure, value: float, sign: str = "") -> str:
+def number(measure: Measure, value: float, sign: str = "") -> str:
+    """A value of a measure as tables show it."""
     value *= 100 if measure.percent else 1
     if abs(value) >= HUGE:
         return f"{value:{sign}.3g}"
@@ -225,10 +238,10 @@ def _spread(measure: Measure, s: Summary) -> str:
     compared = measure.higher_is_better is not None
     if s.mean is None:
         return "diverged" if s.count and compared else ""
-    text = _number(measure, s.mean)
+    text = number(measure, s.mean)
     # What is not compared is often a setting: the same in every trial, or in some of them none.
-    if s.deviation is not None and (compared or _number(measure, s.deviation) != _number(measure, 0)):
-        text += f" ± {_number(measure, s.deviation)}"
+    if s.deviation is not None and (compared or number(measure, s.deviation) != number(measure, 0)):
+        text += f" ± {number(measure, s.deviation)}"
     return f"{text}, {s.diverged} diverged" if s.diverged and compared else text
 
 
@@ -238,7 +251,7 @@ def _data(numbers: Summary | Comparison) -> dict[str, Any]:
     return asdict(numbers)
 
 
-def _ranges(seeds: Sequence[int]) -> str:
+def ranges(seeds: Sequence[int]) -> str:
     """0 to 4, 7: what follows on one another as a range."""
     runs: list[list[int]] = []
     for seed in sorted(seeds):
