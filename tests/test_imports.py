@@ -32,6 +32,7 @@ FLOORS = (
     ("plot",),
     ("data", "losses", "metrics", "models"),
     ("diagnosis",),
+    ("landscape",),
     ("adalfl", "ala", "tuneloss"),
     ("integrations",),
     ("experiments",),

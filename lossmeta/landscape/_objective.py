@@ -145,7 +145,9 @@ class Objective:
                     value = found.loss
                 else:
                     prediction = prediction_of(self.where, found, self.output)
-                    value = self.loss_fn(prediction if self.autocast is None else prediction.float(), batch[1])
+                    value = self.loss_fn(
+                        prediction if self.autocast is None else prediction.float(), batch[1]
+                    )
         check_scalar(self.where, "loss_fn", value, " (reduction='mean')")
         return value
 

@@ -61,7 +61,9 @@ class Points:
             for chunk in chunks:
                 yield self._losses(chunk)
             return
-        with ThreadPoolExecutor(len(self._evaluators), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            len(self._evaluators), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             try:
                 for chunk in chunks:
                     yield self._losses(chunk, pool)
@@ -109,5 +111,7 @@ class _Twin:
         for name, p in self.parameters.items():
             p.data = weights[name]
         with torch.no_grad():
-            found = [share * self.objective.loss_of(self.model, batch).double() for batch, share in self.objective]
+            found = [
+                share * self.objective.loss_of(self.model, batch).double() for batch, share in self.objective
+            ]
         return found[0] if len(found) == 1 else torch.stack(found).sum()

@@ -29,6 +29,22 @@ def trainable(where: str, model: nn.Module) -> Direction:
     return found
 
 
+def check_directions(where: str, parameters: Direction, directions: Sequence[Direction]) -> None:
+    """That each has finite tensors of the shapes of the parameters, and is not 0."""
+    for i, direction in enumerate(directions):
+        wrong = [n for n, p in parameters.items() if n not in direction or direction[n].shape != p.shape]
+        others = [n for n in direction if n not in parameters]
+        if wrong or others:
+            raise ValueError(
+                f"{where}: directions must have a tensor like each trainable parameter, got direction {i}, in which "
+                f"{wrong[:3]} is missing or has another shape, and with others {others[:3]}; make it of this model"
+            )
+        if not all(bool(t.isfinite().all()) for t in direction.values()):
+            raise ValueError(f"{where}: directions must be finite, got direction {i}, which is not")
+        if not any(bool(t.any()) for t in direction.values()):
+            raise ValueError(f"{where}: directions must lead somewhere, got direction {i}, which is 0")
+
+
 def random_directions(
     model: nn.Module,
     count: int = 2,
@@ -119,8 +135,8 @@ def _of_state(where: str, weights: Direction, other: nn.Module | Mapping[str, Te
     wrong = [n for n, w in weights.items() if n not in state or state[n].shape != w.shape]
     if wrong:
         raise ValueError(
-            f"{where}: the models must have the same parameters, got one in which {wrong[:3]} is missing or has another "
-            "shape"
+            f"{where}: the models must have the same parameters, got one in which {wrong[:3]} is missing or has "
+            "another shape"
         )
     return {name: state[name].detach().to(w) for name, w in weights.items()}
 
@@ -193,7 +209,8 @@ def pca_directions(
         directions.append(
             {
                 name: sum(
-                    (a * (s[name] - w) for a, s in zip(along.tolist(), states, strict=True)), torch.zeros_like(w)
+                    (a * (s[name] - w) for a, s in zip(along.tolist(), states, strict=True)),
+                    torch.zeros_like(w),
                 )
                 for name, w in weights.items()
             }
