@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lossmeta
-from lossmeta.cli import build, experiments
+from lossmeta.cli import build, experiments, landscape
 
 app = typer.Typer(
     help=lossmeta.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -32,4 +32,5 @@ app.command()(experiments.quickstart)
 app.command(name="list")(experiments.list_recipes)
 app.command()(experiments.run)
 app.command()(experiments.report)
+app.command()(landscape.surface)
 app.command()(build.info)

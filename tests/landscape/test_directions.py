@@ -51,7 +51,9 @@ def test_layers_and_biases() -> None:
 
 def test_the_seed_alone_decides() -> None:
     before = torch.get_rng_state()
-    a, b, c = (flat(random_directions(nn.Linear(3, 2), 1, normalization="none", seed=s)[0]) for s in (1, 1, 2))
+    a, b, c = (
+        flat(random_directions(nn.Linear(3, 2), 1, normalization="none", seed=s)[0]) for s in (1, 1, 2)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
     model = nn.Linear(3, 2)
     before = torch.get_rng_state()
@@ -106,7 +108,9 @@ def test_principal_components() -> None:
     torch.testing.assert_close(found.explained, values[:3] ** 2 / (values**2).sum())
     basis = torch.stack([flat(d) for d in found.directions])
     torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64), atol=1e-10, rtol=0)
-    torch.testing.assert_close((basis @ right[:3].T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        (basis @ right[:3].T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-8, rtol=0
+    )
     torch.testing.assert_close(found.coordinates, rows @ basis.T, atol=1e-9, rtol=0)
     assert bool((found.coordinates[0] <= 0).all())
 

@@ -26,7 +26,14 @@ def mlp() -> nn.Module:
 
 def cnn() -> nn.Module:
     torch.manual_seed(1)
-    layers = (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 3))
+    layers = (
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
     model = nn.Sequential(*layers).double()
     model(torch.randn(16, 2, 6, 6).double())  # running statistics that are not those of the start
     return model
@@ -61,13 +68,23 @@ def test_losses_are_those_by_hand(make: Any, data: Any, together: bool) -> None:
     model, pair = make(), data()
     directions = random_directions(model, seed=5)
     surface = loss_surface(
-        model, F.cross_entropy, pair, directions=directions, span=((-1, 2), (-0.5, 0.5)), points=(4, 3), together=together
+        model,
+        F.cross_entropy,
+        pair,
+        directions=directions,
+        span=((-1, 2), (-0.5, 0.5)),
+        points=(4, 3),
+        together=together,
     )
-    assert surface.x.tolist() == [-1, 0, 1, 2] and surface.y is not None and surface.y.tolist() == [-0.5, 0, 0.5]
+    assert (
+        surface.x.tolist() == [-1, 0, 1, 2] and surface.y is not None and surface.y.tolist() == [-0.5, 0, 0.5]
+    )
     assert surface.samples == len(pair[1]) and bool(surface.evaluated.all()) and surface.error == 0
     for i, a in enumerate(surface.x.tolist()):
         for j, b in enumerate(surface.y.tolist()):
-            assert float(surface.losses[i, j]) == pytest.approx(by_hand(model, pair, directions, a, b), rel=1e-12)
+            assert float(surface.losses[i, j]) == pytest.approx(
+                by_hand(model, pair, directions, a, b), rel=1e-12
+            )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -101,9 +118,13 @@ def test_a_line_between_two_models() -> None:
     with torch.no_grad():
         for p in other.parameters():
             p += torch.randn_like(p)
-    surface = loss_surface(one, F.cross_entropy, pair, directions=[line(one, other)], span=(0.0, 1.0), points=5)
+    surface = loss_surface(
+        one, F.cross_entropy, pair, directions=[line(one, other)], span=(0.0, 1.0), points=5
+    )
     assert surface.y is None and surface.losses.shape == (5,)
-    assert float(surface.losses[-1]) == pytest.approx(F.cross_entropy(other(pair[0]), pair[1]).item(), rel=1e-12)
+    assert float(surface.losses[-1]) == pytest.approx(
+        F.cross_entropy(other(pair[0]), pair[1]).item(), rel=1e-12
+    )
 
 
 class Mapped(nn.Module):
@@ -118,7 +139,9 @@ class Mapped(nn.Module):
         return SimpleNamespace(loss=F.cross_entropy(logits, labels), logits=logits)
 
 
-@pytest.mark.parametrize("loss_fn", [None, lambda output, batch: F.cross_entropy(output.logits, batch["labels"])])
+@pytest.mark.parametrize(
+    "loss_fn", [None, lambda output, batch: F.cross_entropy(output.logits, batch["labels"])]
+)
 def test_batches_that_are_mappings(loss_fn: Any) -> None:
     x, y = samples()
     surface = loss_surface(Mapped(), loss_fn, [{"x": x, "labels": y}], points=3)
@@ -153,7 +176,9 @@ def test_frozen_weights_stay() -> None:
     directions = random_directions(model)
     assert set(directions[0]) == {"2.weight", "2.bias"}
     surface = loss_surface(model, F.cross_entropy, pair, directions=directions, points=3)
-    full = [{**d, "0.weight": torch.zeros(6, 4).double(), "0.bias": torch.zeros(6).double()} for d in directions]
+    full = [
+        {**d, "0.weight": torch.zeros(6, 4).double(), "0.bias": torch.zeros(6).double()} for d in directions
+    ]
     assert float(surface.losses[0, 2]) == pytest.approx(by_hand(model, pair, full, -1, 1), rel=1e-12)
 
 
@@ -246,7 +271,10 @@ GRAPHS = {
     "paraboloid": (lambda a, b: (a**2 + b**2) / 2, lambda a, b: 1 / (1 + a**2 + b**2) ** 2),
     "saddle": (lambda a, b: a * b, lambda a, b: -1 / (1 + a**2 + b**2) ** 2),
     "sphere": (lambda a, b: (4 - a**2 - b**2).sqrt(), lambda a, b: 0.25 + 0 * a),
-    "monge": (lambda a, b: a**3 - 3 * a * b**2, lambda a, b: -36 * (a**2 + b**2) / (1 + 9 * (a**2 + b**2) ** 2) ** 2),
+    "monge": (
+        lambda a, b: a**3 - 3 * a * b**2,
+        lambda a, b: -36 * (a**2 + b**2) / (1 + 9 * (a**2 + b**2) ** 2) ** 2,
+    ),
 }
 
 
@@ -285,7 +313,9 @@ def test_exact_derivatives_are_those_of_autograd() -> None:
     names = dict(model.named_parameters())
 
     def f(c: Tensor) -> Tensor:
-        weights = {n: p.detach() + c[0] * directions[0][n] + c[1] * directions[1][n] for n, p in names.items()}
+        weights = {
+            n: p.detach() + c[0] * directions[0][n] + c[1] * directions[1][n] for n, p in names.items()
+        }
         return F.cross_entropy(torch.func.functional_call(model, weights, (pair[0],)), pair[1])
 
     at = torch.tensor([[0.0, 0.0], [0.5, -0.7]], dtype=torch.float64)
@@ -302,7 +332,9 @@ def test_exact_derivatives_are_those_of_autograd() -> None:
 
 def test_a_line_has_no_curvature() -> None:
     model = mlp()
-    surface = loss_surface(model, F.cross_entropy, samples(), directions=random_directions(model, 1), points=5)
+    surface = loss_surface(
+        model, F.cross_entropy, samples(), directions=random_directions(model, 1), points=5
+    )
     with pytest.raises(ValueError, match=r"curvature needs a plane of at least 3 × 3 points, got \[5\]"):
         surface.curvature()
     with pytest.raises(ValueError, match=r"got \[2, 2\]"):
@@ -330,7 +362,8 @@ def test_refining_finds_what_is_steep() -> None:
     pair = torch.zeros(1, 1), torch.zeros(1)
     model = Graph(lambda a, b: torch.sigmoid(60 * (a + 0.5 * b)))
     whole, fine = (
-        loss_surface(model, lambda f, y: f.mean(), pair, directions=axes(), points=49, refine=r) for r in (None, 0.02)
+        loss_surface(model, lambda f, y: f.mean(), pair, directions=axes(), points=49, refine=r)
+        for r in (None, 0.02)
     )
     assert float((whole.losses - fine.losses).abs().max()) < 0.02
     assert 0.1 < float(fine.evaluated.double().mean()) < 0.9
@@ -341,7 +374,9 @@ def test_refining_on_a_line_and_on_few_points() -> None:
     options: Any = {"directions": random_directions(model, 1), "points": 41}
     fine = loss_surface(model, F.cross_entropy, samples(), refine=0.01, **options)
     whole = loss_surface(model, F.cross_entropy, samples(), **options)
-    assert float((whole.losses - fine.losses).abs().max()) < 0.01 * float(whole.losses.max() - whole.losses.min())
+    assert float((whole.losses - fine.losses).abs().max()) < 0.01 * float(
+        whole.losses.max() - whole.losses.min()
+    )
     assert float(fine.evaluated.double().mean()) < 0.6
     few = loss_surface(model, F.cross_entropy, samples(), points=3, refine=0.01)
     assert bool(few.evaluated[::2, ::2].all())
@@ -357,7 +392,9 @@ def holey(prediction: Tensor, target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("refine", [None, 0.01])
 def test_losses_that_are_not_finite_are_kept_and_counted(refine: float | None) -> None:
-    with pytest.warns(RuntimeWarning, match=r"loss must be finite to be drawn, got \d+ points of 81 at which"):
+    with pytest.warns(
+        RuntimeWarning, match=r"loss must be finite to be drawn, got \d+ points of 81 at which"
+    ):
         surface = loss_surface(mlp(), holey, samples(), points=9, span=3.0, refine=refine)
     whole = loss_surface(mlp(), F.cross_entropy, samples(), points=9, span=3.0)
     high = whole.losses > 1.5
@@ -494,7 +531,12 @@ def cases() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     nan = [{n: t * torch.nan for n, t in directions[0].items()}]
     zero = [{n: t * 0 for n, t in directions[0].items()}]
     part = [{"0.weight": directions[0]["0.weight"]}]
-    yield "no parameters", {"model": empty}, ValueError, "must have parameters that require a gradient, got 0 frozen"
+    yield (
+        "no parameters",
+        {"model": empty},
+        ValueError,
+        "must have parameters that require a gradient, got 0 frozen",
+    )
     yield "frozen", {"model": frozen}, ValueError, "got 4 frozen ones and no other; call requires_grad_"
     yield "sparse", {"model": sparse}, ValueError, "dense and real, got weight, which is sparse_coo float32"
     yield "complex", {"model": complex_}, ValueError, "got weight, which is strided complex64"
@@ -504,16 +546,36 @@ def cases() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "a tensor", {"data": x}, TypeError, r"data must be a pair \(inputs, target\) or batches.*got Tensor"
     yield "a number", {"data": 3}, TypeError, "got int"
     yield "no mean", {"loss_fn": nn.CrossEntropyLoss(reduction="none")}, ValueError, r"reduction='mean'"
-    yield "random", {"model": Drawing()}, ValueError, "must be the same whenever it is evaluated, got .* random numbers"
+    yield (
+        "random",
+        {"model": Drawing()},
+        ValueError,
+        "must be the same whenever it is evaluated, got .* random numbers",
+    )
     yield "three", {"directions": directions * 2}, ValueError, "directions must be one or two, got 4"
-    yield "of another", {"directions": random_directions(whole)}, ValueError, r"with others \['weight', 'bias'\]"
+    yield (
+        "of another",
+        {"directions": random_directions(whole)},
+        ValueError,
+        r"with others \['weight', 'bias'\]",
+    )
     yield "a part", {"directions": part}, ValueError, r"\['0.bias', '2.weight', '2.bias'\] is missing"
     yield "nan", {"directions": nan}, ValueError, "directions must be finite, got direction 0"
     yield "zero", {"directions": zero}, ValueError, "must lead somewhere, got direction 0, which is 0"
     yield "points", {"points": 0}, ValueError, "points must be at least 1, got 0"
     yield "many points", {"points": (3, 3, 3)}, ValueError, "points must be one number or 2, got 3"
-    yield "span", {"span": 0.0}, ValueError, "span must lead from a smaller to a larger finite number, got -0.0, 0.0"
-    yield "spans", {"span": ((0, 1),) * 3}, ValueError, "span must be a number, a pair, or a pair for each direction"
+    yield (
+        "span",
+        {"span": 0.0},
+        ValueError,
+        "span must lead from a smaller to a larger finite number, got -0.0, 0.0",
+    )
+    yield (
+        "spans",
+        {"span": ((0, 1),) * 3},
+        ValueError,
+        "span must be a number, a pair, or a pair for each direction",
+    )
     yield "infinite", {"span": float("inf")}, ValueError, "finite number"
     yield "refine", {"refine": 1.0}, ValueError, r"refine must lie in \(0, 1\), got 1.0"
 

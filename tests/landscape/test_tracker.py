@@ -31,7 +31,9 @@ def test_records_are_surfaces_of_that_epoch() -> None:
     one, tracker = model(), CurvatureTracker(F.cross_entropy, SAMPLES, every=3, points=5, span=0.3, seed=7)
     train(one, tracker, range(7))
     assert tracker.epochs == [0, 3, 6]
-    last = loss_surface(one, F.cross_entropy, SAMPLES, directions=random_directions(one, seed=7), span=0.3, points=5)
+    last = loss_surface(
+        one, F.cross_entropy, SAMPLES, directions=random_directions(one, seed=7), span=0.3, points=5
+    )
     assert torch.equal(tracker.surfaces[-1].losses, last.losses)
     assert tracker.nonconvexity[-1] == last.nonconvexity()
     assert tracker.mean_absolute_curvature[-1] == last.mean_absolute_curvature()
