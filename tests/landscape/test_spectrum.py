@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -119,12 +118,13 @@ def test_pairs_of_a_dense_hessian(activation: type[nn.Module], count: int) -> No
 
 @no_warnings
 def test_residuals_are_those_of_the_pairs() -> None:
-    model, data = mlp(), batch()
-    found = hessian_eigenvalues(model, F.cross_entropy, data, count=3, tolerance=1e-3)
+    model, data = mlp(nn.ReLU), batch()
+    found = hessian_eigenvalues(model, F.cross_entropy, data, count=8, tolerance=1e-2)
+    assert found.values[-1] < 0 < found.values[0]  # the order is not that of the search
     hessian, own = dense(model, F.cross_entropy, data), rows(found)
     residuals = (own @ hessian - found.values[:, None] * own).norm(dim=1)
     close(found.residuals, residuals, atol=1e-12)
-    assert 1e-8 < float(residuals.max()) <= 1e-3 * float(found.values.max())
+    assert 1e-8 < float(residuals.max()) <= 1e-2 * float(found.values.max())
 
 
 SPECTRA = {
@@ -320,7 +320,7 @@ def test_probes_of_fewer_nodes() -> None:
 @pytest.mark.parametrize("points", [10, 200, 1024])
 @pytest.mark.parametrize("width", [None, 1e-9, 0.02, 3.0])
 def test_the_density_integrates_to_one(width: float | None, points: int) -> None:
-    found = hessian_density(mlp(), F.cross_entropy, batch(), steps=20, points=points, width=width)
+    found = hessian_density(mlp(), F.cross_entropy, batch(), steps=9, probes=3, points=points, width=width)
     assert found.values.shape == found.density.shape == (points,)
     assert integral(found) == pytest.approx(1, abs=1e-7)
     assert bool((found.density >= 0).all()) and bool((found.values.diff() > 0).all())
@@ -330,9 +330,13 @@ def test_the_density_integrates_to_one(width: float | None, points: int) -> None
 
 
 def test_the_density_is_that_of_normal_distributions() -> None:
-    found = hessian_density(Quadratic([0.0, 0.0, 1.0, 4.0], axes=True), itself, NOTHING, width=0.3, points=4000)
+    found = hessian_density(
+        Quadratic([0.0, 0.0, 1.0, 4.0], axes=True), itself, NOTHING, width=0.3, points=4000
+    )
     x = found.values[:, None]
-    kernels = (-((x - torch.tensor([0.0, 0.0, 1.0, 4.0])) ** 2) / (2 * 0.3**2)).exp() / (0.3 * (2 * torch.pi) ** 0.5)
+    kernels = (-((x - torch.tensor([0.0, 0.0, 1.0, 4.0])) ** 2) / (2 * 0.3**2)).exp() / (
+        0.3 * (2 * torch.pi) ** 0.5
+    )
     close(found.density, kernels.mean(1), atol=1e-5)
 
 
@@ -451,7 +455,7 @@ def test_float32(activation: type[nn.Module]) -> None:
     assert found.values.dtype == found.residuals.dtype == torch.float64
     assert {v.dtype for v in found.vectors[0].values()} == {torch.float32}
     trace = hessian_trace(model, F.cross_entropy, data)
-    density = hessian_density(model, F.cross_entropy, data)
+    density = hessian_density(model, F.cross_entropy, data, steps=20)
     assert trace.interval[0] < float(values.sum()) < trace.interval[1]
     assert density.nodes.dtype == density.density.dtype == torch.float64
     close(density.nodes.max(1).values, values.max().expand(10), atol=1e-5)
@@ -479,6 +483,7 @@ def test_parameters_of_two_dtypes() -> None:
 
     found = hessian_eigenvalues(Mixed(), itself, NOTHING)
     close(found.values, torch.tensor([6.0, 6, 6, 2, 2]).double(), atol=1e-6)
+    close(found.values[:3], torch.full((3,), 6.0).double(), atol=1e-12)  # those of the float64 parameter
     assert {n: v.dtype for n, v in found.vectors[0].items()} == {"w": torch.float32, "v": torch.float64}
 
 
@@ -524,17 +529,19 @@ def test_the_seed_alone_decides(name: str) -> None:
 
 @each_function
 def test_modes_of_the_caller_do_not_matter(name: str) -> None:
-    first = FUNCTIONS[name](mlp(), F.cross_entropy, batch())
-    model, data = mlp(), batch()
+    model, (x, y) = mlp().float(), batch()
+    data = x.float(), y
+    call = partial(FUNCTIONS[name], model, F.cross_entropy, data)
+    first = call()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same(FUNCTIONS[name](model, F.cross_entropy, data), first)
+        assert_same(call(), first)
         assert not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
     with torch.inference_mode():
-        assert_same(FUNCTIONS[name](model, F.cross_entropy, data), first)
+        assert_same(call(), first)
         assert torch.is_inference_mode_enabled()
-    torch.set_default_dtype(torch.float16)
+    torch.set_default_dtype(torch.float64)
     try:
-        assert_same(FUNCTIONS[name](model, F.cross_entropy, data), first)
+        assert_same(call(), first)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -547,7 +554,7 @@ class Noisy(nn.Module):
         self.model = mlp()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x + torch.randn_like(x) + float(np.random.rand()))
+        return self.model(x + torch.randn_like(x) + float(np.random.rand()))  # noqa: NPY002
 
 
 @no_warnings
@@ -564,13 +571,16 @@ def everything(model: nn.Module) -> dict[str, Any]:
     return {
         **{f"value of {name}": v.clone() for name, v in model.state_dict().items()},
         **{f"gradient of {name}": p.grad for name, p in model.named_parameters()},
-        **{f"gradient in {name}": None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        **{
+            f"gradient in {name}": None if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+        },
         "identities": [id(t) for t in (*model.parameters(), *model.buffers())],
         "trainable": [p.requires_grad for p in model.parameters()],
         "modes": [m.training for m in model.modules()],
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": str(np.random.get_state()),
+        "numpy": str(np.random.get_state()),  # noqa: NPY002
     }
 
 
@@ -588,7 +598,7 @@ def test_everything_is_as_before(name: str, fails: bool) -> None:
         calls += 1
         torch.rand(1)
         random.random()
-        np.random.rand()
+        np.random.rand()  # noqa: NPY002
         assert not model.training
         if fails and calls == 3:
             raise Fails
@@ -621,7 +631,11 @@ def test_refuses_options() -> None:
             {"count": 58},
             "hessian_eigenvalues: count must be at most the number of trainable parameters, 57, got 58",
         ),
-        (eigenvalues, {"tolerance": 0.0}, "hessian_eigenvalues: tolerance must be positive and finite, got 0.0"),
+        (
+            eigenvalues,
+            {"tolerance": 0.0},
+            "hessian_eigenvalues: tolerance must be positive and finite, got 0.0",
+        ),
         (eigenvalues, {"max_steps": 4}, "hessian_eigenvalues: max_steps must be at least count, 5, got 4"),
         (trace, {"probes": 0}, "hessian_trace: probes must be at least 1, got 0"),
         (trace, {"tolerance": -0.1}, "hessian_trace: tolerance must be positive and finite, got -0.1"),
@@ -634,7 +648,7 @@ def test_refuses_options() -> None:
     for function, options, message in refused:
         with pytest.raises(ValueError, match=f"^{message}$"):
             function(**options)
-    with pytest.raises(ValueError, match="^SpectralDensity: k must be at least 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^SpectralDensity: k must be at least 0, got -1$"):
         density(steps=1).moment(-1)
 
 
@@ -658,7 +672,7 @@ def test_refuses_models_and_data(name: str) -> None:
 def test_refuses_a_loss_that_is_not_finite(name: str, bad: float) -> None:
     x, y = batch()
     x[3, 1] = bad
-    data = [(x[:3], y[:3]), (x[3:], y[3:])]
+    data = [(x[:3], y[:3]), (x[3:9], y[3:9]), (x[9:], y[9:])]
     with pytest.raises(ValueError, match=f"^{name}: loss is not finite at the model's weights, got nan$"):
         FUNCTIONS[name](mlp(nn.ReLU), F.cross_entropy, data)
 
@@ -668,4 +682,6 @@ def test_refuses_a_hessian_that_is_not_finite(name: str) -> None:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     with pytest.raises(ValueError, match=f"^{name}: the Hessian must be finite at the model's weights"):
-        FUNCTIONS[name](model, lambda p, t: (1e-300 + p.abs()).sqrt().mean(), (torch.ones(3, 2), torch.zeros(3)))
+        FUNCTIONS[name](
+            model, lambda p, t: (1e-300 + p.abs()).sqrt().mean(), (torch.ones(3, 2), torch.zeros(3))
+        )
