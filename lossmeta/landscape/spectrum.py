@@ -31,6 +31,7 @@ from lossmeta.landscape._objective import Objective, Weights
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ROUNDING = 32  # machine epsilons that products of a Hessian may be off, relative to its largest magnitude
 TOGETHER = 5  # probes of the trace that share the graph of a gradient
 LEAST_PROBES = 10  # before the trace may stop
 LEAST_POINTS = 10
@@ -158,9 +159,9 @@ def hessian_eigenvalues(
         data: a pair (inputs, target), or batches, which are read once and kept: pairs, or mappings that the model takes
             as keyword arguments.
         count: of eigenvalues; at most P.
-        tolerance: what all residuals are to fall to, relative to the largest magnitude. Rounding leaves about 3e-7 in
-            float32. A GPU takes TF32 for convolutions, which leaves about 1e-3, unless
-            ``torch.backends.cudnn.allow_tf32`` is switched off.
+        tolerance: what all residuals are to fall to, relative to the largest magnitude. Rounding of the products leaves
+            3e-7 to 3e-6 in float32, where no residual below 4e-6 is warned of. A GPU takes TF32 for convolutions, which
+            leaves far more, unless ``torch.backends.cudnn.allow_tf32`` is switched off.
         max_steps: Hessian-vector products at most, ``count`` more for the residuals aside; at least ``count``. Without
             it 300 + 60 ``count``.
         seed: of the first block. The same seed gives the same bits on the same machine.
@@ -222,7 +223,8 @@ def hessian_eigenvalues(
     rayleigh = _sums(found * moved)
     residuals = _sums((moved - rayleigh.to(found)[:, None] * found).square()).sqrt()
     largest = float(rayleigh.abs().max())
-    if bool((residuals > tolerance * largest).any()):
+    rounding = ROUNDING * torch.finfo(hessian.dtype).eps
+    if bool((residuals > max(tolerance, rounding) * largest).any()):
         reached_by = ", ".join(f"{r / largest:.1e}" for r in residuals.tolist())
         warnings.warn(
             f"{where}: residuals must fall to {tolerance:g} of the largest magnitude, got {reached_by} after "

@@ -452,6 +452,8 @@ def test_float32(activation: type[nn.Module]) -> None:
     data = x.float(), y
     found = hessian_eigenvalues(model, F.cross_entropy, data, count=8)
     close(found.values, largest(hessian, 8)[0], atol=2e-6 * float(values.max()))
+    rounded = hessian_eigenvalues(model, F.cross_entropy, data, count=1, tolerance=1e-9)
+    assert 1e-9 < float(rounded.residuals / rounded.values) < 4e-6  # which is not warned of
     assert found.values.dtype == found.residuals.dtype == torch.float64
     assert {v.dtype for v in found.vectors[0].values()} == {torch.float32}
     trace = hessian_trace(model, F.cross_entropy, data)
