@@ -148,8 +148,8 @@ def hessian_eigenvalues(
     is.
 
     The Hessian is that in evaluation mode, of the smooth piece of the loss that the weights lie in: kinks, as those of
-    ReLU, add nothing to it. A basis of at most 8 ``count`` + 40 vectors of P numbers is kept,
-    and about 4 ``count`` more come and go.
+    ReLU, add nothing to it. A basis of at most 8 ``count`` + 40 vectors of P numbers is kept, and about 4 ``count``
+    more come and go.
 
     Args:
         model: any module; its parameters with ``requires_grad`` count, tied ones once. Its mode, buffers and gradients
