@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from lossmeta._batches import Output, call_model, checked, prediction_of, samples
@@ -171,19 +172,36 @@ class Objective:
 
     def hessian_product(self, vector: Weights, weights: Weights | None = None) -> Weights:
         """The Hessian of the mean loss times a vector, exactly, by two backward passes."""
+        return self.hessian_products([vector], weights)[0]
+
+    def hessian_products(self, vectors: Sequence[Weights], weights: Weights | None = None) -> list[Weights]:
+        """The same for several vectors; the graph of a batch's gradient is made once for all of them."""
         at = self._leaves(weights)
-        total = {name: torch.zeros_like(p) for name, p in at.items()}
+        leaves = list(at.values())
+        totals = [{name: torch.zeros_like(p) for name, p in at.items()} for _ in vectors]
         for batch, share in self:
-            with torch.enable_grad():
+            with self._twice_differentiable(), torch.enable_grad():
                 slope = torch.autograd.grad(
-                    self.loss(at, batch), list(at.values()), create_graph=True, materialize_grads=True
+                    self.loss(at, batch), leaves, create_graph=True, materialize_grads=True
                 )
-                along = sum((g * vector[name]).sum() for name, g in zip(at, slope, strict=True))
-                if not (isinstance(along, Tensor) and along.requires_grad):
-                    continue  # linear in the weights
-                found = torch.autograd.grad(along, list(at.values()), materialize_grads=True)
-            _add(total, found, share)
-        return total
+                # The others do not depend on the weights: the loss is linear in theirs.
+                moving = {name: g for name, g in zip(at, slope, strict=True) if g.requires_grad}
+                for total, vector in zip(totals, vectors, strict=True):
+                    if moving:
+                        along = [vector[name] for name in moving]
+                        found = torch.autograd.grad(
+                            list(moving.values()), leaves, along, retain_graph=True, materialize_grads=True
+                        )
+                        _add(total, found, share)
+        return totals
+
+    @contextmanager
+    def _twice_differentiable(self) -> Iterator[None]:
+        """Fused attention and cuDNN's recurrent layers, which have no second derivative, make way for plain ones."""
+        recurrent = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
+        cudnn: Any = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), cudnn:
+            yield
 
     def _leaves(self, weights: Weights | None) -> Weights:
         return {
