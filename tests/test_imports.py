@@ -233,6 +233,7 @@ def test_parts_are_attributes() -> None:
         "diagnosis",
         "experiments",
         "integrations",
+        "landscape",
         "losses",
         "metrics",
         "models",

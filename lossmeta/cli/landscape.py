@@ -16,7 +16,9 @@ class Kind(str, Enum):
 
 
 def surface(
-    file: Annotated[Path, typer.Argument(help="That `loss_surface(..., path=...)` or `LossSurface.save` wrote.")],
+    file: Annotated[
+        Path, typer.Argument(help="That `loss_surface(..., path=...)` or `LossSurface.save` wrote.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Picture to write, .png or .svg.", show_default="none")
     ] = None,

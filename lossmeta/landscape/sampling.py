@@ -62,8 +62,8 @@ def loss_surface(
             mappings, ``loss_fn(output, batch)``; ``None`` takes the ``loss`` of the output, as transformers give it.
         data: a pair (inputs, target), or batches: pairs, or mappings that the model takes as keyword arguments. They
             are read once and kept on the model's device, so that all points see the same samples.
-        directions: one or two, see :func:`random_directions`, :func:`line` and :func:`pca_directions`; by default two
-            random ones with filter normalisation.
+        directions: one or two, see :func:`random_directions`, :func:`line` and :func:`pca_directions`, or the vectors
+            of :func:`hessian_eigenvalues`; by default two random ones with filter normalisation.
         span: the coefficients go from -span to span; or from the first to the second of two numbers; or a pair of such
             pairs, one for each direction.
         points: G, or G and H.

@@ -67,7 +67,7 @@ def test_a_path_over_a_contour() -> None:
     assert any(np.allclose(line.get_xydata(), path.numpy()) for line in lines if len(line.get_xdata()) == 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"path must have shape \[T, 2\], got \[3\]"):
         plot_surface(surface(), path=torch.zeros(3))
-    with pytest.raises(ValueError, match="kind must be one of .*, got 'pie'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .*, got 'pie'"):
         plot_surface(surface(), kind="pie")
 
 

@@ -504,7 +504,7 @@ def test_files_that_are_no_surfaces(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-9], whole.replace(b'format\\": 1', b'format\\": 9')):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="cannot be read|must have format 1, got 9"):
+        with pytest.raises(ValueError, match=r"cannot be read|must have format 1, got 9"):
             LossSurface.load(path)
 
 
