@@ -112,15 +112,14 @@ class Objective:
             state.bring_back()
 
     def twin(self) -> nn.Module:
-        """A model with parameters of its own, to be put anywhere, that shares all else with this one.
+        """A model with parameters of its own, empty ones to be put anywhere, that shares all else with this one.
 
         Raises:
             Exception: whatever copying the model raises.
         """
-        moving = {id(p) for p in self.parameters.values()}
-        shared = (*self.model.parameters(), *self.model.buffers())
-        twin = copy.deepcopy(self.model, {id(t): t for t in shared if id(t) not in moving})
-        return twin.requires_grad_(False)
+        shared: dict[int, Any] = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        empty = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in self.parameters.values()}
+        return copy.deepcopy(self.model, shared | empty)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         """Batches, and the share of the samples that each holds."""

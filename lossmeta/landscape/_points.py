@@ -38,10 +38,12 @@ class Points:
         parameters = objective.parameters
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         self.chunk = max(1, min(MOST, BYTES // size))
-        # Before all else: what a twin is born with is given up at once.
         self._evaluators = [] if together else self._make_evaluators()
+        self._single = directions if self.chunk == 1 else []
         self._directions = {
-            name: torch.stack([d[name].to(p).flatten() for d in directions]) for name, p in parameters.items()
+            name: torch.stack([d[name].to(p).flatten() for d in directions])
+            for name, p in parameters.items()
+            if not self._single
         }
         self._made: Weights = {name: p.new_empty((self.chunk, p.numel())) for name, p in parameters.items()}
 
@@ -73,12 +75,9 @@ class Points:
     @torch.no_grad()
     def _losses(self, coefficients: Tensor, pool: ThreadPoolExecutor | None = None) -> Tensor:
         count = len(coefficients)
-        made: Weights = {}
-        for name, p in self.objective.parameters.items():
-            out = self._made[name][:count]
-            base = p.detach().reshape(-1)
-            perturb(base, self._directions[name], coefficients.to(base.device), out=out)
-            made[name] = out.view(count, *p.shape)
+        made = {
+            name: self._make(name, p.detach(), coefficients) for name, p in self.objective.parameters.items()
+        }
         if self.together:
             total = torch.zeros(count, dtype=torch.float64, device=self.objective.device)
             for batch, share in self.objective:
@@ -95,6 +94,17 @@ class Points:
         found = list((pool.map if pool else map)(of_each, range(workers)))
         return torch.stack([found[i % workers][i // workers] for i in range(count)]).cpu()
 
+    def _make(self, name: str, base: Tensor, coefficients: Tensor) -> Tensor:
+        """Values of a parameter at some points, ``[B, ...]``."""
+        made = self._made[name][: len(coefficients)]
+        if self._single:  # in the place of a copy of all directions side by side, as many passes
+            point = made.view(base.shape).copy_(base)
+            for direction, c in zip(self._single, coefficients[0].tolist(), strict=True):
+                point.add_(direction[name].to(base), alpha=c)
+        else:
+            perturb(base.reshape(-1), self._directions[name], coefficients.to(base.device), out=made)
+        return made.view(len(coefficients), *base.shape)
+
 
 class _Twin:
     """A model like the objective's, whose weights are put where they are wanted: no copy, and no call by names."""
@@ -104,8 +114,6 @@ class _Twin:
         self.model: nn.Module = objective.twin()
         own = dict(self.model.named_parameters())
         self.parameters = {name: own[name] for name in objective.parameters}
-        for p in self.parameters.values():
-            p.data = p.data.new_empty(0)
 
     def value(self, weights: Weights) -> Tensor:
         for name, p in self.parameters.items():

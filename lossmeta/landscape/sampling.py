@@ -160,8 +160,8 @@ def _centre(objective: Objective) -> float:
     first, second = (float(objective.value(dict(objective.parameters))) for _ in range(2))
     if math.isfinite(first) and abs(first - second) > SAME * abs(first):
         raise ValueError(
-            f"{WHERE}: the loss must be the same whenever it is evaluated, got {first} and {second} at the same weights; "
-            "look for random numbers that the model or loss_fn draws in evaluation mode"
+            f"{WHERE}: the loss must be the same whenever it is evaluated, got {first} and {second} at the same "
+            "weights; look for random numbers that the model or loss_fn draws in evaluation mode"
         )
     return first
 
@@ -319,11 +319,11 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """What two surfaces of one file must have in common."""
     products = [
-        sum(float((a[n].double() * b[n].double()).sum()) for n in a)
+        sum(_dot(t, b[n]) for n, t in a.items())
         for i, a in enumerate(directions)
         for b in directions[: i + 1]
     ]
-    weights = sum(float(p.detach().double().square().sum()) for p in objective.parameters.values())
+    weights = sum(_dot(p.detach(), p.detach()) for p in objective.parameters.values())
     ends = [[float(axis[0]), float(axis[-1]), len(axis)] for axis in axes]
     return {
         "loss": centre if math.isfinite(centre) else str(centre),
@@ -334,6 +334,12 @@ def _fingerprint(
         "refine": refine,
         "autocast": str(objective.autocast),
     }
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """In float64, piece by piece: a copy of all may be large."""
+    pieces = zip(a.flatten().split(2**20), b.to(a.device).flatten().split(2**20), strict=True)
+    return sum(float(x.double() @ y.double()) for x, y in pieces)
 
 
 @dataclass
