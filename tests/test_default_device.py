@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lossmeta import losses, metrics, ops
+from lossmeta import landscape, losses, metrics, ops
 from lossmeta.adalfl import OnlineLearner, initialize, meta_gradient
 
 
@@ -149,3 +149,31 @@ def test_operators_without_gradients(elsewhere: None) -> None:
         ops.gaussian_curvature(surface, 0.1, 0.1),
     ]
     assert all(r.device.type == "cpu" for r in results)
+
+
+def test_a_landscape(request: pytest.FixtureRequest) -> None:
+    found = []
+    for _ in range(2):
+        model, batches = parts()
+        if found:
+            request.getfixturevalue("elsewhere")
+        directions = landscape.random_directions(model)
+        options: Any = {"directions": directions, "points": 9}
+        surface = landscape.loss_surface(model, F.cross_entropy, batches, refine=0.2, **options)
+        moved = [{n: p + d[n] for n, p in model.named_parameters()} for d in directions]
+        path = landscape.pca_directions(model, moved)
+        exact = landscape.exact_curvature(model, F.cross_entropy, batches, directions)
+        spectrum = landscape.hessian_eigenvalues(model, F.cross_entropy, batches, count=2)
+        found.append(
+            [
+                surface.losses,
+                surface.x,
+                surface.curvature(),
+                path.coordinates,
+                exact.gaussian,
+                spectrum.values,
+            ]
+        )
+    for one, other in zip(*found, strict=True):
+        assert other.device.type == "cpu" and one.dtype == other.dtype
+        torch.testing.assert_close(one, other)

@@ -83,7 +83,7 @@ def exact_curvature(
     if len(directions) != 2:
         raise ValueError(f"{where}: directions must be two, got {len(directions)}")
     check_directions(where, objective.parameters, directions)
-    at = torch.zeros(1, 2, dtype=torch.float64) if at is None else at.double().cpu()
+    at = torch.zeros(1, 2, dtype=torch.float64, device="cpu") if at is None else at.double().cpu()
     if at.dim() != 2 or at.shape[1] != 2:
         raise ValueError(f"{where}: at must have shape [K, 2], got {list(at.shape)}")
     one, two = ({n: d[n].to(p) for n, p in objective.parameters.items()} for d in directions)
@@ -97,7 +97,9 @@ def exact_curvature(
             of_one, of_two = (objective.hessian_product(d, point) for d in (one, two))
             mixed = (_dot(of_one, two) + _dot(of_two, one)) / 2
             hessians.append([[_dot(of_one, one), mixed], [mixed, _dot(of_two, two)]])
-    return Curvature(*(torch.tensor(x, dtype=torch.float64) for x in (losses, gradients, hessians)))
+    return Curvature(
+        *(torch.tensor(x, dtype=torch.float64, device="cpu") for x in (losses, gradients, hessians))
+    )
 
 
 def _dot(a: Direction, b: Direction) -> float:

@@ -87,13 +87,13 @@ def random_directions(
     check_at_least_one(where, "count", count)
     choice(where, "normalization", normalization, NORMALIZATIONS)
     weights = trainable(where, model)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     found = []
     for _ in range(count):
         direction = {}
         for name, w in weights.items():
             # In float32 on the CPU, so that they depend on neither.
-            drawn = torch.randn(w.shape, generator=generator).to(w)
+            drawn = torch.randn(w.shape, generator=generator, dtype=torch.float32, device="cpu").to(w)
             if w.dim() < 2 and not biases:
                 drawn.zero_()
             elif normalization != "none":
@@ -188,7 +188,7 @@ def pca_directions(
         )
     weights = trainable(where, model)
     states = [_of_state(where, weights, c) for c in checkpoints]
-    gram = torch.zeros(len(states), len(states), dtype=torch.float64)
+    gram = torch.zeros(len(states), len(states), dtype=torch.float64, device="cpu")
     for name, w in weights.items():
         rows = torch.stack([(s[name] - w).flatten() for s in states]).double()
         gram += (rows @ rows.T).cpu()

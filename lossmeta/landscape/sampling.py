@@ -150,7 +150,7 @@ def _axes(count: int, span: Span, points: int | tuple[int, int]) -> list[Tensor]
                 f"{WHERE}: span must lead from a smaller to a larger finite number, got {low}, {high}"
             )
     return [
-        torch.linspace(float(low), float(high), n, dtype=torch.float64)
+        torch.linspace(float(low), float(high), n, dtype=torch.float64, device="cpu")
         for (low, high), n in zip(ends, numbers, strict=True)
     ]
 
@@ -168,7 +168,11 @@ def _centre(objective: Objective) -> float:
 
 def _can_be_together(objective: Objective, directions: Sequence[Direction]) -> bool:
     try:
-        next(Points(objective, directions, True).losses(torch.zeros(2, len(directions), dtype=torch.float64)))
+        next(
+            Points(objective, directions, True).losses(
+                torch.zeros(2, len(directions), dtype=torch.float64, device="cpu")
+            )
+        )
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return False
     return True
@@ -177,10 +181,10 @@ def _can_be_together(objective: Objective, directions: Sequence[Direction]) -> b
 def _empty(axes: Sequence[Tensor], samples: int) -> LossSurface:
     shape = [len(axis) for axis in axes]
     return LossSurface(
-        torch.full(shape, torch.nan, dtype=torch.float64),
+        torch.full(shape, torch.nan, dtype=torch.float64, device="cpu"),
         axes[0],
         axes[1] if len(axes) == 2 else None,
-        torch.zeros(shape, dtype=torch.bool),
+        torch.zeros(shape, dtype=torch.bool, device="cpu"),
         samples,
     )
 
