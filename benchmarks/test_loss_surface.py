@@ -78,9 +78,7 @@ CANDIDATES: dict[str, Callable[..., Surface]] = {
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.by_device("samples", {"cpu": [128, 1000], "cuda": [1000], "dry": [16], "smoke": [16]})
 @pytest.mark.by_device("points", {"cpu": [21], "cuda": [21], "dry": [3], "smoke": [3]})
-def test_surface(
-    candidate: str, network: str, samples: int, points: int, device: Any, measure: Any
-) -> None:
+def test_surface(candidate: str, network: str, samples: int, points: int, device: Any, measure: Any) -> None:
     torch.manual_seed(0)
     model = NETWORKS[network]()
     data = torch.randn(samples, 64), torch.randint(10, (samples,))

@@ -145,12 +145,15 @@ def _curvature(surface: Surface) -> Figure:
     return drawing
 
 
-def plot_index(histories: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, label: str) -> Figure:
+def plot_index(
+    histories: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, label: str, unit: str = "epoch"
+) -> Figure:
     """An index of curvature by epoch, one curve for each training.
 
     Args:
         histories: by name, epochs and values, such as those of :class:`CurvatureTracker`.
         label: what the values are.
+        unit: of the first numbers.
 
     Example:
         >>> drawing = plot_index({"cross-entropy": ([0, 1], [0.3, 0.2])}, label="mean curvature")
@@ -158,7 +161,7 @@ def plot_index(histories: Mapping[str, tuple[Sequence[int], Sequence[float]]], *
     drawing, (axes,) = plot.figure("plot_index", size=(5.0, 3.5))
     for (name, (epochs, values)), style in zip(histories.items(), _styles(len(histories)), strict=True):
         axes.plot(list(epochs), list(values), marker="o", markersize=3, label=name, **style)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(unit)
     axes.set_ylabel(label)
     if histories:
         axes.legend()

@@ -28,6 +28,7 @@ MODULES = (
     "ala_cifar10_error",
     "ala_cifar10_aucpr",
     "ala_ablations",
+    "ala_curvature",
     "tuneloss_against_search",
     "tuneloss_figure1",
     "tuneloss_hyperparameters",
