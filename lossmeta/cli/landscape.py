@@ -42,7 +42,7 @@ def surface(
         typer.echo(f"not finite: {found.holes} points")
     interpolated = int((~found.evaluated).sum())
     if interpolated:
-        typer.echo(f"interpolated: {interpolated} points, off by at most about {found.error:.2g}")
+        typer.echo(f"interpolated: {interpolated} points, off by {found.error:.2g} or so at most")
     if found.y is not None and min(found.losses.shape) > 2:
         typer.echo(f"mean Gaussian curvature: {found.nonconvexity():.6g}")
         typer.echo(f"mean absolute curvature: {found.mean_absolute_curvature():.6g}")

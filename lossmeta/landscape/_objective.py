@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lossmeta._batches import Output, call_model, checked, prediction_of, samples
 from lossmeta._checks import check_scalar
-from lossmeta._model_state import ModelState, ThreadModes, evaluating, refuse_shards
+from lossmeta._model_state import ModelState, RandomState, ThreadModes, evaluating, refuse_shards
 
 Weights = dict[str, Tensor]
 """A tensor for each trainable parameter, by its name."""
@@ -23,6 +22,9 @@ Weights = dict[str, Tensor]
 
 class Objective:
     r"""The mean loss over samples that are read once and kept, :math:`L(\theta) = \frac1N \sum_n \ell_n(\theta)`.
+
+    Batches count by their samples: of a mapping, the commonest length of its tensors. Where the loss of a batch is a
+    mean over something else, as over the labels that are not ignored, give one batch.
 
     Args:
         where: who asks, for errors.
@@ -59,7 +61,9 @@ class Objective:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         refuse_shards(where, self.model, "gather it first")
         self.parameters: Weights = {
-            name: p for name, p in self.model.named_parameters() if p.requires_grad and p.numel()
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and _has_elements(where, name, p)
         }
         if not self.parameters:
             frozen = sum(1 for _ in self.model.parameters())
@@ -74,8 +78,20 @@ class Objective:
                     f"{where}: trainable parameters must be dense and real, got {name}, which is {kind}; freeze it or "
                     "convert the model"
                 )
+        places: dict[int, str] = {}
+        for name, p in self.parameters.items():
+            other = places.setdefault(p.data_ptr(), name)
+            if other != name:
+                raise ValueError(
+                    f"{where}: parameters must have memory of their own, got {other} and {name} in the same; tie them "
+                    "as one parameter"
+                )
         self.device = next(iter(self.parameters.values())).device
-        self.batches, self._sizes = self._read(data)
+        random = RandomState(self.device)  # a DataLoader draws some
+        try:
+            self.batches, self._sizes = self._read(data)
+        finally:
+            random.bring_back()
         self.samples = sum(self._sizes)
 
     def _read(self, data: Any) -> tuple[list[Any], list[int]]:
@@ -90,7 +106,8 @@ class Objective:
         batches, sizes = [], []
         for batch in [data] if one else data:
             if isinstance(batch, Mapping):
-                sizes.append(next((samples(v) for v in batch.values() if isinstance(v, Tensor)), 1))
+                lengths = [len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+                sizes.append(max(set(lengths), key=lengths.count, default=1))
             else:
                 batch = checked(self.where, "a batch of data", batch)
                 sizes.append(samples(batch[1]))
@@ -101,37 +118,68 @@ class Objective:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """The model is in evaluation mode; afterwards its mode, buffers and random numbers are as before."""
+        """Model and loss are in evaluation mode; afterwards mode, buffers and random numbers are as before.
+
+        Raises:
+            ValueError: for a model whose weights :meth:`eval` changes.
+        """
         modes = ThreadModes(self.device.type)
-        state = ModelState(self.model, self.device)
+        modules = [m for m in (self.model, self.loss_fn) if isinstance(m, nn.Module)]
+        states = [ModelState(m, self.device) for m in modules]
+        self._check_eval()
         try:
-            with evaluating(self.model):
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.enter_context(evaluating(module))
                 yield
         finally:
             modes.bring_back()
-            state.bring_back()
+            for state in states:
+                state.bring_back()
 
-    def twin(self) -> nn.Module:
-        """A model with parameters of its own, empty ones to be put anywhere, that shares all else with this one.
+    def _check_eval(self) -> None:
+        """Refuses a model that merges its weights, as some do with low-rank ones; it is left in training mode."""
+        if not any(m.training and type(m).train is not nn.Module.train for m in self.model.modules()):
+            return
+        kinds = [(m, m.training) for m in self.model.modules()]
+        before = [float(p.detach().double().sum()) for p in self.model.parameters()]
+        self.model.eval()
+        after = [float(p.detach().double().sum()) for p in self.model.parameters()]
+        self.model.train()
+        for module, training in kinds:
+            module.training = training
+        if before != after:
+            raise ValueError(
+                f"{self.where}: eval() must leave the weights as they are, got a model in which it changes them; call "
+                "eval() first"
+            )
 
-        Raises:
-            Exception: whatever copying the model raises.
-        """
-        shared: dict[int, Any] = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        empty = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in self.parameters.values()}
-        return copy.deepcopy(self.model, shared | empty)
+    @contextmanager
+    def at(self, weights: Weights | None) -> Iterator[None]:
+        """The parameters have other values, wherever the model, its hooks or the loss keep them."""
+        own = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, value in (weights or {}).items():
+                self.parameters[name].data = value
+            yield
+        finally:
+            for name, p in self.parameters.items():
+                p.data = own[name]
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         """Batches, and the share of the samples that each holds."""
         for batch, size in zip(self.batches, self._sizes, strict=True):
             yield batch, size / self.samples
 
-    def loss(self, weights: Weights, batch: Any) -> Tensor:
-        """Of a batch, ``[]``, at some weights; differentiable in them. To be called in :meth:`quiet`."""
-        return self.loss_of(lambda *a, **k: functional_call(self.model, weights, a, k), batch)
+    def loss(self, batch: Any) -> Tensor:
+        """Of a batch, ``[]``, at the weights as they are. To be called in :meth:`quiet`."""
+        return self._loss_of(self.model, batch)
 
-    def loss_of(self, model: Callable[..., Any], batch: Any) -> Tensor:
-        """Of a batch, ``[]``, as a model, or a function in its place, gives it."""
+    def functional_loss(self, weights: Weights, batch: Any) -> Tensor:
+        """Of a batch, ``[]``, at some weights; wrong for a loss that has weights of the model from elsewhere."""
+        return self._loss_of(lambda *a, **k: functional_call(self.model, weights, a, k), batch)
+
+    def _loss_of(self, model: Callable[..., Any], batch: Any) -> Tensor:
         context: Any = nullcontext()
         if self.autocast is not None:
             context = torch.autocast(self.device.type, dtype=self.autocast)
@@ -151,22 +199,22 @@ class Objective:
         check_scalar(self.where, "loss_fn", value, " (reduction='mean')")
         return value
 
-    def value(self, weights: Weights) -> Tensor:
+    def value(self, weights: Weights | None = None) -> Tensor:
         """The mean loss, ``[]``, in float64; without a gradient."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            for batch, share in self:
-                total += share * self.loss(weights, batch).double()
-        return total
+        with torch.no_grad(), self.at(weights):
+            found = [share * self.loss(batch).double() for batch, share in self]
+        return found[0] if len(found) == 1 else torch.stack(found).sum()
 
     def gradient(self, weights: Weights | None = None) -> Weights:
         """Of the mean loss, in the dtypes of the parameters."""
-        at = self._leaves(weights)
-        total = {name: torch.zeros_like(p) for name, p in at.items()}
-        for batch, share in self:
-            with torch.enable_grad():
-                found = torch.autograd.grad(self.loss(at, batch), list(at.values()), materialize_grads=True)
-            _add(total, found, share)
+        self._refuse_hooks()
+        parameters = list(self.parameters.values())
+        total = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        with torch.inference_mode(False), self.at(weights):
+            for batch, share in self:
+                with torch.enable_grad():
+                    found = torch.autograd.grad(self.loss(batch), parameters, materialize_grads=True)
+                _add(total, found, share)
         return total
 
     def hessian_product(self, vector: Weights, weights: Weights | None = None) -> Weights:
@@ -175,24 +223,37 @@ class Objective:
 
     def hessian_products(self, vectors: Sequence[Weights], weights: Weights | None = None) -> list[Weights]:
         """The same for several vectors; the graph of a batch's gradient is made once for all of them."""
-        at = self._leaves(weights)
-        leaves = list(at.values())
-        totals = [{name: torch.zeros_like(p) for name, p in at.items()} for _ in vectors]
-        for batch, share in self:
-            with self._twice_differentiable(), torch.enable_grad():
-                slope = torch.autograd.grad(
-                    self.loss(at, batch), leaves, create_graph=True, materialize_grads=True
-                )
-                # The others do not depend on the weights: the loss is linear in theirs.
-                moving = {name: g for name, g in zip(at, slope, strict=True) if g.requires_grad}
-                for total, vector in zip(totals, vectors, strict=True):
-                    if moving:
-                        along = [vector[name] for name in moving]
-                        found = torch.autograd.grad(
-                            list(moving.values()), leaves, along, retain_graph=True, materialize_grads=True
-                        )
-                        _add(total, found, share)
+        self._refuse_hooks()
+        parameters = list(self.parameters.values())
+        totals = [{name: torch.zeros_like(p) for name, p in self.parameters.items()} for _ in vectors]
+        with torch.inference_mode(False), self.at(weights):
+            for batch, share in self:
+                with self._twice_differentiable(), torch.enable_grad():
+                    slope = torch.autograd.grad(
+                        self.loss(batch), parameters, create_graph=True, materialize_grads=True
+                    )
+                    # The others do not depend on the weights: the loss is linear in theirs.
+                    moving = {n: g for n, g in zip(self.parameters, slope, strict=True) if g.requires_grad}
+                    for total, vector in zip(totals, vectors, strict=True):
+                        if moving:
+                            along = [vector[name] for name in moving]
+                            found = torch.autograd.grad(
+                                list(moving.values()),
+                                parameters,
+                                along,
+                                retain_graph=True,
+                                materialize_grads=True,
+                            )
+                            _add(total, found, share)
         return totals
+
+    def _refuse_hooks(self) -> None:
+        for name, p in self.parameters.items():
+            if p._backward_hooks:  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"{self.where}: parameters must have no gradient hooks, which would change derivatives, got one on "
+                    f"{name}; remove it"
+                )
 
     @contextmanager
     def _twice_differentiable(self) -> Iterator[None]:
@@ -202,11 +263,18 @@ class Objective:
         with sdpa_kernel(SDPBackend.MATH), cudnn:
             yield
 
-    def _leaves(self, weights: Weights | None) -> Weights:
-        return {
-            name: p.detach().requires_grad_()
-            for name, p in (self.parameters if weights is None else weights).items()
-        }
+
+def _has_elements(where: str, name: str, p: Tensor) -> bool:
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"{where}: parameters must be initialised, got {name}, which is not yet; call the model once"
+        )
+    return p.numel() > 0
+
+
+def kept(data: Any) -> Any:
+    """Data that may be read again and again: what is no container is read once."""
+    return data if isinstance(data, (Mapping, Sequence)) or not isinstance(data, Iterable) else list(data)
 
 
 @torch.no_grad()

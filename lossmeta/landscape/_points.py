@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lossmeta.landscape._objective import Objective, Weights
 from lossmeta.landscape.directions import Direction
@@ -15,17 +14,15 @@ from lossmeta.ops import perturb
 BYTES = 16 * 2**20
 """Of the weights at points that are made at once; where one has more, they are made one by one."""
 MOST = 64
-
-At = Callable[[Weights], Tensor]
-"""The mean loss at some weights, ``[]``, in float64."""
+AGREE = 1e-3
+"""By how much a loss may be off where many points go through the model in one call, relative to it."""
 
 
 class Points:
     """Evaluates an objective at ``weights + sum_k c_k direction_k``.
 
-    Beside the model and the directions it keeps the weights of one point, or of several where they are small. Small
-    models on a CPU are evaluated by as many threads as torch has, each point by one of them: they have too little to do
-    for several threads at one point. A loss does not depend on their number.
+    Beside the model and the directions it keeps the weights of one point, or of several where they are small. The
+    model's parameters are put there, not copied.
 
     Args:
         objective: to be used within its :meth:`~Objective.quiet`.
@@ -34,11 +31,10 @@ class Points:
     """
 
     def __init__(self, objective: Objective, directions: Sequence[Direction], together: bool) -> None:
-        self.objective, self.together = objective, together
+        self.objective, self.together, self._count = objective, together, len(directions)
         parameters = objective.parameters
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         self.chunk = max(1, min(MOST, BYTES // size))
-        self._evaluators = [] if together else self._make_evaluators()
         self._single = directions if self.chunk == 1 else []
         self._directions = {
             name: torch.stack([d[name].to(p).flatten() for d in directions])
@@ -46,80 +42,54 @@ class Points:
             if not self._single
         }
         self._made: Weights = {name: p.new_empty((self.chunk, p.numel())) for name, p in parameters.items()}
-
-    def _make_evaluators(self) -> list[At]:
-        small = self.chunk > 1 and self.objective.device.type == "cpu"
-        try:
-            twins = [_Twin(self.objective) for _ in range(torch.get_num_threads() if small else 1)]
-        except Exception:  # whatever a model does that cannot be copied
-            return [self.objective.value]
-        return [twin.value for twin in twins]
+        if together:
+            self._check_together()
 
     def losses(self, coefficients: Tensor) -> Iterator[Tensor]:
-        """Of the points ``[B, K]``, in float64, chunk by chunk."""
-        threads = torch.get_num_threads()
-        chunks = coefficients.split(self.chunk) if len(coefficients) else ()
-        if len(self._evaluators) < 2:
-            for chunk in chunks:
-                yield self._losses(chunk)
-            return
-        with ThreadPoolExecutor(
-            len(self._evaluators), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            try:
-                for chunk in chunks:
-                    yield self._losses(chunk, pool)
-            finally:
-                torch.set_num_threads(threads)
+        """Of the points ``[B, K]``, in float64 on the CPU, some at a time.
+
+        Raises:
+            ValueError: where many points in one call give other losses than one by one.
+        """
+        for chunk in coefficients.split(self.chunk) if len(coefficients) else ():
+            made = self._points(chunk)
+            if self.together:
+                yield self._losses_together(made, len(chunk)).cpu()
+                continue
+            for i in range(len(chunk)):
+                yield self.objective.value({name: w[i] for name, w in made.items()}).cpu()[None]
+
+    def _check_together(self) -> None:
+        """At points away from the model: a loss that has weights from elsewhere would see them unmoved."""
+        away = torch.full((min(2, self.chunk), self._count), 0.5, dtype=torch.float64, device="cpu")
+        made = self._points(away)
+        found = float(self._losses_together(made, len(away))[0])
+        alone = float(self.objective.value({name: w[0] for name, w in made.items()}))
+        if alone == alone and not abs(found - alone) <= AGREE * max(abs(alone), 1e-6):
+            raise ValueError(
+                f"{self.objective.where}: with together=True the loss must come from the model's parameters alone, got "
+                f"{found} in one call and {alone} on its own; use together=False"
+            )
 
     @torch.no_grad()
-    def _losses(self, coefficients: Tensor, pool: ThreadPoolExecutor | None = None) -> Tensor:
-        count = len(coefficients)
-        made = {
-            name: self._make(name, p.detach(), coefficients) for name, p in self.objective.parameters.items()
-        }
-        if self.together:
-            total = torch.zeros(count, dtype=torch.float64, device=self.objective.device)
-            for batch, share in self.objective:
-                of_batch = torch.func.vmap(lambda w, batch=batch: self.objective.loss(w, batch))(made)
-                total += share * of_batch.double()
-            return total.cpu()
-        points = [dict(zip(made, rows, strict=True)) for rows in zip(*made.values(), strict=True)]
-        workers = len(self._evaluators)
+    def _losses_together(self, made: Weights, count: int) -> Tensor:
+        total = torch.zeros(count, dtype=torch.float64, device=self.objective.device)
+        for batch, share in self.objective:
+            of_batch = torch.func.vmap(lambda w, batch=batch: self.objective.functional_loss(w, batch))(made)
+            total += share * of_batch.double()
+        return total
 
-        def of_each(number: int) -> list[Tensor]:
-            """Of every so many points."""
-            return [self._evaluators[number](point) for point in points[number::workers]]
-
-        found = list((pool.map if pool else map)(of_each, range(workers)))
-        return torch.stack([found[i % workers][i // workers] for i in range(count)]).cpu()
-
-    def _make(self, name: str, base: Tensor, coefficients: Tensor) -> Tensor:
-        """Values of a parameter at some points, ``[B, ...]``."""
-        made = self._made[name][: len(coefficients)]
-        if self._single:  # in the place of a copy of all directions side by side, as many passes
-            point = made.view(base.shape).copy_(base)
-            for direction, c in zip(self._single, coefficients[0].tolist(), strict=True):
-                point.add_(direction[name].to(base), alpha=c)
-        else:
-            perturb(base.reshape(-1), self._directions[name], coefficients.to(base.device), out=made)
-        return made.view(len(coefficients), *base.shape)
-
-
-class _Twin:
-    """A model like the objective's, whose weights are put where they are wanted: no copy, and no call by names."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.model: nn.Module = objective.twin()
-        own = dict(self.model.named_parameters())
-        self.parameters = {name: own[name] for name in objective.parameters}
-
-    def value(self, weights: Weights) -> Tensor:
-        for name, p in self.parameters.items():
-            p.data = weights[name]
-        with torch.no_grad():
-            found = [
-                share * self.objective.loss_of(self.model, batch).double() for batch, share in self.objective
-            ]
-        return found[0] if len(found) == 1 else torch.stack(found).sum()
+    @torch.no_grad()
+    def _points(self, coefficients: Tensor) -> Weights:
+        """The weights at some points, ``[B, ...]``."""
+        found = {}
+        for name, p in self.objective.parameters.items():
+            base, made = p.detach(), self._made[name][: len(coefficients)]
+            if self._single:  # in the place of a copy of all directions side by side, as many passes
+                point = made.view(base.shape).copy_(base)
+                for direction, c in zip(self._single, coefficients[0].tolist(), strict=True):
+                    point.add_(direction[name].to(base), alpha=c)
+            else:
+                perturb(base.reshape(-1), self._directions[name], coefficients.to(base.device), out=made)
+            found[name] = made.view(len(coefficients), *base.shape)
+        return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lossmeta._batches import Output
 from lossmeta._checks import check_at_least_one
-from lossmeta.landscape._objective import Objective
+from lossmeta.landscape._objective import Objective, kept
 from lossmeta.landscape.directions import Direction, check_directions, random_directions
 from lossmeta.landscape.sampling import Span, loss_surface
 from lossmeta.landscape.surface import LossSurface
@@ -114,7 +114,7 @@ class CurvatureTracker:
 
     Args:
         loss_fn: as for :func:`loss_surface`; the loss that is to be compared, whatever the training descends.
-        data: as for :func:`loss_surface`.
+        data: as for :func:`loss_surface`; read once.
         every: epochs from one record to the next.
         points: of the grid, in each direction.
         span: of the grid.
@@ -149,6 +149,7 @@ class CurvatureTracker:
 
     def __post_init__(self) -> None:
         check_at_least_one("CurvatureTracker", "every", self.every)
+        self.data = kept(self.data)  # the same samples in every record
         if self.points < 3:
             raise ValueError(f"CurvatureTracker: points must be at least 3, got {self.points}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,18 +94,20 @@ def random_directions(
         direction = {}
         for name, w in weights.items():
             # In float32 on the CPU, so that they depend on neither.
-            drawn = torch.randn(w.shape, generator=generator, dtype=torch.float32, device="cpu").to(w)
+            drawn = torch.randn(w.shape, generator=generator, dtype=torch.float32, device="cpu")
+            drawn = drawn.to(w.device, torch.promote_types(w.dtype, torch.float32))
             if w.dim() < 2 and not biases:
                 drawn.zero_()
             elif normalization != "none":
                 over = list(range(1, w.dim())) if normalization == "filter" and w.dim() > 1 else None
-                drawn *= _norm(w, over) / _norm(drawn, over).clamp_min(torch.finfo(w.dtype).tiny)
-            direction[name] = drawn
+                drawn = drawn * _norm(w, over) / _norm(drawn, over).clamp_min(torch.finfo(torch.float32).tiny)
+            direction[name] = drawn.to(w.dtype)
         found.append(direction)
     return found
 
 
 def _norm(t: Tensor, over: list[int] | None) -> Tensor:
+    t = t.to(torch.promote_types(t.dtype, torch.float32))  # squares of half precision leave its range
     if over is None:
         return t.norm()
     return t.square().sum(over, keepdim=True).sqrt()
@@ -112,6 +115,9 @@ def _norm(t: Tensor, over: list[int] | None) -> Tensor:
 
 def line(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction:
     """From a model to another of the same kind: at 0 it is the first one, at 1 the other.
+
+    Only trainable parameters move. Where the other has other buffers, as BatchNorm's statistics, or frozen parameters,
+    a warning says that the line does not end at it.
 
     Args:
         model: where the line begins.
@@ -125,6 +131,20 @@ def line(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction
         >>> torch.testing.assert_close(one.weight + line(one, other)["weight"], other.weight)
     """
     weights = trainable("line", model)
+    state = other.state_dict() if isinstance(other, nn.Module) else other
+    inside = model.module if isinstance(model, DistributedDataParallel) else model
+    still = [
+        name
+        for name, t in inside.state_dict().items()
+        if name not in weights and name in state and not torch.equal(t.cpu(), state[name].cpu())
+    ]
+    if still:
+        warnings.warn(
+            f"line: the models must differ in trainable parameters alone for the line to end at the other, got others in "
+            f"{still[:3]}, which stay as they are",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return {name: w - weights[name] for name, w in _of_state("line", weights, other).items()}
 
 

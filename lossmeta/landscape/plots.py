@@ -44,7 +44,7 @@ def plot_surface(
         title: above it.
 
     Raises:
-        ValueError: for another kind, and a path of another shape.
+        ValueError: for another kind, too few points for it, and a path of another shape.
         ImportError: without matplotlib.
 
     Example:
@@ -54,6 +54,11 @@ def plot_surface(
         >>> lossmeta.plot.save(drawing, "surface.svg")
     """
     choice("plot_surface", "kind", kind, KINDS)
+    least = 3 if kind == "curvature" else 2
+    if surface.y is not None and min(surface.losses.shape) < least:
+        raise ValueError(
+            f"plot_surface: a {kind} picture needs {least} × {least} points or more, got {list(surface.losses.shape)}"
+        )
     if path is not None and (path.dim() != 2 or path.shape[1] != 2):
         raise ValueError(f"plot_surface: path must have shape [T, 2], got {list(path.shape)}")
     if surface.y is None:
@@ -95,6 +100,8 @@ def _contour(surface: Surface, path: Tensor | None) -> Figure:
         filled = axes.contourf(x, y, losses, levels=LEVELS)
         axes.contour(x, y, losses, levels=LEVELS, colors="white", linewidths=0.4)
         drawing.colorbar(filled, ax=axes, label="loss")
+    axes.set_xlim(x[0], x[-1])
+    axes.set_ylim(y[0], y[-1])
     axes.plot(0, 0, marker="+", color="white", markersize=9)
     if path is not None:
         at = path.detach().cpu().numpy()

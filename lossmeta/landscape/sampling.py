@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -61,14 +63,17 @@ def loss_surface(
         loss_fn: ``loss_fn(prediction, target) -> []``, the mean over the samples of a batch; where the batches are
             mappings, ``loss_fn(output, batch)``; ``None`` takes the ``loss`` of the output, as transformers give it.
         data: a pair (inputs, target), or batches: pairs, or mappings that the model takes as keyword arguments. They
-            are read once and kept on the model's device, so that all points see the same samples.
+            are read once and kept on the model's device, so that all points see the same samples. Batches count by
+            their samples; where a loss is a mean over something else, as over labels that are not ignored, give one.
         directions: one or two, see :func:`random_directions`, :func:`line` and :func:`pca_directions`, or the vectors
             of :func:`hessian_eigenvalues`; by default two random ones with filter normalisation.
         span: the coefficients go from -span to span; or from the first to the second of two numbers; or a pair of such
             pairs, one for each direction.
         points: G, or G and H.
         refine: share of the range of the losses, 0.01 say: the grid is sampled coarse to fine, and points where
-            interpolation is good to that share, by what it was off at their neighbours, are not evaluated.
+            interpolation is good to that share, by what it was off at their neighbours and at points drawn by chance,
+            are not evaluated. That is for pictures. What is narrower than an eighth of the grid may be missed, and
+            curvature of a range far wider than what it is asked for is that of the interpolation.
         output: what of the model's output is the prediction: a key, a position or a function.
         autocast: dtype under which the model runs, ``torch.bfloat16``.
         together: whether many points go through the model in one call, by ``torch.func.vmap``; by default on a GPU,
@@ -86,7 +91,7 @@ def loss_surface(
             trainable parameters or with such that are sparse, sharded or not real, no data, a loss that differs between
             two evaluations at the same weights, and a file of another surface.
         TypeError: for data that is neither a pair nor batches.
-        OSError: where the file cannot be written; what was written before stays.
+        OSError: where the file cannot be written at the start; later that is a warning.
 
     Source:
         Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets" (2018).
@@ -112,12 +117,14 @@ def loss_surface(
             together = objective.device.type == "cuda" and _can_be_together(objective, directions)
         surface = _empty(axes, objective.samples)
         file = _File(path, surface, _fingerprint(objective, directions, axes, refine, centre))
+        file.write()
         sampler = _Sampler(surface, Points(objective, directions, together), file, progress)
         with file.kept():
             if refine is None:
                 sampler.evaluate(np.ones(surface.losses.shape, dtype=bool))
             else:
                 surface.error = _refined(sampler, refine)
+            _check_unmoved(objective, centre)
             file.finished = True
     if surface.holes:
         warnings.warn(
@@ -133,7 +140,7 @@ def loss_surface(
 
 
 def _axes(count: int, span: Span, points: int | tuple[int, int]) -> list[Tensor]:
-    numbers = (points,) * count if isinstance(points, int) else tuple(points)
+    numbers = tuple(map(index, points)) if isinstance(points, Sequence) else (index(points),) * count
     if len(numbers) != count:
         raise ValueError(f"{WHERE}: points must be one number or {count}, got {len(numbers)}")
     ends: Any = span
@@ -151,13 +158,15 @@ def _axes(count: int, span: Span, points: int | tuple[int, int]) -> list[Tensor]
             )
     return [
         torch.linspace(float(low), float(high), n, dtype=torch.float64, device="cpu")
+        if n > 1
+        else torch.tensor([(low + high) / 2], dtype=torch.float64, device="cpu")
         for (low, high), n in zip(ends, numbers, strict=True)
     ]
 
 
 def _centre(objective: Objective) -> float:
     """The loss at the weights as they are, which must be the same again."""
-    first, second = (float(objective.value(dict(objective.parameters))) for _ in range(2))
+    first, second = (float(objective.value()) for _ in range(2))
     if math.isfinite(first) and abs(first - second) > SAME * abs(first):
         raise ValueError(
             f"{WHERE}: the loss must be the same whenever it is evaluated, got {first} and {second} at the same "
@@ -166,13 +175,19 @@ def _centre(objective: Objective) -> float:
     return first
 
 
+def _check_unmoved(objective: Objective, centre: float) -> None:
+    """Refuses what other points have changed, as the statistics of an observer for quantisation."""
+    after = float(objective.value())
+    if math.isfinite(centre) and not abs(after - centre) <= SAME * abs(centre):
+        raise ValueError(
+            f"{WHERE}: the loss must depend on the weights alone, got {centre} before and {after} after the surface at "
+            "the same weights; look for buffers that move in evaluation mode"
+        )
+
+
 def _can_be_together(objective: Objective, directions: Sequence[Direction]) -> bool:
     try:
-        next(
-            Points(objective, directions, True).losses(
-                torch.zeros(2, len(directions), dtype=torch.float64, device="cpu")
-            )
-        )
+        Points(objective, directions, True)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return False
     return True
@@ -229,46 +244,66 @@ class _Sampler:
 
 
 def _refined(sampler: _Sampler, refine: float) -> float:
-    """Samples coarse to fine; gives the estimate of the largest error of what is interpolated.
+    """Samples coarse to fine; gives an estimate of the largest error of what is interpolated.
 
-    On each level the points of the next one are predicted by cubic splines. A point is evaluated where the predictions
-    around it were off by more than the tolerance on the level before. Where they were not it keeps the prediction. What
-    they were off is taken for its error, and half of that for the next level, on which a smooth function has a
-    sixteenth.
+    On each level the points of the next one are predicted by cubic splines, within the range of what has been
+    evaluated. A point is evaluated where the predictions around it were off by more than the tolerance on the level
+    before. Where they were not it keeps the prediction. What they were off is taken for its error, and half of that for
+    the next level, on which a smooth function has a sixteenth. In the end some of the points that were predicted are
+    evaluated, drawn by chance. Where they are off by more than was asked, all are evaluated; otherwise the estimate is
+    at least twice what they are off.
     """
     surface = sampler.surface
     shape, step = surface.losses.shape, COARSEST
-    values = np.full(shape, np.nan)
-    off = np.full(shape, np.inf)
+    values, off = np.full(shape, np.nan), np.full(shape, np.inf)
     grid = _grid(shape, step)
-    sampler.evaluate(_mask(shape, grid))
-    error = 0.0
+    # Not surface.evaluated: a file may hold points of a later level.
+    taken = _mask(shape, grid)
+    sampler.evaluate(taken)
+    values[taken] = surface.losses.numpy()[taken]
+    error = spread = 0.0
     while step > 1:
         known = np.ix_(*grid)
-        evaluated = surface.evaluated.numpy()
-        values[known] = np.where(evaluated[known], surface.losses.numpy()[known], values[known])
         if not np.isfinite(values[known]).all():  # a hole, across which nothing can be interpolated
-            sampler.evaluate(np.ones(shape, dtype=bool))
-            return 0.0
+            break
         step //= 2
         finer = _grid(shape, step)
+        places = np.ix_(*finer)
+        low, high = float(values[taken].min()), float(values[taken].max())
+        spread = high - low
         predicted = _interpolated(surface, values, grid, finer)
-        wanted, places = _mask(shape, finer), np.ix_(*finer)
-        spread = float(np.nanmax(values[known]) - np.nanmin(values[known]))
         around = _around(off, grid, finer)
+        wanted = _mask(shape, finer)
         wanted[places] &= around > refine * spread / SAFETY
+        wanted &= ~taken
         sampler.evaluate(wanted)
-        evaluated, losses = surface.evaluated.numpy(), surface.losses.numpy()
-        found = np.where(evaluated[places], losses[places], predicted)
-        off[places] = np.where(evaluated[places], np.abs(losses[places] - predicted), around / 2)
-        values[places] = found
-        missing = ~evaluated[places]
-        error = max(error, float(around[missing].max(initial=0.0)))
+        taken |= wanted
+        losses, now = surface.losses.numpy()[places], taken[places]
+        values[places] = np.where(now, losses, predicted.clip(low, high))
+        off[places] = np.where(now, np.abs(losses - predicted), around / 2)
+        error = max(error, float(around[~now].max(initial=0.0)))
         grid = finer
-    places = np.ix_(*grid)
-    missing = ~surface.evaluated.numpy()
-    surface.losses[torch.from_numpy(missing)] = torch.from_numpy(values[missing])
-    return error if missing.any() else 0.0
+    if np.isfinite(values).all() and not taken.all():
+        spots = _spots(~taken)
+        sampler.evaluate(spots)
+        taken |= spots
+        furthest = float(np.abs(surface.losses.numpy() - values)[spots].max())
+        if furthest <= refine * spread:
+            missing = torch.from_numpy(~taken)
+            surface.losses[missing] = torch.from_numpy(values)[missing]
+            surface.evaluated.copy_(torch.from_numpy(taken))
+            return max(error, 2 * furthest) if missing.any() else 0.0
+    sampler.evaluate(np.ones(shape, dtype=bool))
+    return 0.0
+
+
+def _spots(free: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A fiftieth of the points that are free, eight at least, drawn the same way every time."""
+    places = np.flatnonzero(free)
+    count = min(len(places), max(8, len(places) // 50))
+    spots = np.zeros(free.size, dtype=bool)
+    spots[np.random.default_rng(0).choice(places, count, replace=False)] = True
+    return spots.reshape(free.shape)
 
 
 Grid = list[np.ndarray[Any, Any]]
@@ -322,17 +357,11 @@ def _fingerprint(
     centre: float,
 ) -> dict[str, Any]:
     """What two surfaces of one file must have in common."""
-    products = [
-        sum(_dot(t, b[n]) for n, t in a.items())
-        for i, a in enumerate(directions)
-        for b in directions[: i + 1]
-    ]
-    weights = sum(_dot(p.detach(), p.detach()) for p in objective.parameters.values())
     ends = [[float(axis[0]), float(axis[-1]), len(axis)] for axis in axes]
     return {
         "loss": centre if math.isfinite(centre) else str(centre),
-        "weights": weights,
-        "directions": products,
+        "weights": _digest(objective.parameters),
+        "directions": [_digest(direction) for direction in directions],
         "axes": ends,
         "samples": objective.samples,
         "refine": refine,
@@ -340,10 +369,14 @@ def _fingerprint(
     }
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    """In float64, piece by piece: a copy of all may be large."""
-    pieces = zip(a.flatten().split(2**20), b.to(a.device).flatten().split(2**20), strict=True)
-    return sum(float(x.double() @ y.double()) for x, y in pieces)
+def _digest(tensors: Direction) -> str:
+    """Of names and bits."""
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        for piece in t.detach().flatten().split(2**20):
+            found.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @dataclass
@@ -372,12 +405,24 @@ class _File:
     def grown(self) -> None:
         """Writes what there is, from time to time."""
         if self.path is not None and time.monotonic() - self._written > 5.0:
-            self.write()
+            self._try_to_write()
             self._written = time.monotonic()
 
     def write(self) -> None:
         if self.path is not None:
             write(self.path, self.surface, self.fingerprint, self.finished)
+
+    def _try_to_write(self) -> None:
+        """A disk that has become full does not end what is computed."""
+        try:
+            self.write()
+        except OSError as error:
+            warnings.warn(
+                f"{WHERE}: {os.fspath(self.path or '')} could not be written ({error}); the surface is returned all the "
+                "same",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -385,7 +430,7 @@ class _File:
         try:
             yield
         finally:
-            self.write()
+            self._try_to_write()
 
 
 def _same(a: Any, b: Any) -> bool:

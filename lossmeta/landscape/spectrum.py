@@ -454,7 +454,7 @@ class _Hessian:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, share in self.objective:
             with torch.enable_grad():
-                loss = self.objective.loss(self.parameters, batch)
+                loss = self.objective.loss(batch)
             if not loss.requires_grad:
                 raise ValueError(
                     f"{self.where}: loss_fn must be differentiable in the model's weights, got no gradient"

@@ -32,7 +32,7 @@ class LossSurface:
         y: ``[H]``, the coefficients b, or ``None`` on a line.
         evaluated: of the shape of ``losses``: whether the loss was evaluated there; it was interpolated elsewhere.
         samples: that the loss is a mean over.
-        error: with ``refine``, the estimate of the largest error of interpolation; 0 where all was evaluated.
+        error: with ``refine``, an estimate of the largest error of interpolation, no bound; 0 where all was evaluated.
     """
 
     losses: Tensor

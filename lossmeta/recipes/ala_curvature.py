@@ -64,7 +64,9 @@ def watched(label: str, make: MakeStep) -> Method:
             **{f"{AFTER}{done}": value for done, value in curves.items()},
         }
 
-    return Method(label, train, {"rate": RATE, "records": RECORDS, "points": POINTS, "span": SPAN, "loss": label})
+    return Method(
+        label, train, {"rate": RATE, "records": RECORDS, "points": POINTS, "span": SPAN, "loss": label}
+    )
 
 
 def cross_entropy(trial: Trial, fit: Fit) -> Step:
@@ -130,7 +132,9 @@ class Curvature:
     """The recipe."""
 
     name: str = "ala-curvature"
-    about: str = "ALA: curvature of the loss around a model in training, under fixed and learned losses (Figure 4)"
+    about: str = (
+        "ALA: curvature of the loss around a model in training, under fixed and learned losses (Figure 4)"
+    )
 
     def run(self, *, size: str, seeds: int, device: str, output: Path, steps: int | None = None) -> int:
         all_tasks = [_task(source, problem, steps) for source in SOURCES for problem in (CLEAN, NOISE)]
@@ -169,7 +173,8 @@ def draw(folder: Path) -> None:
                         by_step = curves.setdefault(trial.method, {})
                         by_step.setdefault(int(name.removeprefix(AFTER)), []).append(value)
         histories = {
-            label: (sorted(found), [mean(found[step]) for step in sorted(found)]) for label, found in curves.items()
+            label: (sorted(found), [mean(found[step]) for step in sorted(found)])
+            for label, found in curves.items()
         }
         drawing = plot_index(histories, label="mean Gaussian curvature", unit="step")
         drawing.axes[0].set_title(task.name)

@@ -81,6 +81,27 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         random_directions(nn.Linear(2, 2), **options)
 
 
+def test_half_precision_moves_every_filter() -> None:
+    model = nn.Linear(64, 8).half()
+    with torch.no_grad():
+        model.weight[:4] *= 1e-3  # whose squares are 0
+    (direction,) = random_directions(model, 1)
+    torch.testing.assert_close(
+        direction["weight"].float().norm(dim=1), model.weight.float().norm(dim=1), rtol=2e-2, atol=0
+    )
+    (wide,) = random_directions(nn.Linear(70_000, 2).half(), 1)
+    assert bool((wide["weight"] != 0).any(1).all())
+
+
+def test_a_line_that_does_not_end_at_the_other() -> None:
+    one, other = cnn(), cnn()
+    other[1].running_mean += 1
+    with pytest.warns(
+        RuntimeWarning, match=r"differ in trainable parameters alone .* \['1.running_mean'\], which stay"
+    ):
+        line(one, other)
+
+
 def test_line() -> None:
     one, other = cnn(), cnn()
     direction = line(one, other)

@@ -58,7 +58,10 @@ def test_a_flat_surface_is_drawn() -> None:
     one = surface()
     one.losses[:] = 1.0
     for kind in ("contour", "3d", "curvature"):
-        one.plot(kind=kind)
+        assert one.plot(kind=kind).axes[0].get_title() == ""
+    assert one.plot().axes[0].get_xlim() == (-1, 1)
+    with pytest.raises(ValueError, match=r"a curvature picture needs 3 × 3 points or more, got \[2, 2\]"):
+        surface(2).plot(kind="curvature")
 
 
 def test_a_path_over_a_contour() -> None:

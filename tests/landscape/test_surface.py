@@ -87,22 +87,6 @@ def test_losses_are_those_by_hand(make: Any, data: Any, together: bool) -> None:
             )
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_number_of_threads_changes_nothing(threads: int) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        surface = loss_surface(mlp(), F.cross_entropy, samples(), points=9)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(surface.losses, loss_surface(mlp(), F.cross_entropy, samples(), points=9).losses)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_batches_of_unequal_size_are_one_mean() -> None:
     (x, y), model = samples(), mlp()
     whole = loss_surface(model, F.cross_entropy, (x, y), points=3)
@@ -182,25 +166,129 @@ def test_frozen_weights_stay() -> None:
     assert float(surface.losses[0, 2]) == pytest.approx(by_hand(model, pair, full, -1, 1), rel=1e-12)
 
 
-class Uncopyable(nn.Module):
+class Copied(nn.Linear):
+    """Its copies are itself."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+def closed_over() -> nn.Module:
+    """Its forward is a function that keeps the module's own."""
+    model = mlp()
+    before = model.forward
+    model.forward = lambda x: 2 * before(x)  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("make", [closed_over, lambda: nn.Sequential(Copied(4, 3).double())])
+def test_models_that_keep_themselves(make: Any) -> None:
+    model, pair = make(), samples()
+    before = [p.clone() for p in model.parameters()]
+    directions = random_directions(model, seed=1)
+    surface = loss_surface(model, F.cross_entropy, pair, directions=directions, points=3)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += directions[0][name] - directions[1][name]
+        assert float(surface.losses[2, 0]) == pytest.approx(
+            float(F.cross_entropy(model(pair[0]), pair[1])), rel=1e-12
+        )
+
+
+def test_a_penalty_on_the_weights_moves_with_them() -> None:
+    model, (x, y) = mlp(), samples()
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target) + sum(p.square().sum() for p in model.parameters())
+
+    directions = random_directions(model)
+    surface = loss_surface(model, loss, (x, y), directions=directions, points=3)
+    moved = [p.detach() + directions[0][n] + directions[1][n] for n, p in model.named_parameters()]
+    expected = by_hand(model, (x, y), directions, 1, 1) + sum(float(p.square().sum()) for p in moved)
+    assert float(surface.losses[2, 2]) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(
+        ValueError, match="with together=True the loss must come from the model's parameters alone"
+    ):
+        loss_surface(model, loss, (x, y), points=3, together=True)
+    plain, whole = (exact_curvature(model, f, (x, y), directions) for f in (F.cross_entropy, loss))
+    square = [sum(float((directions[i][n] * directions[i][n]).sum()) for n in directions[0]) for i in (0, 1)]
+    for i in (0, 1):
+        difference = float(whole.hessian[0, i, i] - plain.hessian[0, i, i])
+        assert difference == pytest.approx(2 * square[i], rel=1e-9)
+
+
+class Observer(nn.Module):
+    """Remembers the largest output that it has seen, in evaluation mode too."""
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = mlp()
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError("no")
+        self.register_buffer("largest", torch.ones((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
+        found = self.inner(x)
+        self.largest = torch.maximum(self.largest, found.detach().abs().max())
+        return found / self.largest
 
 
-def test_a_model_that_cannot_be_copied() -> None:
-    torch.testing.assert_close(
-        loss_surface(Uncopyable(), F.cross_entropy, samples(), points=3).losses,
-        loss_surface(mlp(), F.cross_entropy, samples(), points=3).losses,
-        rtol=1e-12,
-        atol=0,
-    )
+def test_buffers_that_move_are_refused() -> None:
+    model = Observer()
+    with pytest.raises(
+        ValueError, match="the loss must depend on the weights alone, got .* before and .* after"
+    ):
+        loss_surface(model, F.cross_entropy, samples(), span=5.0, points=5)
+    assert float(model.largest) == 1
+
+
+class Merging(nn.Linear):
+    """Merges in evaluation mode, as low-rank adapters do."""
+
+    def train(self, mode: bool = True) -> Any:
+        if self.training and not mode:
+            self.weight.data += 1
+        if mode and not self.training:
+            self.weight.data -= 1
+        return super().train(mode)
+
+
+def test_a_model_that_merges_its_weights_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Merging(4, 3)).double()
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"eval\(\) must leave the weights as they are"):
+        loss_surface(model, F.cross_entropy, samples(), points=3)
+    torch.testing.assert_close(model[0].weight, before)
+    assert model.training and model[0].training
+    model.eval()
+    assert len(loss_surface(model, F.cross_entropy, samples(), points=3).losses.unique()) > 3
+
+
+def test_a_data_loader_draws_no_random_numbers() -> None:
+    x, y = samples()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=True)
+    model = mlp()
+    before = torch.get_rng_state()
+    loss_surface(model, F.cross_entropy, loader, points=3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class Counting(nn.Module):
+    """A loss with a buffer that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(prediction, target)
+
+
+def test_a_loss_is_as_before_too() -> None:
+    loss = Counting().train()
+    loss_surface(mlp(), loss, samples(), points=3)
+    assert float(loss.calls) == 0 and loss.training
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -369,6 +457,31 @@ def test_refining_finds_what_is_steep() -> None:
     assert 0.1 < float(fine.evaluated.double().mean()) < 0.9
 
 
+def test_refining_sees_by_chance_what_the_coarse_grid_misses() -> None:
+    """A basin between the first points, which is flat outside."""
+    pair = torch.zeros(1, 1), torch.zeros(1)
+    model = Graph(lambda a, b: -torch.exp(-((a - 0.12) ** 2 + (b - 0.12) ** 2) / 0.02))
+    whole, fine = (
+        loss_surface(model, lambda f, y: f.mean(), pair, directions=axes(), points=51, refine=r)
+        for r in (None, 0.01)
+    )
+    off = float((whole.losses - fine.losses).abs().max())
+    assert off <= fine.error + 1e-12 or bool(fine.evaluated.all())
+
+
+def test_refining_predicts_nothing_outside_the_range() -> None:
+    pair = torch.zeros(1, 1), torch.zeros(1)
+    model = Graph(
+        lambda a, b: (
+            torch.nn.functional.softplus(40 * (a - 0.03)) + torch.nn.functional.softplus(40 * (b - 0.1))
+        )
+    )
+    fine = loss_surface(
+        model, lambda f, y: f.mean(), pair, directions=axes(), span=3.0, points=51, refine=0.02
+    )
+    assert float(fine.losses.min()) >= 0
+
+
 def test_refining_on_a_line_and_on_few_points() -> None:
     model = mlp()
     options: Any = {"directions": random_directions(model, 1), "points": 41}
@@ -462,11 +575,50 @@ def test_a_surface_that_was_stopped_goes_on(
     again = loss_surface(mlp(), counted, samples(), **options)
     assert torch.equal(again.losses, whole.losses) and torch.equal(again.evaluated, whole.evaluated)
     assert again.error == whole.error
-    assert 2 < calls <= int(whole.evaluated.sum()) + 2 - 8  # two at the centre
+    assert (
+        3 < calls <= int(whole.evaluated.sum()) + 3 - 29
+    )  # those that were finished, but for the centre's two
     assert torch.equal(LossSurface.load(path).losses, whole.losses)
     calls = 0
     loss_surface(mlp(), counted, samples(), **options)
+    assert calls == 3  # at the centre, before and after
+
+
+def test_a_line_of_another_direction_is_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "line.safetensors", mlp()
+    for seed in (0, 1):
+        options: Any = {"directions": random_directions(model, 1, seed=seed), "points": 3, "path": path}
+        with pytest.raises(ValueError, match="differs in directions") if seed else nullcontext():
+            loss_surface(model, F.cross_entropy, samples(), **options)
+
+
+def test_a_path_that_cannot_be_written_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def counted(prediction: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(prediction, target)
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        loss_surface(mlp(), counted, samples(), points=3, path=tmp_path / "file" / "surface")
     assert calls == 2
+    write, count = sampling.write, 0
+
+    def full(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(sampling, "write", full)
+    with pytest.warns(
+        RuntimeWarning, match="could not be written .*No space left.* the surface is returned all the same"
+    ):
+        surface = loss_surface(mlp(), F.cross_entropy, samples(), points=3, path=tmp_path / "surface")
+    assert bool(surface.evaluated.all())
 
 
 def test_a_file_of_another_surface_is_refused(tmp_path: Path) -> None:
@@ -541,6 +693,15 @@ def cases() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "sparse", {"model": sparse}, ValueError, "dense and real, got weight, which is sparse_coo float32"
     yield "complex", {"model": complex_}, ValueError, "got weight, which is strided complex64"
     yield "meta", {"model": nn.Linear(4, 3, device="meta")}, ValueError, "got weight, which is meta"
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[0].weight.data = shared[1].weight.data
+    yield (
+        "shared",
+        {"model": shared},
+        ValueError,
+        "memory of their own, got 0.weight and 1.weight in the same",
+    )
+    yield "lazy", {"model": nn.LazyLinear(3)}, ValueError, "parameters must be initialised, got weight"
     yield "no batch", {"data": []}, ValueError, "data must hold at least one batch, got none"
     yield "no sample", {"data": (x[:0], y[:0])}, ValueError, "must hold at least one sample"
     yield "a tensor", {"data": x}, TypeError, r"data must be a pair \(inputs, target\) or batches.*got Tensor"
@@ -608,11 +769,18 @@ def test_large_models_are_moved_without_a_chunk(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(chunked.losses, single.losses, rtol=1e-12, atol=0)
 
 
-def test_progress_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rich.progress
+
+    seen: list[float] = []
+    advance = rich.progress.Progress.advance
+    monkeypatch.setattr(
+        rich.progress.Progress, "advance", lambda self, task, n=1: (seen.append(n), advance(self, task, n))
+    )
     loss_surface(mlp(), F.cross_entropy, samples(), points=3)
-    assert capsys.readouterr() == ("", "")
-    shown = loss_surface(mlp(), F.cross_entropy, samples(), points=3, progress=True)
-    assert torch.equal(shown.losses, loss_surface(mlp(), F.cross_entropy, samples(), points=3).losses)
+    assert seen == []
+    loss_surface(mlp(), F.cross_entropy, samples(), points=3, progress=True)
+    assert sum(seen) == 9
 
 
 def test_no_warning_without_holes() -> None:

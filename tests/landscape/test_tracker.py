@@ -57,6 +57,17 @@ def test_goes_on_from_its_state() -> None:
     assert len(tracker.epochs) == 2 and len(other.epochs) == 3
 
 
+def test_the_samples_are_those_of_the_first_reading() -> None:
+    (x, y), one = SAMPLES, model()
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=True, drop_last=True
+    )
+    tracker = CurvatureTracker(F.cross_entropy, loader, points=3)
+    for epoch in range(3):
+        tracker.record(one, epoch)
+    assert len(set(tracker.nonconvexity)) == 1
+
+
 def test_bad_options() -> None:
     with pytest.raises(ValueError, match="CurvatureTracker: every must be at least 1, got 0"):
         CurvatureTracker(F.cross_entropy, SAMPLES, every=0)

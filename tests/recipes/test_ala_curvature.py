@@ -18,7 +18,9 @@ SMALL = replace(tasks.DIGITS, valid=5)
 
 
 @pytest.mark.parametrize("method", ala_curvature.ROWS, ids=lambda m: m.label)
-@pytest.mark.filterwarnings("ignore:Controller. the metric has not changed", "ignore:Population. all children")
+@pytest.mark.filterwarnings(
+    "ignore:Controller. the metric has not changed", "ignore:Population. all children"
+)
 def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at the surface changes no training, and the test part moves nothing."""
     monkeypatch.setattr(ala_curvature, "POINTS", 3)
