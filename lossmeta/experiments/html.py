@@ -21,7 +21,7 @@ from lossmeta.experiments.table import Cell, Column, Table
 from lossmeta.experiments.trial import Measure
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 SECONDS = Measure("seconds", higher_is_better=None, digits=2)
 MEMORY = Measure("peak memory (MiB)", higher_is_better=None, digits=0)
 COST = """\
@@ -304,8 +304,11 @@ def _figures(name: str, folder: Path) -> Iterator[Markup]:
         except OSError as error:
             broken.append(f"{path.name} could not be read: {error.strerror}.")
             continue
-        if not content.startswith(PNG):
-            broken.append(f"{path.name} is no PNG image.")
+        if not (content.startswith(PNG) and content.endswith(PNG_END)):
+            broken.append(f"{path.name} is no whole PNG image.")
+            continue
+        if path.stat().st_mtime < (folder / TRIALS).stat().st_mtime:
+            broken.append(f"{path.name} is older than the last trial; finish the run to draw it anew.")
             continue
         words = path.stem.replace("-", " ")
         source = f"data:image/png;base64,{b64encode(content).decode()}"

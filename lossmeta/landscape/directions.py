@@ -140,7 +140,7 @@ def line(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction
     ]
     if still:
         warnings.warn(
-            f"line: the models must differ in trainable parameters alone for the line to end at the other, got others in "
+            "line: the models must differ in trainable parameters alone for the line to end at the other, got other "
             f"{still[:3]}, which stay as they are",
             RuntimeWarning,
             stacklevel=2,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lossmeta._batches import Batch, Loss
-from lossmeta.adalfl import AveragedWeights, CleanLearner, Relabelling
+from lossmeta.adalfl import AveragedWeights, CleanLearner, DivergedError, Relabelling
 from lossmeta.experiments import Diverged, Method, Trial, Tuned
 from lossmeta.losses import (
     BootstrappingLoss,
@@ -283,7 +283,10 @@ def _to_the_end(
     steps: int = trial.task.settings["steps"]
     judge, found = drawn.source.judge, {}
     for i, (x, y, clean) in enumerate(_batches(trial, steps), 1):
-        step(x, y, clean)
+        try:
+            step(x, y, clean)
+        except DivergedError as error:
+            raise Diverged from error
         if i in (steps // 4, steps // 2):
             found[f"error after {i}"] = judge(averaged, drawn.test)
     return {

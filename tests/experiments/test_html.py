@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -453,6 +454,7 @@ def test_figures_are_in_the_page(tmp_path: Path) -> None:
     folder = on_disk(a_run(), tmp_path / "run")
     (folder / "learned-loss.png").write_bytes(PNG)
     (folder / "broken.png").write_bytes(PNG[1:])
+    (folder / "cut.png").write_bytes(PNG[:-3])
     (folder / ".7-half.png").write_bytes(PNG)
     (folder / "folder.png").mkdir()
     tree = parsed(html([run_folder.read(folder)]))
@@ -460,8 +462,17 @@ def test_figures_are_in_the_page(tmp_path: Path) -> None:
     assert image.attributes["alt"] == "Figure of the run: learned loss"
     assert base64.b64decode(image.attributes["src"].partition(",")[2]) == PNG
     assert notes(tree) == [
-        "Figures that are missing: broken.png is no PNG image.: folder.png could not be read: Is a directory."
+        "Figures that are missing: broken.png is no whole PNG image.: cut.png is no whole PNG image.: folder.png could not be read: Is a directory."
     ]
+
+
+def test_a_figure_of_fewer_trials_is_left_out(tmp_path: Path) -> None:
+    folder = on_disk(a_run(), tmp_path / "run")
+    (folder / "old.png").write_bytes(PNG)
+    os.utime(folder / "old.png", (1, 1))
+    tree = parsed(html([run_folder.read(folder)]))
+    assert not tree.all("img")
+    assert "old.png is older than the last trial" in notes(tree)[0]
 
 
 def test_a_half_written_line(tmp_path: Path) -> None:

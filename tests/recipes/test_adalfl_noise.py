@@ -96,6 +96,8 @@ def test_training_that_diverges_is_said(make_trial: MakeTrial) -> None:
     trial.data.train[0][:] = torch.nan
     with pytest.raises(Diverged):
         _noise_methods.fixed("a", _noise_methods.cross_entropy, 0.1, 0.0, 1.0).train(trial)
+    with pytest.raises(Diverged):
+        _noise_methods.learned("a").train(trial)
 
 
 @pytest.mark.usefixtures("only_scikit_learn")

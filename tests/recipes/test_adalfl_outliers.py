@@ -39,8 +39,9 @@ def test_data(outliers: Outliers) -> None:
 def test_columns_are_standardised() -> None:
     inputs, targets = adalfl_outliers.pool("diabetes")
     for x in (inputs, targets):
-        torch.testing.assert_close(x.mean(0), torch.zeros(x.shape[1]), atol=1e-6, rtol=0)
-        torch.testing.assert_close(x.std(0), torch.ones(x.shape[1]))
+        torch.testing.assert_close(x.mean(0), torch.zeros(x.shape[1]), atol=1e-2, rtol=0)
+        torch.testing.assert_close(x.std(0), torch.ones(x.shape[1]), atol=1e-2, rtol=0)
+    assert float(inputs.abs().max()) <= 4
 
 
 def test_too_few_samples_are_said() -> None:
