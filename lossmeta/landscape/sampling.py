@@ -418,8 +418,8 @@ class _File:
             self.write()
         except OSError as error:
             warnings.warn(
-                f"{WHERE}: {os.fspath(self.path or '')} could not be written ({error}); the surface is returned all the "
-                "same",
+                f"{WHERE}: {os.fspath(self.path or '')} could not be written ({error}); the surface is returned all "
+                "the same",
                 RuntimeWarning,
                 stacklevel=2,
             )

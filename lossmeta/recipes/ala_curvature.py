@@ -1,4 +1,4 @@
-"""Figure 4 of the ALA paper: how curved the loss is around a model while it trains, under a fixed and a learned loss."""
+"""Figure 4 of the ALA paper: how curved the loss is around a model in training, under a fixed and a learned loss."""
 
 from __future__ import annotations
 
