@@ -29,13 +29,14 @@ AFTER = "mean curvature after "
 PLAIN = "cross-entropy"
 SOURCES = (tasks.DIGITS, tasks.MNIST, tasks.CIFAR10)
 LEGEND = f"""\
-Curvature is the mean Gaussian curvature of the cross-entropy of the validation rows on a grid of {POINTS} by {POINTS}
-points around the model, in two random directions with filter normalisation, as far as {SPAN} times the weights; the same
-random numbers for all rows and records of a seed. It is recorded {RECORDS} times in a training, and the table has the
-last. All rows train the same network on the same batches at a learning rate of {RATE}. ALA's controller adapts the class
-correlations of its Eq. 6 to the validation error, every {WINDOW} steps, as in the paper; its population adapts label
-smoothing and the generalised cross-entropy's q. AdaLFL learns the shape of its loss from the validation rows. Paper:
-Figure 4 compares cross-entropy with ALA on CIFAR-10, and finds a lower curvature under ALA."""
+Curvature is the mean Gaussian curvature of the cross-entropy of the validation rows on a grid of {POINTS} by
+{POINTS} points around the model, in two random directions with filter normalisation, as far as {SPAN} times the
+weights; the same random numbers for all rows and records of a seed. It is recorded {RECORDS} times in a training,
+and the table has the last. All rows train the same network on the same batches at a learning rate of {RATE}. ALA's
+controller adapts the class correlations of its Eq. 6 to the validation error, every {WINDOW} steps, as in the
+paper; its population adapts label smoothing and the generalised cross-entropy's q. AdaLFL learns the shape of its
+loss from the validation rows. Paper: Figure 4 compares cross-entropy with ALA on CIFAR-10, and finds a lower
+curvature under ALA."""
 
 Step = Callable[[Tensor, Tensor], None]
 MakeStep = Callable[[Trial, Fit], Step]

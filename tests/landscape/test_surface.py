@@ -601,7 +601,7 @@ def test_a_path_that_cannot_be_written_is_said_first(tmp_path: Path, monkeypatch
         return F.cross_entropy(prediction, target)
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="surface|file"):
+    with pytest.raises(OSError, match=r"surface|file"):
         loss_surface(mlp(), counted, samples(), points=3, path=tmp_path / "file" / "surface")
     assert calls == 2
     write, count = sampling.write, 0
