@@ -462,7 +462,8 @@ def test_figures_are_in_the_page(tmp_path: Path) -> None:
     assert image.attributes["alt"] == "Figure of the run: learned loss"
     assert base64.b64decode(image.attributes["src"].partition(",")[2]) == PNG
     assert notes(tree) == [
-        "Figures that are missing: broken.png is no whole PNG image.: cut.png is no whole PNG image.: folder.png could not be read: Is a directory."
+        "Figures that are missing: broken.png is no whole PNG image.: cut.png is no whole PNG image.: "
+        "folder.png could not be read: Is a directory."
     ]
 
 
