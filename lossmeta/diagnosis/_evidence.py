@@ -82,7 +82,7 @@ EVEN_WITH_CLEAN = Advice(
     "lossmeta.adalfl.learn_with_clean, which learns LossNetwork(residual='cross_entropy', normalize_slope=True)",
     "Measured with 40 % of the labels redrawn, and 100 clean digits or 200 images of MNIST; the rivals' settings, stop "
     "and last stage are chosen by more right labels than these. In the quickstart tuned symmetric cross-entropy is "
-    "level with it.",
+    "level with it, and 3.4 points ahead with a small CNN on CIFAR-10, where it needs twenty times the weight decay.",
     (
         _noise(
             "digits: 40% uniform",
@@ -96,6 +96,12 @@ EVEN_WITH_CLEAN = Advice(
             ("cross-entropy", "12.86 ± 0.55"),
             ("symmetric cross-entropy", "9.34 ± 0.50"),
             (LEARNED, "8.45 ± 0.26"),
+        ),
+        _noise(
+            "CIFAR-10, 16 x 16, CNN: 40% uniform",
+            ("cross-entropy", "59.17 ± 2.82"),
+            ("symmetric cross-entropy", "56.54 ± 1.49"),
+            (LEARNED, "59.95 ± 2.06"),
         ),
         QUICKSTART,
     ),

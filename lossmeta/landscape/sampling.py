@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import index
 from typing import Any
 
@@ -21,17 +18,13 @@ from lossmeta._batches import Output
 from lossmeta._checks import check_at_least_one
 from lossmeta.landscape._objective import Objective
 from lossmeta.landscape._points import Points
+from lossmeta.landscape._refinement import Mask, refined
+from lossmeta.landscape._surface_file import WHERE, SurfaceFile, fingerprint
 from lossmeta.landscape.directions import Direction, check_directions, random_directions
-from lossmeta.landscape.surface import LossSurface, read, write
+from lossmeta.landscape.surface import LossSurface
 
-WHERE = "loss_surface"
 SAME = 1e-5
 """By how much two evaluations of the same loss may differ, relative to it."""
-COARSEST = 8
-"""Steps of the grid between the first points where ``refine`` is given."""
-SAFETY = 4.0
-"""What ``refine`` is divided by before a surplus counts as small."""
-
 Span = float | tuple[float, float] | tuple[tuple[float, float], tuple[float, float]]
 
 
@@ -116,14 +109,14 @@ def loss_surface(
         if together is None:
             together = objective.device.type == "cuda" and _can_be_together(objective, directions)
         surface = _empty(axes, objective.samples)
-        file = _File(path, surface, _fingerprint(objective, directions, axes, refine, centre))
+        file = SurfaceFile(path, surface, fingerprint(objective, directions, axes, refine, centre))
         file.write()
         sampler = _Sampler(surface, Points(objective, directions, together), file, progress)
         with file.kept():
             if refine is None:
                 sampler.evaluate(np.ones(surface.losses.shape, dtype=bool))
             else:
-                surface.error = _refined(sampler, refine)
+                surface.error = refined(surface, sampler.evaluate, refine)
             _check_unmoved(objective, centre)
             file.finished = True
     if surface.holes:
@@ -213,10 +206,10 @@ class _Sampler:
 
     surface: LossSurface
     points: Points
-    file: _File
+    file: SurfaceFile
     progress: bool
 
-    def evaluate(self, wanted: np.ndarray[Any, Any]) -> None:
+    def evaluate(self, wanted: Mask) -> None:
         """All points that are wanted; those that have been evaluated are left as they are."""
         surface = self.surface
         places = (torch.from_numpy(wanted) & ~surface.evaluated).nonzero()
@@ -241,201 +234,3 @@ class _Sampler:
             for losses in chunks:
                 yield losses
                 bar.advance(task, len(losses))
-
-
-def _refined(sampler: _Sampler, refine: float) -> float:
-    """Samples coarse to fine; gives an estimate of the largest error of what is interpolated.
-
-    On each level the points of the next one are predicted by cubic splines, within the range of what has been
-    evaluated. A point is evaluated where the predictions around it were off by more than the tolerance on the level
-    before. Where they were not it keeps the prediction. What they were off is taken for its error, and half of that for
-    the next level, on which a smooth function has a sixteenth. In the end some of the points that were predicted are
-    evaluated, drawn by chance. Where they are off by more than was asked, all are evaluated; otherwise the estimate is
-    at least twice what they are off.
-    """
-    surface = sampler.surface
-    shape, step = surface.losses.shape, COARSEST
-    values, off = np.full(shape, np.nan), np.full(shape, np.inf)
-    grid = _grid(shape, step)
-    # Not surface.evaluated: a file may hold points of a later level.
-    taken = _mask(shape, grid)
-    sampler.evaluate(taken)
-    values[taken] = surface.losses.numpy()[taken]
-    error = spread = 0.0
-    while step > 1:
-        known = np.ix_(*grid)
-        if not np.isfinite(values[known]).all():  # a hole, across which nothing can be interpolated
-            break
-        step //= 2
-        finer = _grid(shape, step)
-        places = np.ix_(*finer)
-        low, high = float(values[taken].min()), float(values[taken].max())
-        spread = high - low
-        predicted = _interpolated(surface, values, grid, finer)
-        around = _around(off, grid, finer)
-        wanted = _mask(shape, finer)
-        wanted[places] &= around > refine * spread / SAFETY
-        wanted &= ~taken
-        sampler.evaluate(wanted)
-        taken |= wanted
-        losses, now = surface.losses.numpy()[places], taken[places]
-        values[places] = np.where(now, losses, predicted.clip(low, high))
-        off[places] = np.where(now, np.abs(losses - predicted), around / 2)
-        error = max(error, float(around[~now].max(initial=0.0)))
-        grid = finer
-    if np.isfinite(values).all() and not taken.all():
-        spots = _spots(~taken)
-        sampler.evaluate(spots)
-        taken |= spots
-        furthest = float(np.abs(surface.losses.numpy() - values)[spots].max())
-        if furthest <= refine * spread:
-            missing = torch.from_numpy(~taken)
-            surface.losses[missing] = torch.from_numpy(values)[missing]
-            surface.evaluated.copy_(torch.from_numpy(taken))
-            return max(error, 2 * furthest) if missing.any() else 0.0
-    sampler.evaluate(np.ones(shape, dtype=bool))
-    return 0.0
-
-
-def _spots(free: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A fiftieth of the points that are free, eight at least, drawn the same way every time."""
-    places = np.flatnonzero(free)
-    count = min(len(places), max(8, len(places) // 50))
-    spots = np.zeros(free.size, dtype=bool)
-    spots[np.random.default_rng(0).choice(places, count, replace=False)] = True
-    return spots.reshape(free.shape)
-
-
-Grid = list[np.ndarray[Any, Any]]
-
-
-def _grid(shape: Sequence[int], step: int) -> Grid:
-    return [np.unique(np.append(np.arange(0, n, step), n - 1)) for n in shape]
-
-
-def _mask(shape: Sequence[int], grid: Grid) -> np.ndarray[Any, Any]:
-    mask = np.zeros(tuple(shape), dtype=bool)
-    mask[np.ix_(*grid)] = True
-    return mask
-
-
-def _interpolated(
-    surface: LossSurface, values: np.ndarray[Any, Any], grid: Grid, finer: Grid
-) -> np.ndarray[Any, Any]:
-    """Cubic splines along each direction in turn, of lower order where there are fewer than four points."""
-    from scipy.interpolate import make_interp_spline
-
-    axes = [surface.x.numpy()] if surface.y is None else [surface.x.numpy(), surface.y.numpy()]
-    found = values[np.ix_(*grid)]
-    for i, axis in enumerate(axes):
-        known = axis[grid[i]]
-        if len(known) > 1:
-            spline = make_interp_spline(known, found, k=min(3, len(known) - 1), axis=i)
-            found = spline(axis[finer[i]])
-    return found
-
-
-def _around(off: np.ndarray[Any, Any], grid: Grid, finer: Grid) -> np.ndarray[Any, Any]:
-    """For each point of the finer grid, the largest value among its neighbours on the coarser one."""
-    from scipy.ndimage import maximum_filter
-
-    largest = maximum_filter(off[np.ix_(*grid)], size=3, mode="nearest")
-    nearest = [
-        np.abs(fine[:, None] - coarse[None]).argmin(1) for fine, coarse in zip(finer, grid, strict=True)
-    ]
-    return largest[np.ix_(*nearest)]
-
-
-# ---- The file.
-
-
-def _fingerprint(
-    objective: Objective,
-    directions: Sequence[Direction],
-    axes: Sequence[Tensor],
-    refine: float | None,
-    centre: float,
-) -> dict[str, Any]:
-    """What two surfaces of one file must have in common."""
-    ends = [[float(axis[0]), float(axis[-1]), len(axis)] for axis in axes]
-    return {
-        "loss": centre if math.isfinite(centre) else str(centre),
-        "weights": _digest(objective.parameters),
-        "directions": [_digest(direction) for direction in directions],
-        "axes": ends,
-        "samples": objective.samples,
-        "refine": refine,
-        "autocast": str(objective.autocast),
-    }
-
-
-def _digest(tensors: Direction) -> str:
-    """Of names and bits."""
-    found = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        found.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        for piece in t.detach().flatten().split(2**20):
-            found.update(piece.cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-@dataclass
-class _File:
-    """Where a surface is kept while it grows."""
-
-    path: str | os.PathLike[str] | None
-    surface: LossSurface
-    fingerprint: dict[str, Any]
-    finished: bool = False
-    _written: float = field(default=0.0, init=False)
-
-    def __post_init__(self) -> None:
-        if self.path is None or not os.path.exists(self.path):
-            return
-        found, fingerprint, _ = read(self.path)
-        differing = [k for k, v in self.fingerprint.items() if not _same(v, fingerprint.get(k))]
-        if differing:
-            raise ValueError(
-                f"{WHERE}: {os.fspath(self.path)} must hold the same surface, got one that differs in "
-                f"{', '.join(differing)}; choose another path or remove it"
-            )
-        self.surface.losses.copy_(found.losses)
-        self.surface.evaluated.copy_(found.evaluated)
-
-    def grown(self) -> None:
-        """Writes what there is, from time to time."""
-        if self.path is not None and time.monotonic() - self._written > 5.0:
-            self._try_to_write()
-            self._written = time.monotonic()
-
-    def write(self) -> None:
-        if self.path is not None:
-            write(self.path, self.surface, self.fingerprint, self.finished)
-
-    def _try_to_write(self) -> None:
-        """A disk that has become full does not end what is computed."""
-        try:
-            self.write()
-        except OSError as error:
-            warnings.warn(
-                f"{WHERE}: {os.fspath(self.path or '')} could not be written ({error}); the surface is returned all "
-                "the same",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Writes what there is at the end, however it comes."""
-        try:
-            yield
-        finally:
-            self._try_to_write()
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, list) and len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, float) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
-    return bool(a == b)

@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossmeta.landscape import LossSurface, exact_curvature, line, loss_surface, random_directions, sampling
+from lossmeta.landscape import (
+    LossSurface,
+    _surface_file,
+    exact_curvature,
+    line,
+    loss_surface,
+    random_directions,
+)
 
 
 def mlp() -> nn.Module:
@@ -604,7 +611,7 @@ def test_a_path_that_cannot_be_written_is_said_first(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match=r"surface|file"):
         loss_surface(mlp(), counted, samples(), points=3, path=tmp_path / "file" / "surface")
     assert calls == 2
-    write, count = sampling.write, 0
+    write, count = _surface_file.write, 0
 
     def full(*arguments: Any) -> None:
         nonlocal count
@@ -613,7 +620,7 @@ def test_a_path_that_cannot_be_written_is_said_first(tmp_path: Path, monkeypatch
             raise OSError(28, "No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr(sampling, "write", full)
+    monkeypatch.setattr(_surface_file, "write", full)
     with pytest.warns(
         RuntimeWarning, match="could not be written .*No space left.* the surface is returned all the same"
     ):
@@ -787,4 +794,3 @@ def test_no_warning_without_holes() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_surface(mlp(), F.cross_entropy, samples(), points=3)
-    assert sampling.COARSEST == 8
