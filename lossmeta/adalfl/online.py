@@ -290,6 +290,11 @@ class OnlineLearner:
         return [result.loss, result.task_loss, taken, *ratio]
 
     @property
+    def meta_every(self) -> Every:
+        """As it was given."""
+        return self._schedule.every
+
+    @property
     def backend(self) -> str:
         """How the meta-gradient is computed, and why so."""
         return f"{self._step.backend.name}: {self._step.reason}"

@@ -36,6 +36,7 @@ def test_one_step_is_a_meta_gradient_and_adam() -> None:
 
 def test_meta_every() -> None:
     one = learner(meta_every=3)
+    assert one.meta_every == 3
     changed, tasks = [], []
     for train, valid in zip(batches(6), batches(6), strict=True):
         before, weights = values(one.loss), values(one._step.model.plain)
