@@ -165,13 +165,13 @@ def plot_index(
     Example:
         >>> drawing = plot_index({"cross-entropy": ([0, 1], [0.3, 0.2])}, label="mean curvature")
     """
-    drawing, (axes,) = plot.figure("plot_index", size=(5.0, 3.5))
+    drawing, (axes,) = plot.figure("plot_index", size=(6.5, 3.5))
     for (name, (epochs, values)), style in zip(histories.items(), _styles(len(histories)), strict=True):
         axes.plot(list(epochs), list(values), marker="o", markersize=3, label=name, **style)
     axes.set_xlabel(unit)
     axes.set_ylabel(label)
     if histories:
-        axes.legend()
+        drawing.legend(loc="outside right upper")
     return drawing
 
 

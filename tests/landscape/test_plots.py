@@ -76,8 +76,9 @@ def test_a_path_over_a_contour() -> None:
 
 def test_an_index_by_epoch() -> None:
     histories = {f"training {i}": ([0, 1, 2], [0.1 * i, 0.2, 0.3]) for i in range(8)}
-    (axes,) = plot_index(histories, label="mean curvature").axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(histories)
+    drawing = plot_index(histories, label="mean curvature")
+    (axes,), (legend,) = drawing.axes, drawing.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(histories)
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 8
     values: Tensor = torch.tensor(axes.lines[3].get_ydata())
     assert values.tolist() == pytest.approx([0.3, 0.2, 0.3])
