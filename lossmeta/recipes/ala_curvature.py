@@ -13,7 +13,7 @@ from torch import Tensor
 from lossmeta import experiments, plot
 from lossmeta.adalfl import OnlineLearner
 from lossmeta.ala import ClassCorrelation, Controller, Population
-from lossmeta.experiments import Measure, Method, Task, Trial, run_folder
+from lossmeta.experiments import Measure, Method, Task, Trial, report, run_folder
 from lossmeta.landscape import CurvatureTracker, plot_index
 from lossmeta.losses import LossNetwork
 from lossmeta.recipes import _ala_tasks as tasks
@@ -168,17 +168,14 @@ def draw(folder: Path) -> None:
     """The index over the steps of each task, the mean of the seeds."""
     finished = run_folder.read(folder)
     for task in finished.header.tasks:
-        curves: dict[str, dict[int, list[float]]] = {}
-        for trial in finished.trials:
-            if trial.task == task.name and trial.role == "report":
+        histories = {}
+        for label, trials in report.trials_of(finished, task, finished.header.seeds).items():
+            by_step: dict[int, list[float]] = {}
+            for trial in trials.values():
                 for name, value in trial.measures.items():
                     if name.startswith(AFTER) and value is not None:
-                        by_step = curves.setdefault(trial.method, {})
                         by_step.setdefault(int(name.removeprefix(AFTER)), []).append(value)
-        histories = {
-            label: (sorted(found), [mean(found[step]) for step in sorted(found)])
-            for label, found in curves.items()
-        }
+            histories[label] = sorted(by_step), [mean(by_step[step]) for step in sorted(by_step)]
         drawing = plot_index(histories, label="mean Gaussian curvature", unit="step")
         drawing.axes[0].set_title(task.name)
         plot.save(drawing, folder / f"{plot.file_name('curvature', task.name)}.png")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lossmeta import plot
 from lossmeta.experiments import Method, Trial, run_folder
 from lossmeta.recipes import _ala_tasks as tasks
 from lossmeta.recipes import ala_curvature, recipes
@@ -45,3 +49,18 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = run_folder.read(tmp_path).trials
     assert len(trials) == 2 * 2 * len(ala_curvature.ROWS)
     assert (tmp_path / "curvature-digits-40-wrong-labels.png").stat().st_size > 5000
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        ala_curvature, "plot_index", lambda histories, **k: drawn.append(histories) or plot.figure("t")[0]
+    )
+    last = [t for t in trials if t.method == "AdaLFL" and t.task == "digits: right labels"]
+    with (tmp_path / run_folder.TRIALS).open("a") as file:  # trained again, with other settings
+        for trial in last:
+            measures = {**trial.measures, f"{ala_curvature.AFTER}24": 7.0}
+            file.write(
+                json.dumps({**dataclasses.asdict(trial), "measures": measures, "settings": {"other": 1}})
+                + "\n"
+            )
+    ala_curvature.draw(tmp_path)
+    steps, values = drawn[0]["AdaLFL"]
+    assert steps[-1] == 24 and values[-1] == 7.0
