@@ -202,8 +202,13 @@ class Objective:
     def value(self, weights: Weights | None = None) -> Tensor:
         """The mean loss, ``[]``, in float64; without a gradient."""
         with torch.no_grad(), self.at(weights):
-            found = [share * self.loss(batch).double() for batch, share in self]
-        return found[0] if len(found) == 1 else torch.stack(found).sum()
+            return self.value_here()
+
+    def value_here(self) -> Tensor:
+        """The same at the weights as they are; to be called where no gradient is recorded."""
+        if len(self.batches) == 1:
+            return self.loss(self.batches[0]).double()
+        return torch.stack([share * self.loss(batch).double() for batch, share in self]).sum()
 
     def gradient(self, weights: Weights | None = None) -> Weights:
         """Of the mean loss, in the dtypes of the parameters."""

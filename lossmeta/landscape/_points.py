@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,19 +45,27 @@ class Points:
         if together:
             self._check_together()
 
-    def losses(self, coefficients: Tensor) -> Iterator[Tensor]:
-        """Of the points ``[B, K]``, in float64 on the CPU, some at a time.
+    @torch.no_grad()
+    def evaluate(self, coefficients: Tensor, seen: Callable[[int, float], None]) -> None:
+        """The loss at the points ``[B, K]``, one after the other.
 
-        Raises:
-            ValueError: where many points in one call give other losses than one by one.
+        Args:
+            coefficients: of the points.
+            seen: is told the number of a point and its loss as soon as it is known.
         """
-        for chunk in coefficients.split(self.chunk) if len(coefficients) else ():
+        for start in range(0, len(coefficients), self.chunk):
+            chunk = coefficients[start : start + self.chunk]
             made = self._points(chunk)
             if self.together:
-                yield self._losses_together(made, len(chunk)).cpu()
+                for i, loss in enumerate(self._losses_together(made, len(chunk)).tolist()):
+                    seen(start + i, loss)
                 continue
-            for i in range(len(chunk)):
-                yield self.objective.value({name: w[i] for name, w in made.items()}).cpu()[None]
+            rows = [(self.objective.parameters[name], w.unbind()) for name, w in made.items()]
+            with self.objective.at(None):  # which puts the model's own weights back
+                for i in range(len(chunk)):
+                    for p, values in rows:
+                        p.data = values[i]
+                    seen(start + i, float(self.objective.value_here()))
 
     def _check_together(self) -> None:
         """At points away from the model: a loss that has weights from elsewhere would see them unmoved."""

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -212,25 +213,29 @@ class _Sampler:
     def evaluate(self, wanted: Mask) -> None:
         """All points that are wanted; those that have been evaluated are left as they are."""
         surface = self.surface
-        places = (torch.from_numpy(wanted) & ~surface.evaluated).nonzero()
+        losses, evaluated = (t.numpy().reshape(-1) for t in (surface.losses, surface.evaluated))
+        places = np.flatnonzero(wanted.reshape(-1) & ~evaluated)
         axes = [surface.x] if surface.y is None else [surface.x, surface.y]
-        coefficients = torch.stack([axis[places[:, i]] for i, axis in enumerate(axes)], 1)
-        start = 0
-        for losses in self._shown(self.points.losses(coefficients), len(places)):
-            at = tuple(places[start : start + len(losses)].T)
-            surface.losses[at] = losses
-            surface.evaluated[at] = True
-            start += len(losses)
-            self.file.grown()
+        at = np.unravel_index(places, wanted.shape)
+        coefficients = torch.stack([axis[torch.from_numpy(i)] for axis, i in zip(axes, at, strict=True)], 1)
+        with self._shown(len(places)) as advance:
 
-    def _shown(self, chunks: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+            def seen(number: int, loss: float) -> None:
+                losses[places[number]] = loss
+                evaluated[places[number]] = True
+                advance()
+                self.file.grown()
+
+            self.points.evaluate(coefficients, seen)
+
+    @contextmanager
+    def _shown(self, count: int) -> Iterator[Callable[[], None]]:
+        """What is to be called for each point that is done."""
         if not self.progress or not count:
-            yield from chunks
+            yield lambda: None
             return
         from rich.progress import Progress
 
         with Progress(transient=True) as bar:
             task = bar.add_task("loss surface", total=count)
-            for losses in chunks:
-                yield losses
-                bar.advance(task, len(losses))
+            yield lambda: bar.advance(task)

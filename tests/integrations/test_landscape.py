@@ -62,7 +62,9 @@ def test_batches_of_transformers(bert: Any, own: bool) -> None:
 def test_the_spectrum_of_transformers(bert: Any) -> None:
     """Attention has a second derivative here."""
     found = hessian_eigenvalues(bert.double(), None, batches(), count=1, tolerance=1e-4)
-    assert bool(found.values.isfinite().all()) and float(found.residuals[0]) < 1e-3 * abs(float(found.values[0]))
+    assert bool(found.values.isfinite().all()) and float(found.residuals[0]) < 1e-3 * abs(
+        float(found.values[0])
+    )
 
 
 def test_a_model_of_a_process_group(tmp_path: Path) -> None:
