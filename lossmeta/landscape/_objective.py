@@ -186,17 +186,26 @@ class Objective:
         with context:
             if isinstance(batch, Mapping):
                 found = model(**batch)
-                value = found.loss if self.loss_fn is None else self.loss_fn(found, batch)
+                value = self._own_loss(found) if self.loss_fn is None else self.loss_fn(found, batch)
             else:
                 found = call_model(model, batch[0])
                 if self.loss_fn is None:
-                    value = found.loss
+                    value = self._own_loss(found)
                 else:
                     prediction = prediction_of(self.where, found, self.output)
                     value = self.loss_fn(
                         prediction if self.autocast is None else prediction.float(), batch[1]
                     )
         check_scalar(self.where, "loss_fn", value, " (reduction='mean')")
+        return value
+
+    def _own_loss(self, found: Any) -> Tensor:
+        value: Tensor | None = getattr(found, "loss", None)
+        if value is None:
+            raise ValueError(
+                f"{self.where}: loss_fn must be given where the model's output has no loss of its own, got a "
+                f"{type(found).__name__} without one; models of transformers need labels in the batch"
+            )
         return value
 
     def value(self, weights: Weights | None = None) -> Tensor:
@@ -222,12 +231,8 @@ class Objective:
                 _add(total, found, share)
         return total
 
-    def hessian_product(self, vector: Weights, weights: Weights | None = None) -> Weights:
-        """The Hessian of the mean loss times a vector, exactly, by two backward passes."""
-        return self.hessian_products([vector], weights)[0]
-
     def hessian_products(self, vectors: Sequence[Weights], weights: Weights | None = None) -> list[Weights]:
-        """The same for several vectors; the graph of a batch's gradient is made once for all of them."""
+        """The Hessian of the mean loss times vectors, exactly, by two backward passes; one graph serves all of them."""
         self._refuse_hooks()
         parameters = list(self.parameters.values())
         totals = [{name: torch.zeros_like(p) for name, p in self.parameters.items()} for _ in vectors]

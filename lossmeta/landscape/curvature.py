@@ -52,7 +52,7 @@ def exact_curvature(
 
     .. math:: f_a = \langle \nabla L, \delta_1 \rangle, \qquad f_{ab} = \langle \delta_1, \nabla^2 L\, \delta_2 \rangle
 
-    It needs no grid, and costs three backward passes and two second ones over the data for each point. Where the model
+    It needs no grid, and costs two backward passes and two second ones over the data for each point. Where the model
     has kinks, as with ReLU, it is that of the piece that the weights are in, while differences on a grid see the kinks
     too.
 
@@ -94,7 +94,7 @@ def exact_curvature(
             losses.append(float(objective.value(point)))
             slope = objective.gradient(point)
             gradients.append([_dot(slope, one), _dot(slope, two)])
-            of_one, of_two = (objective.hessian_product(d, point) for d in (one, two))
+            of_one, of_two = objective.hessian_products([one, two], point)
             mixed = (_dot(of_one, two) + _dot(of_two, one)) / 2
             hessians.append([[_dot(of_one, one), mixed], [mixed, _dot(of_two, two)]])
     return Curvature(

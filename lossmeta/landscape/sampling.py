@@ -118,7 +118,7 @@ def loss_surface(
                 sampler.evaluate(np.ones(surface.losses.shape, dtype=bool))
             else:
                 surface.error = refined(surface, sampler.evaluate, refine)
-            _check_unmoved(objective, centre)
+            _check_unmoved(objective, centre, surface)
             file.finished = True
     if surface.holes:
         warnings.warn(
@@ -169,10 +169,11 @@ def _centre(objective: Objective) -> float:
     return first
 
 
-def _check_unmoved(objective: Objective, centre: float) -> None:
+def _check_unmoved(objective: Objective, centre: float, surface: LossSurface) -> None:
     """Refuses what other points have changed, as the statistics of an observer for quantisation."""
     after = float(objective.value())
     if math.isfinite(centre) and not abs(after - centre) <= SAME * abs(centre):
+        surface.evaluated.fill_(False)  # a file must not hand them on
         raise ValueError(
             f"{WHERE}: the loss must depend on the weights alone, got {centre} before and {after} after the surface at "
             "the same weights; look for buffers that move in evaluation mode"
@@ -182,7 +183,7 @@ def _check_unmoved(objective: Objective, centre: float) -> None:
 def _can_be_together(objective: Objective, directions: Sequence[Direction]) -> bool:
     try:
         Points(objective, directions, True)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):
         return False
     return True
 

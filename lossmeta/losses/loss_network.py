@@ -14,6 +14,7 @@ from lossmeta.losses._labels import Labels
 from lossmeta.losses._outputwise import IGNORED, OutputwiseLoss, with_labels_as_int64
 from lossmeta.losses._parameters import has_hooks
 from lossmeta.losses._task_loss import as_rows, scale_of_rows, slope_of_labels, task_loss, task_slope
+from lossmeta.ops._precision import accumulation_dtype
 from lossmeta.ops.adjusted_cross_entropy import with_slope
 from lossmeta.ops.loss_network import HIDDEN, OUTPUTS, loss_network, with_mixed_derivative
 
@@ -271,7 +272,8 @@ class LossNetwork(OutputwiseLoss):
         value, slope = loss.sum() / count, slope.reshape(pred.shape) / count
         if self.residual is not None or self.normalize_slope:
             if self.link == "softmax":
-                task_value, task = with_slope(pred.detach(), target, ignore_index=self.ignore_index)
+                wide = pred.detach().to(accumulation_dtype(pred.dtype))  # a slope has the dtype of its logits
+                task_value, task = with_slope(wide, target, ignore_index=self.ignore_index)
             elif self.link == "sigmoid":
                 task = slope_of_labels(self._labels(pred.detach(), target)).reshape(pred.shape) / count
                 task_value = task_loss(self, pred.detach(), target)

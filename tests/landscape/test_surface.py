@@ -248,6 +248,13 @@ def test_buffers_that_move_are_refused() -> None:
     assert float(model.largest) == 1
 
 
+def test_what_was_refused_is_not_taken_up_again(tmp_path: Path) -> None:
+    path = tmp_path / "surface.safetensors"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the loss must depend on the weights alone"):
+            loss_surface(Observer(), F.cross_entropy, samples(), span=5.0, points=5, path=path)
+
+
 class Merging(nn.Linear):
     """Merges in evaluation mode, as low-rank adapters do."""
 
@@ -700,6 +707,12 @@ def cases() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "sparse", {"model": sparse}, ValueError, "dense and real, got weight, which is sparse_coo float32"
     yield "complex", {"model": complex_}, ValueError, "got weight, which is strided complex64"
     yield "meta", {"model": nn.Linear(4, 3, device="meta")}, ValueError, "got weight, which is meta"
+    yield (
+        "no loss",
+        {"loss_fn": None},
+        ValueError,
+        "loss_fn must be given where the model's output has no loss",
+    )
     shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shared[0].weight.data = shared[1].weight.data
     yield (

@@ -441,3 +441,20 @@ def test_mixed_derivative_is_left_to_autograd(options: dict[str, Any]) -> None:
     assert loss.with_mixed_derivative(pred, pred.softmax(1)) is None
     loss.hidden_weight.requires_grad_(False)
     assert loss.with_mixed_derivative(pred, labels) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_derivative_of_half_precision_is_not_rounded_twice(dtype: torch.dtype) -> None:
+    """Beside the same numbers in float64; what was rounded is the input alone."""
+    torch.manual_seed(0)
+    pred, target = torch.randn(16, 5).to(dtype), torch.randint(5, (16,))
+    loss = LossNetwork(residual="cross_entropy", normalize_slope=True, dtype=dtype)
+    found = loss.with_mixed_derivative(pred, target)
+    exact = LossNetwork(residual="cross_entropy", normalize_slope=True, dtype=torch.float64)
+    exact.load_state_dict({name: value.double() for name, value in loss.state_dict().items()})
+    x = pred.double().requires_grad_()
+    value = exact(x, target)
+    (slope,) = torch.autograd.grad(value, x)
+    assert found is not None
+    torch.testing.assert_close(found[0].double(), value.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1].double(), slope, rtol=1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_setting import methods
 
 from lossmeta.experiments import Method, Trial, Tuned, run_folder
 from lossmeta.recipes import _noise_methods, _noise_tasks, adalfl_imbalance, recipes
@@ -50,15 +51,7 @@ def test_an_official_test_part_is_the_same_in_every_seed(monkeypatch: pytest.Mon
         draw(replace(source, test=600), 0, CPU)
 
 
-def methods() -> list[Method]:
-    """Every row, at one setting."""
-    found: list[Any] = []
-    for row in adalfl_imbalance.ROWS:
-        found.append(row.candidates[len(row.candidates) // 2] if isinstance(row, Tuned) else row)
-    return found
-
-
-@pytest.mark.parametrize("method", methods(), ids=lambda m: m.label)
+@pytest.mark.parametrize("method", methods(adalfl_imbalance.ROWS), ids=lambda m: m.label)
 def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
     monkeypatch.setattr(_noise_methods, "LAST_STEPS", (5,))

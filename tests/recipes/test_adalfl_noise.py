@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_setting import methods
 from torch import Tensor
 
 from lossmeta.experiments import Diverged, Method, Trial, Tuned, run_folder
@@ -45,15 +46,7 @@ def test_classes_that_are_alike() -> None:
     }
 
 
-def methods() -> list[Method]:
-    """Every row, at one setting."""
-    found: list[Any] = []
-    for row in adalfl_noise.ROWS:
-        found.append(row.candidates[len(row.candidates) // 2] if isinstance(row, Tuned) else row)  # type: ignore[index]
-    return found
-
-
-@pytest.mark.parametrize("method", methods(), ids=lambda m: m.label)
+@pytest.mark.parametrize("method", methods(adalfl_noise.ROWS), ids=lambda m: m.label)
 def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each trains; the test part moves nothing, and the selection part the rivals alone."""
     monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))

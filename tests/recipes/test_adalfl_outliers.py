@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from one_setting import methods
 
 from lossmeta.experiments import Method, Trial, Tuned, run_folder
 from lossmeta.recipes import _noise_methods, adalfl_outliers, recipes
@@ -65,15 +65,7 @@ def test_huber_pulls_alike_at_every_delta() -> None:
         assert x.grad is not None and x.grad.item() == pytest.approx(1.0)
 
 
-def methods() -> list[Method]:
-    """Every row, at one setting."""
-    found: list[Any] = []
-    for row in adalfl_outliers.ROWS:
-        found.append(row.candidates[len(row.candidates) // 2] if isinstance(row, Tuned) else row)
-    return found
-
-
-@pytest.mark.parametrize("method", methods(), ids=lambda m: m.label)
+@pytest.mark.parametrize("method", methods(adalfl_outliers.ROWS), ids=lambda m: m.label)
 def test_rows(method: Method, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each explains something; the test part moves nothing."""
     monkeypatch.setattr(_noise_methods, "LAST_RATES", (0.03,))
