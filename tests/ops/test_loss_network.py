@@ -221,7 +221,7 @@ def test_table_keeps_its_bound_or_is_refused(scale: float, seed: int, table_size
         f = torch.linspace(0, 1, 4001, dtype=torch.float64)[:, None]
         largest = max(largest, loss_network(f, torch.full_like(f, y), *w)[1].abs().max().item())
     error = ((tabulated - exact)[:, 0] / (p * (1 - p))).abs().max().item()
-    assert error <= 2 * 1e-5 * largest
+    assert error <= 2 * 1e-3 * largest
 
 
 def test_table_is_refused_for_rough_networks_and_used_for_usual_ones() -> None:
@@ -254,13 +254,35 @@ def test_where_there_is_no_table() -> None:
         (pred, dense, (SIGMOID, *base[1:])),
         (pred, target, (SOFTMAX, False, *base[2:])),
         (pred, target, (*base[:-1], 0)),
-        (pred[:100], target[:100], base),
+        (pred[:50], target[:50], base),
     ):
         assert torch.ops.lossmeta.loss_network(x, y, *w, *options)[2].numel() == 0
     assert table_of(pred, target, w).numel() == 5121
     assert_close(
         loss_network(pred, dense, *w, link="softmax"), loss_network(pred, target, *w, link="softmax")
     )
+
+
+@pytest.mark.parametrize(
+    ("outputs", "most", "intervals"),
+    [
+        *((599, 512, 0), (600, 512, 256), (1036, 512, 256), (1280, 512, 317), (9000, 512, 512)),
+        *((600, 64, 64), (40, 16, 0), (76, 16, 16)),
+    ],
+)
+def test_how_fine_the_table_is(outputs: int, most: int, intervals: int) -> None:
+    pred, target, w = inputs(outputs, 1, 4, "indices", link="sigmoid")
+    taken: list[int] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "lossmeta" in str(f):
+                taken.append(args[-1])
+            return f(*args, **(kwargs or {}))
+
+    with Record(), torch.no_grad():
+        loss_network(pred, target, *w, link="sigmoid", table_size=most)
+    assert taken == [intervals]
 
 
 def test_loss_of_the_table_has_the_slope_that_is_returned() -> None:
