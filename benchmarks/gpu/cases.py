@@ -506,7 +506,7 @@ def _loss_network() -> list[Case]:
             "exact": exact,
             "table_size": table_size,
         }
-        flags = (LINKS[link], hidden != "relu", 0.01, 10.0, output == "softplus", -100, 0)
+        flags = (None, LINKS[link], hidden != "relu", 0.01, 10.0, output == "softplus", -100, 0)
         return Case(
             operator,
             f"{name}, {'exact' if exact else 'table'}",

@@ -32,7 +32,7 @@ def calls(backend: Card | Dry) -> list[Callable[[], object]]:
     labels = torch.randint(classes, (samples,), device=device)
     shapes = (width, 2), (width, width), (1, width)
     weights = [torch.randn(shape, device=device) * shape[1] ** -0.5 for shape in shapes]
-    network = (pred, labels, *weights, True, True, 0.01, 10.0, False, -100, 512)
+    network = (pred, labels, *weights, None, True, True, 0.01, 10.0, False, -100, 512)
     table = operators.loss_network(*network)[2]
 
     return [

@@ -93,7 +93,19 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[str]:
         target = draw(samples, classes, dtype=wide) if dense else indices(device, classes, samples)
         shapes = (width, 2), (width, width), (1, width)
         weights = [draw(*shape, dtype=wide, scale=shape[1] ** -0.5) for shape in shapes]
-        arguments = (draw(samples, classes), target, *weights, True, True, 0.01, 10.0, False, -100, table)
+        arguments = (
+            draw(samples, classes),
+            target,
+            *weights,
+            None,
+            True,
+            True,
+            0.01,
+            10.0,
+            False,
+            -100,
+            table,
+        )
         kept = operators.loss_network(*arguments)[2]
         pulls = draw(samples, dtype=wide), draw(samples, classes, dtype=wide)
         operators.loss_network_backward(*pulls, *arguments, kept, True, True, True, True)

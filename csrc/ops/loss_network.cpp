@@ -101,6 +101,17 @@ struct Arguments {
     return {a.intervals ? loss_network_table_size(a.intervals) : 0};
   }
 
+  // A table that an earlier forward returned; what is returned here must live as long as it is read.
+  Tensor take_table(const Tensor& table, const char* name) {
+    LOSSMETA_CHECK(
+        table.dim() == 1 && table.size(0) == table_sizes()[0] && table.scalar_type() == accumulated, op, ": ",
+        name, " must be the one that the forward returned for these arguments");
+    check_same_device(table, pred, op, name, "pred");
+    Tensor kept = packed(table);
+    if (a.intervals) a.table = const_cast<void*>(kept.const_data_ptr());
+    return kept;
+  }
+
   static bool is_float(const Tensor& t) {
     const ScalarType s = t.scalar_type();
     return s == ScalarType::Float || s == ScalarType::Double || s == ScalarType::BFloat16 ||
@@ -124,7 +135,8 @@ std::optional<Tensor> workspace([[maybe_unused]] LossNetwork& a, [[maybe_unused]
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& target,
                                            const Tensor& input_weight, const Tensor& hidden_weight,
-                                           const Tensor& output_weight, int64_t link, bool smooth,
+                                           const Tensor& output_weight,
+                                           const std::optional<Tensor>& kept_table, int64_t link, bool smooth,
                                            double leak, double smoothness, bool softplus,
                                            int64_t ignore_index, int64_t table_size) {
   Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, link, smooth, leak,
@@ -132,15 +144,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& tar
   LossNetwork& a = arguments.a;
   Tensor loss = empty(arguments.rows(), arguments.accumulated, pred);
   Tensor slope = empty(sizes(pred), arguments.accumulated, pred);
-  Tensor table = empty(arguments.table_sizes(), arguments.accumulated, pred);
+  const bool tabulates = a.intervals && !kept_table;
+  Tensor table =
+      empty(tabulates ? arguments.table_sizes() : std::vector<int64_t>{0}, arguments.accumulated, pred);
   a.loss = loss.mutable_data_ptr();
   a.slope = slope.mutable_data_ptr();
   const auto scratch = workspace(a, arguments.accumulated, pred);
-  if (a.intervals) {
+  std::optional<Tensor> kept;
+  if (kept_table) kept = arguments.take_table(*kept_table, "kept_table");
+  if (tabulates) {
     a.table = table.mutable_data_ptr();
     LOSSMETA_RUN(loss_network_tabulate, a, pred);
-    LOSSMETA_RUN(loss_network_table_forward, a, pred);
   }
+  if (a.intervals) LOSSMETA_RUN(loss_network_table_forward, a, pred);
   LOSSMETA_RUN(loss_network_forward, a, pred);
   return {loss, slope, table};
 }
@@ -148,9 +164,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& pred, const Tensor& tar
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_slope, const Tensor& pred,
     const Tensor& target, const Tensor& input_weight, const Tensor& hidden_weight,
-    const Tensor& output_weight, int64_t link, bool smooth, double leak, double smoothness, bool softplus,
-    int64_t ignore_index, int64_t table_size, const Tensor& table, bool need_pred, bool need_input_weight,
-    bool need_hidden_weight, bool need_output_weight) {
+    const Tensor& output_weight, const std::optional<Tensor>& kept_table, int64_t link, bool smooth,
+    double leak, double smoothness, bool softplus, int64_t ignore_index, int64_t table_size,
+    const Tensor& table, bool need_pred, bool need_input_weight, bool need_hidden_weight,
+    bool need_output_weight) {
   Arguments arguments(pred, target, input_weight, hidden_weight, output_weight, link, smooth, leak,
                       smoothness, softplus, ignore_index, table_size);
   LossNetwork& a = arguments.a;
@@ -168,10 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     dense_slope = packed_as(*grad_slope, accumulated);
     a.grad_slope = dense_slope->const_data_ptr();
   }
-  LOSSMETA_CHECK(table.numel() == arguments.table_sizes()[0] && table.scalar_type() == accumulated, op,
-                 ": table must be the one that the forward returned for these arguments");
-  const Tensor kept = packed(table);
-  if (a.intervals) a.table = const_cast<void*>(kept.const_data_ptr());
+  const Tensor kept =
+      kept_table ? arguments.take_table(*kept_table, "kept_table") : arguments.take_table(table, "table");
 
   const bool need_weights = need_input_weight || need_hidden_weight || need_output_weight;
   const auto none = std::vector<int64_t>{0};
@@ -203,13 +218,15 @@ LOSSMETA_DEFINE(m) {
   m.def(
       "loss_network(Tensor pred, Tensor target, Tensor input_weight, Tensor hidden_weight, Tensor "
       "output_weight, "
-      "int link, bool smooth, float leak, float smoothness, bool softplus, int ignore_index, int "
+      "Tensor? kept_table, int link, bool smooth, float leak, float smoothness, bool softplus, int "
+      "ignore_index, int "
       "table_size) "
       "-> (Tensor loss, Tensor slope, Tensor table)");
   m.def(
       "loss_network_backward(Tensor? grad_loss, Tensor? grad_slope, Tensor pred, Tensor target, Tensor "
       "input_weight, "
-      "Tensor hidden_weight, Tensor output_weight, int link, bool smooth, float leak, float smoothness, "
+      "Tensor hidden_weight, Tensor output_weight, Tensor? kept_table, int link, bool smooth, float leak, "
+      "float smoothness, "
       "bool softplus, int ignore_index, int table_size, Tensor table, bool need_pred, bool "
       "need_input_weight, "
       "bool need_hidden_weight, bool need_output_weight) "

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lossmeta._build import _core
 from lossmeta._checks import check_fraction, check_positive_and_finite, check_tensors, choice
 from lossmeta.ops._operator import Operator
 from lossmeta.ops._precision import accumulation_dtype
+from lossmeta.ops._settled import is_settled, state_of
 
 LINKS = {"identity": 0, "softmax": 1, "sigmoid": 2}
 HIDDEN = {"smooth_leaky_relu": True, "relu": False}
@@ -63,6 +66,10 @@ def loss_network(
     * The gradient of the slope with respect to ``pred`` has an error of about 1e-4 in float32: curvature comes from
       differences of neighbouring nodes.
 
+    The table of weights that require no gradient is kept until one of them changes in a way that torch counts:
+    ``weight.copy_(...)`` is, ``weight.data.copy_(...)`` is not. A compiled graph and a CUDA graph make it
+    in every call.
+
     On the CPU numbers below the smallest normal one (1e-38 in float32) count as 0.
 
     Args:
@@ -100,14 +107,9 @@ def loss_network(
         >>> loss, slope = loss_network(logits, labels, w1, w2, w3, link="softmax")
         >>> loss.mean().backward()
     """
-    return _operator(
-        pred,
-        target,
-        input_weight,
-        hidden_weight,
-        output_weight,
-        *_options(pred, target, link, leak, smoothness, hidden, output, ignore_index, exact, table_size),
-    )
+    options = _options(pred, target, link, leak, smoothness, hidden, output, ignore_index, exact, table_size)
+    weights = input_weight, hidden_weight, output_weight
+    return _operator(pred, target, *weights, _kept_table(pred, target, weights, options), *options)
 
 
 def with_mixed_derivative(
@@ -139,10 +141,10 @@ def with_mixed_derivative(
         [torch.Size([40, 2]), torch.Size([40, 40]), torch.Size([1, 40])]
     """
     options = _options(pred, target, link, leak, smoothness, hidden, output, ignore_index, exact, table_size)
-    loss, slope, table = _operator.without_autograd(pred, target, *weights, *options)
+    loss, slope, table = _operator.without_autograd(pred, target, *weights, None, *options)
 
     def mixed(u: Tensor) -> tuple[Tensor, ...]:
-        arguments = (None, u, pred, target, *weights, *options, table)
+        arguments = (None, u, pred, target, *weights, None, *options, table)
         return _operator.backward_without_autograd(*arguments, False, True, True, True)[1:]
 
     return loss, slope, mixed
@@ -189,12 +191,49 @@ def _intervals(most: int, pred: Tensor) -> int:
     return min(most, SMALL_TABLE_SIZE) if pred.numel() >= SMALL_BATCH else 0
 
 
+def _is_tabulated(target: Tensor, link: int, smooth: bool, intervals: int) -> bool:
+    return intervals > 0 and link != LINKS["identity"] and smooth and not target.dtype.is_floating_point
+
+
+# Of a network's first weight: what all its weights and the options were at the last call, and their table from the
+# second such call on.
+_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _kept_table(
+    pred: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    options: tuple[int, bool, float, float, bool, int, int],
+) -> Tensor | None:
+    """The table of a network that does not learn, which costs more than to read it."""
+    link, smooth, leak, smoothness, has_softplus, _, intervals = options
+    if not (
+        _is_tabulated(target, link, smooth, intervals)
+        and all(isinstance(w, Tensor) and is_settled(w) for w in weights)
+        and not torch.is_inference_mode_enabled()
+    ):
+        return None
+    state = [(id(w), state_of(w)) for w in weights]
+    key = (state, leak, smoothness, has_softplus, intervals, accumulation_dtype(pred.dtype), pred.device)
+    kept = _tables.get(weights[0])
+    if kept is None or kept[0] != key or any(ref() is None for ref in kept[1]):
+        _tables[weights[0]] = key, [weakref.ref(w) for w in weights[1:]], None
+        return None
+    if kept[2] is None:
+        with torch.no_grad():
+            table = _operator.without_autograd(pred.detach(), target, *weights, None, *options)[2]
+        _tables[weights[0]] = kept = (*kept[:2], table)
+    return kept[2]  # type: ignore[no-any-return]
+
+
 def _reference(
     pred: Tensor,
     target: Tensor,
     input_weight: Tensor,
     hidden_weight: Tensor,
     output_weight: Tensor,
+    kept_table: Tensor | None,
     link: int,
     smooth: bool,
     leak: float,
@@ -249,6 +288,7 @@ def _fake(
     input_weight: Tensor,
     hidden_weight: Tensor,
     output_weight: Tensor,
+    kept_table: Tensor | None,
     link: int,
     smooth: bool,
     leak: float,
@@ -258,7 +298,7 @@ def _fake(
     table_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(pred.dtype)
-    tabulates = table_size > 0 and link != LINKS["identity"] and smooth and not target.dtype.is_floating_point
+    tabulates = kept_table is None and _is_tabulated(target, link, smooth, table_size)
     # loss_network_nodes and loss_network_table_size of csrc/math/loss_network.h
     table = (
         10 * table_size + 1 if tabulates and pred.numel() >= 2 * ELEMENTS_PER_NODE * (table_size + 3) else 0
@@ -292,7 +332,7 @@ _operator = Operator(
     reference=_reference,
     fake=_fake,
     differentiable=(0, 2, 3, 4),
-    num_tensors=5,
+    num_tensors=6,
     num_outputs=2,
     shortcut=(1, _gradient_from_slope),
 )

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lossmeta._build import _core
@@ -28,6 +27,7 @@ from lossmeta._checks import (
 )
 from lossmeta.ops._operator import Operator, looped
 from lossmeta.ops._precision import accumulation_dtype, in_full_precision
+from lossmeta.ops._settled import is_settled, state_of
 
 NAME = "parametric_cross_entropy"
 ACTIVATIONS = {"sigmoid": True, "identity": False}
@@ -332,10 +332,10 @@ def _sum_of_rows(phi: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tens
     def summed() -> Tensor:
         return phi.sum(-2, dtype=dtype) if weight is None else weight.to(dtype) @ phi.to(dtype)
 
-    if not (_is_settled(phi) and (weight is None or _is_settled(weight))):
+    if not (is_settled(phi) and (weight is None or is_settled(weight))):
         return summed()
-    state = (phi._version, phi.data_ptr(), dtype)
-    weight_state = None if weight is None else (weight._version, weight.data_ptr())
+    state = (*state_of(phi), dtype)
+    weight_state = None if weight is None else state_of(weight)
     if (kept := _sums.get(phi)) is not None:
         *states, kept_weight, total = kept
         if states == [state, weight_state] and (weight is None or kept_weight() is weight):
@@ -344,18 +344,6 @@ def _sum_of_rows(phi: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tens
     if not total.is_inference():
         _sums[phi] = state, weight_state, None if weight is None else weakref.ref(weight), total
     return total
-
-
-def _is_settled(tensor: Tensor) -> bool:
-    """Whether what one call reads of it holds in the next, unless torch has counted a change."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or tensor.requires_grad
-        or tensor.is_inference()
-        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
 
 
 def _reduced(loss: Tensor, weights: Tensor, reduction: int, models: bool) -> Tensor:

@@ -37,7 +37,7 @@ def inputs(n: int, classes: int, width: int) -> tuple[Tensor, Tensor, list[Tenso
 
 def arguments(n: int, classes: int, width: int, table_size: int) -> tuple[object, ...]:
     pred, labels, weights = inputs(n, classes, width)
-    return pred, labels, *weights, LINKS["softmax"], True, 0.01, 10.0, False, -100, table_size
+    return pred, labels, *weights, None, LINKS["softmax"], True, 0.01, 10.0, False, -100, table_size
 
 
 def table_bound(dtype: torch.dtype) -> float:
@@ -80,7 +80,7 @@ def test_dense_targets(link: str) -> None:
     pred, _, weights = inputs(70, 33, 40)
     target = torch.rand(70, 33, dtype=torch.float64)
     check_operator(
-        _operator, pred, target, *weights, LINKS[link], True, 0.01, 10.0, True, -100, 0,
+        _operator, pred, target, *weights, None, LINKS[link], True, 0.01, 10.0, True, -100, 0,
         bounds=exact_bound,
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_labels_on_their_own(table: int, shape: tuple[int, int]) -> None:
     labels = torch.randint(2, shape)
     labels.view(-1)[::9] = -100
     check_operator(
-        _operator, pred, labels, *weights, LINKS["sigmoid"], True, 0.01, 10.0, False, -100, table,
+        _operator, pred, labels, *weights, None, LINKS["sigmoid"], True, 0.01, 10.0, False, -100, table,
         bounds=table_bound if table else exact_bound,
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_relu() -> None:
     pred, labels, weights = inputs(300, 20, 40)
     # At a kink the two sides differ: float64 and float32 alone keep to one side of it.
     check_operator(
-        _operator, pred, labels, *weights, LINKS["softmax"], False, 0.0, 1.0, True, -100, 0,
+        _operator, pred, labels, *weights, None, LINKS["softmax"], False, 0.0, 1.0, True, -100, 0,
         dtypes=(torch.float64,),
     )  # fmt: skip
 

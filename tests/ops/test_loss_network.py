@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossmeta.ops import loss_network
 from lossmeta.ops.loss_network import LINKS as NUMBERS
-from lossmeta.ops.loss_network import _operator
+from lossmeta.ops.loss_network import _operator, _tables
 
 # (N, C, H): one of everything; primes; few classes; rows longer than a tile (512) and odd widths.
 SHAPES = [(1, 1, 1), (5, 3, 7), (33, 10, 40), (6, 100, 33), (2, 1300, 8)]
@@ -169,7 +169,7 @@ def test_second_derivative_runs_the_kernel() -> None:
 
 def table_of(pred: Tensor, target: Tensor, w: list[Tensor], table_size: int = 512) -> Tensor:
     link = SIGMOID if target.shape == pred.shape else SOFTMAX
-    arguments = (pred, target, *w, link, True, 0.01, 10.0, False, -100, table_size)
+    arguments = (pred, target, *w, None, link, True, 0.01, 10.0, False, -100, table_size)
     return torch.ops.lossmeta.loss_network(*arguments)[2].detach()
 
 
@@ -256,7 +256,7 @@ def test_where_there_is_no_table() -> None:
         (pred, target, (*base[:-1], 0)),
         (pred[:50], target[:50], base),
     ):
-        assert torch.ops.lossmeta.loss_network(x, y, *w, *options)[2].numel() == 0
+        assert torch.ops.lossmeta.loss_network(x, y, *w, None, *options)[2].numel() == 0
     assert table_of(pred, target, w).numel() == 5121
     assert_close(
         loss_network(pred, dense, *w, link="softmax"), loss_network(pred, target, *w, link="softmax")
@@ -283,6 +283,89 @@ def test_how_fine_the_table_is(outputs: int, most: int, intervals: int) -> None:
     with Record(), torch.no_grad():
         loss_network(pred, target, *w, link="sigmoid", table_size=most)
     assert taken == [intervals]
+
+
+def is_kept(w: list[Tensor]) -> bool:
+    return w[0] in _tables and _tables[w[0]][2] is not None
+
+
+def test_table_of_a_network_that_does_not_learn_is_kept_until_it_changes() -> None:
+    pred, target, w = inputs(*TABLE, 8, "indices")
+    w = [p.detach() for p in w]
+
+    def run() -> list[Tensor]:
+        return with_gradients(lambda x: loss_network(x, target, *w, link="softmax"), pred)
+
+    first = run()
+    assert not is_kept(w)  # it may be another network in every call
+    for _ in range(2):
+        assert all(map(torch.equal, run(), first))
+        assert is_kept(w)
+    for i in range(3):
+        w[i].mul_(0.9)
+        changed = run()
+        assert not is_kept(w)
+        fresh = [p.clone() for p in w]
+        expected = with_gradients(lambda x, w=fresh: loss_network(x, target, *w, link="softmax"), pred)
+        run()
+        assert is_kept(w)
+        assert all(map(torch.equal, changed, expected))
+        assert all(map(torch.equal, run(), expected))
+    # Of other weights, options, precision or size it is another one.
+    table = _tables[w[0]][2]
+    other = [w[0], w[1], w[2].clone()]
+    for x, weights_, options in (
+        (pred, other, {}),
+        (pred, w, {"leak": 0.2}),
+        (pred, w, {"output": "softplus"}),
+        (pred, w, {"table_size": 300}),
+        (pred.detach().float(), w, {}),
+    ):
+        for _ in range(3):
+            loss, _ = loss_network(x, target, *weights_, link="softmax", **options)
+        exact, _ = loss_network(x, target, *weights_, link="softmax", exact=True, **options)
+        assert_close(loss, exact, rtol=1e-4, atol=1e-6)
+        assert _tables[w[0]][2] is not table
+
+
+def test_table_of_a_refused_network_is_kept_as_refused() -> None:
+    pred, target, _ = inputs(*TABLE, 4, "indices")
+    w = [p.detach() for p in weights(40, scale=30.0)]
+    exact = loss_network(pred, target, *w, link="softmax", exact=True)
+    for _ in range(3):
+        assert all(map(torch.equal, loss_network(pred, target, *w, link="softmax"), exact))
+    assert is_kept(w)
+    assert not is_accepted(_tables[w[0]][2])
+
+
+def test_where_no_table_is_kept() -> None:
+    pred, target, w = inputs(*TABLE, 8, "indices")
+    pred = pred.detach()
+    frozen = [p.detach() for p in w]
+    calls: list[Callable[[], Any]] = [
+        lambda: loss_network(pred, target, *w, link="softmax"),  # it learns
+        lambda: loss_network(pred, target, *frozen, link="softmax", exact=True),
+        lambda: torch.func.grad(lambda x: loss_network(x, target, *frozen, link="softmax")[0].sum())(pred),
+    ]
+    for call in calls:
+        for _ in range(3):
+            call()
+    with torch.inference_mode():
+        for _ in range(3):
+            loss_network(pred, target, *frozen, link="softmax")
+    assert not is_kept(w)
+    assert not is_kept(frozen)
+
+
+def test_a_kept_table_that_does_not_fit_is_refused() -> None:
+    pred, target, w = inputs(*TABLE, 8, "indices")
+    options = (SOFTMAX, True, 0.01, 10.0, False, -100, 512)
+    table = table_of(pred, target, w)
+    for bad in (table[:-1], table.float(), table[None]):
+        with pytest.raises(
+            RuntimeError, match="loss_network: kept_table must be the one that the forward returned"
+        ):
+            torch.ops.lossmeta.loss_network(pred, target, *w, bad, *options)
 
 
 def test_loss_of_the_table_has_the_slope_that_is_returned() -> None:
@@ -332,7 +415,7 @@ def test_reference_ignores_what_it_is_told_to_and_shows_bad_labels() -> None:
     pred, w = torch.randn(4, 3, dtype=torch.float64), weights(8)
     target = torch.tensor([0, 1, -100, 2])
     options = (SOFTMAX, True, 0.01, 10.0, False, 1, 0)
-    loss, slope = _operator.reference(pred, target, *w, *options)
+    loss, slope = _operator.reference(pred, target, *w, None, *options)
     assert loss.isnan().tolist() == [False, False, True, False]
     assert loss[1] == 0
     assert not slope[1:3].any()
@@ -374,7 +457,7 @@ def test_infinite_and_nan_logits(dtype: torch.dtype, rows: int) -> None:
     x, target = x.repeat(rows, 1), target.repeat(rows)
     assert is_accepted(table_of(x, target, w)) == (rows > 1)
     actual = loss_network(x, target, *w, link="softmax")
-    reference = _operator.reference(x, target, *w, SOFTMAX, True, 0.01, 10.0, False, -100, 512)
+    reference = _operator.reference(x, target, *w, None, SOFTMAX, True, 0.01, 10.0, False, -100, 512)
     tolerance = 1e-7 if dtype == torch.float64 else 1e-5
     assert_close(actual, reference, rtol=tolerance, atol=tolerance)
     # An ignored row keeps its NaN out of the weights' gradients.
@@ -400,7 +483,7 @@ def test_infinite_and_nan_predictions(hidden: str, output: str) -> None:
             512,
         )
         actual = loss_network(pred, torch.ones_like(pred), *w, hidden=hidden, output=output)
-        assert_close(actual, _operator.reference(pred, torch.ones_like(pred), *w, *options))
+        assert_close(actual, _operator.reference(pred, torch.ones_like(pred), *w, None, *options))
 
 
 # ---- What every operator promises.
@@ -423,7 +506,9 @@ def test_contract(kind: str, shape: tuple[int, int]) -> None:
         tolerances = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
         check_strides(function_of(target, kind), pred, *w, **tolerances)
         check_compiles(function_of(target, kind), pred, *w, **tolerances)
-        check_opcheck(_operator, pred, target, *w, NUMBERS[link_of(kind)], True, 0.01, 10.0, False, -100, 512)
+        check_opcheck(
+            _operator, pred, target, *w, None, NUMBERS[link_of(kind)], True, 0.01, 10.0, False, -100, 512
+        )
 
 
 def test_threads() -> None:
@@ -447,7 +532,7 @@ def test_half_precision(kind: str, shape: tuple[int, int], dtype: torch.dtype) -
     check_half(lambda x, y, *w: loss_network(x, y, *w, link=link), composition, dtype, pred, target, *w)
     loss, slope = loss_network(pred.detach().to(dtype), target, *w, link=link)
     assert loss.dtype == slope.dtype == torch.float32
-    exact = _operator.reference(pred.detach().to(dtype).double(), target, *w, *options)
+    exact = _operator.reference(pred.detach().to(dtype).double(), target, *w, None, *options)
     assert_close((loss, slope), [e.float() for e in exact], rtol=1e-4, atol=1e-5)
 
 
@@ -493,7 +578,7 @@ def test_transforms(output: int) -> None:
     options = (SOFTMAX, True, 0.01, 10.0, False, -100, 0)
     check_transforms(
         lambda x: loss_network(x, target, *w, link="softmax")[output].square().sum(),
-        lambda x: _operator.reference(x, target, *w, *options)[output].square().sum(),
+        lambda x: _operator.reference(x, target, *w, None, *options)[output].square().sum(),
         x,
     )
 
@@ -548,9 +633,9 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=f"loss_network: {message}"):
             loss_network(pred, target, *w, link="sigmoid")
     with pytest.raises(RuntimeError, match="loss_network: link must be 0, 1 or 2, got 3"):
-        torch.ops.lossmeta.loss_network(pred, labels, *w, 3, True, 0.01, 10.0, False, -100, 0)
+        torch.ops.lossmeta.loss_network(pred, labels, *w, None, 3, True, 0.01, 10.0, False, -100, 0)
     with pytest.raises(RuntimeError, match=r"loss_network: table_size must lie in \[16, 1024\], got 5"):
-        torch.ops.lossmeta.loss_network(pred, labels, *w, SOFTMAX, True, 0.01, 10.0, False, -100, 5)
+        torch.ops.lossmeta.loss_network(pred, labels, *w, None, SOFTMAX, True, 0.01, 10.0, False, -100, 5)
 
 
 @given(
@@ -571,5 +656,5 @@ def test_any_input(
         lambda x, *w: loss_network(x, target, *w, link=link, leak=leak, smoothness=smoothness), pred, *w
     )
     options = (NUMBERS[link], True, leak, smoothness, False, -100, 512)
-    expected = with_gradients(lambda x, *w: _operator.reference(x, target, *w, *options), pred, *w)
+    expected = with_gradients(lambda x, *w: _operator.reference(x, target, *w, None, *options), pred, *w)
     assert_close(actual, expected, rtol=1e-9, atol=1e-11)
