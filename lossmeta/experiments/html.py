@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import struct
+import zlib
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +22,7 @@ from lossmeta.experiments.table import Cell, Column, Table
 from lossmeta.experiments.trial import Measure
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+PNG = b"\x89PNG\r\n\x1a\n"
 SECONDS = Measure("seconds", higher_is_better=None, digits=2)
 MEMORY = Measure("peak memory (MiB)", higher_is_better=None, digits=0)
 COST = """\
@@ -101,7 +102,7 @@ def _run(name: str, run: Run) -> Markup:
         "section",
         tag("h2", header.recipe, " ", tag("code", str(run.path)), id=f"{name}-title"),
         *([tag("p", header.about)] if header.about else []),
-        _box("Incomplete", _missing(run)),
+        _box("Incomplete", report.notes(run)),
         _facts(run),
         *tasks,
         *_figures(name, run.path),
@@ -113,19 +114,6 @@ def _run(name: str, run: Run) -> Markup:
         id=name,
         aria_labelledby=f"{name}-title",
     )
-
-
-def _missing(run: Run) -> Iterator[str]:
-    """What was lost of the run as a whole."""
-    with suppress(OSError):
-        content = (run.path / TRIALS).read_bytes()
-        if content and not content.endswith(b"\n"):
-            yield (
-                f"The last line of {TRIALS} is cut off, as a process was stopped that wrote it. "
-                "Its trial is not in this page."
-            )
-    if not run.trials:
-        yield "No trial is finished."
 
 
 def _facts(run: Run) -> Markup:
@@ -298,16 +286,18 @@ def _note(values: Mapping[int, float | None], seeds: int) -> str:
 def _figures(name: str, folder: Path) -> Iterator[Markup]:
     """The folder's PNG figures, in the page itself."""
     drawn, broken = [], []
+    trials = folder / TRIALS
+    newest = trials.stat().st_mtime if trials.exists() else 0.0
     for path in sorted(folder.glob("[!.]*.png")):
         try:
             content = path.read_bytes()
         except OSError as error:
             broken.append(f"{path.name} could not be read: {error.strerror}.")
             continue
-        if not (content.startswith(PNG) and content.endswith(PNG_END)):
+        if not _whole(content):
             broken.append(f"{path.name} is no whole PNG image.")
             continue
-        if path.stat().st_mtime < (folder / TRIALS).stat().st_mtime:
+        if path.stat().st_mtime < newest:
             broken.append(f"{path.name} is older than the last trial; finish the run to draw it anew.")
             continue
         words = path.stem.replace("-", " ")
@@ -323,6 +313,18 @@ def _figures(name: str, folder: Path) -> Iterator[Markup]:
             tag("div", *drawn, class_="pictures"),
             aria_labelledby=f"{name}-figures",
         )
+
+
+def _whole(image: bytes) -> bool:
+    """Whether it is a PNG image from its first chunk to its last, with the checksums that they name."""
+    place, kind = len(PNG), b""
+    while image.startswith(PNG) and place + 12 <= len(image) and kind != b"IEND":
+        (length,) = struct.unpack_from(">I", image, place)
+        kind, end = image[place + 4 : place + 8], place + 8 + length
+        if image[end : end + 4] != struct.pack(">I", zlib.crc32(image[place + 4 : end])):
+            return False
+        place = end + 4
+    return kind == b"IEND" and place == len(image)
 
 
 def _box(title: str, notes: Iterable[str], role: str = "note") -> Markup:

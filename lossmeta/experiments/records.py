@@ -90,11 +90,19 @@ class Header:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder as it was read."""
+    """A folder as it was read.
+
+    Attributes:
+        path: of the folder.
+        header: of the run.
+        trials: that are finished.
+        cut: whether the file of trials ends with half a line, as a process leaves it that is killed.
+    """
 
     path: Path
     header: Header
     trials: list[Record] = field(default_factory=list)
+    cut: bool = False
 
 
 def canonical(settings: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import torch
 from lossmeta.experiments import memory, report, run_folder
 from lossmeta.experiments.progress import Progress
 from lossmeta.experiments.records import FolderError, Header, Record, Run, TaskHeader, canonical
+from lossmeta.experiments.statistics import LARGEST
 from lossmeta.experiments.trial import Diverged, Method, Task, Trial, Tuned, seeded
 
 Reported = Mapping[str, Mapping[str, Mapping[str, str]]]
@@ -340,8 +341,8 @@ def _failure(where: str, error: Exception) -> str:
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has neither infinity nor NaN: what is not finite has diverged."""
-    if value is None or not math.isfinite(value):
+    """JSON has neither infinity nor NaN: what is not finite, or nearly so, has diverged."""
+    if value is None or not abs(value) <= LARGEST:
         return None
     return value if isinstance(value, int) else float(value)
 

@@ -455,6 +455,7 @@ def test_figures_are_in_the_page(tmp_path: Path) -> None:
     (folder / "learned-loss.png").write_bytes(PNG)
     (folder / "broken.png").write_bytes(PNG[1:])
     (folder / "cut.png").write_bytes(PNG[:-3])
+    (folder / "flipped.png").write_bytes(PNG[:45] + bytes([PNG[45] ^ 1]) + PNG[46:])
     (folder / ".7-half.png").write_bytes(PNG)
     (folder / "folder.png").mkdir()
     tree = parsed(html([run_folder.read(folder)]))
@@ -463,7 +464,7 @@ def test_figures_are_in_the_page(tmp_path: Path) -> None:
     assert base64.b64decode(image.attributes["src"].partition(",")[2]) == PNG
     assert notes(tree) == [
         "Figures that are missing: broken.png is no whole PNG image.: cut.png is no whole PNG image.: "
-        "folder.png could not be read: Is a directory."
+        "flipped.png is no whole PNG image.: folder.png could not be read: Is a directory."
     ]
 
 
