@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from reprlib import repr as short
 from typing import Any
 
 from lossmeta.experiments.records import Header, Record, TaskHeader
 from lossmeta.experiments.statistics import LARGEST
-from lossmeta.experiments.trial import Measure
+from lossmeta.experiments.trial import Measure, Point
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 ROLES = ("report", "tuning")
@@ -99,6 +100,9 @@ def record_of(content: Any, tasks: Sequence[TaskHeader]) -> Record:
         ValueError: for values out of range, and measures that are missing.
     """
     record = Record(**_of("a trial", content, dict))
+    record = replace(
+        record, series={name: _points(name, p) for name, p in _of("series", record.series, dict).items()}
+    )
     check_record(record)
     wanted = next((task.measures for task in tasks if task.name == record.task), ())
     if missing := [measure.name for measure in wanted if measure.name not in record.measures]:
@@ -123,6 +127,18 @@ def check_record(record: Record) -> None:
         raise ValueError(f"seconds must not be negative, got {record.seconds}")
     if record.peak_memory is not None and not 0 <= _of("peak_memory", record.peak_memory, int) <= LARGEST:
         raise ValueError(f"peak_memory must lie in [0, {LARGEST:g}], got {short(record.peak_memory)}")
+
+
+def _points(name: str, points: Any) -> list[Point]:
+    found: list[Point] = []
+    for point in _of(_text("series", name), points, list):
+        if len(_of(name, point, list)) != 2:
+            raise ValueError(f"{name} must have points [step, value], got {short(point)}")
+        step, value = point
+        if found and not _number(name, step) > found[-1][0]:
+            raise ValueError(f"{name} must have steps that ascend, got {short(step)} after {found[-1][0]}")
+        found.append((_number(name, step), None if value is None else _number(name, value)))
+    return found
 
 
 def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,4 +175,3 @@ def _number(name: str, value: Any) -> float:
 def _different(what: str, names: Sequence[Any]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"{what} must differ, got {short(list(names))}")
-

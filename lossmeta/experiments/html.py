@@ -12,9 +12,12 @@ from itertools import groupby
 from pathlib import Path
 
 from lossmeta.experiments import report
+from lossmeta.experiments._charts import lines
 from lossmeta.experiments._markup import Markup, tag
 from lossmeta.experiments._style import STYLE
+from lossmeta.experiments._surfaces import Load, surfaces
 from lossmeta.experiments._svg import Row, dots
+from lossmeta.experiments.curves import Curve, curves
 from lossmeta.experiments.records import Record, Run, TaskHeader
 from lossmeta.experiments.run_folder import TRIALS
 from lossmeta.experiments.statistics import summary
@@ -29,7 +32,7 @@ COST = """\
 Seconds: mean of the trials. Peak memory: highest of the trials, of the whole process or, on a GPU, of its tensors."""
 
 
-def html(runs: Sequence[Run], unreadable: Sequence[str] = ()) -> str:
+def html(runs: Sequence[Run], unreadable: Sequence[str] = (), load_surface: Load | None = None) -> str:
     """One page for runs, made of what their folders hold, PNG figures included.
 
     Runs of one recipe stand side by side where there is room.
@@ -37,6 +40,8 @@ def html(runs: Sequence[Run], unreadable: Sequence[str] = ()) -> str:
     Args:
         runs: as :func:`~lossmeta.experiments.run_folder.read` gives them.
         unreadable: why further folders could not be read; the page says so.
+        load_surface: reads a loss surface, such as :meth:`lossmeta.landscape.LossSurface.load`; those in the folders
+            are drawn then.
 
     Example:
         >>> from lossmeta.experiments.run_folder import read
@@ -67,7 +72,7 @@ def html(runs: Sequence[Run], unreadable: Sequence[str] = ()) -> str:
             tag(
                 "main",
                 *(
-                    tag("div", *(_run(name, run) for name, run in group), class_="side-by-side")
+                    tag("div", *(_run(name, run, load_surface) for name, run in group), class_="side-by-side")
                     for group in groups
                 ),
                 id="results",
@@ -92,7 +97,7 @@ def _contents(named: Sequence[tuple[str, Run]]) -> Markup:
     return tag("nav", tag("h2", "Contents", id="contents"), tag("ol", *items), aria_labelledby="contents")
 
 
-def _run(name: str, run: Run) -> Markup:
+def _run(name: str, run: Run, load_surface: Load | None) -> Markup:
     header = run.header
     tasks = [
         _task(f"{name}-task-{i}", run, task, report.trials_of(run, task, header.seeds))
@@ -105,6 +110,7 @@ def _run(name: str, run: Run) -> Markup:
         _box("Incomplete", report.notes(run)),
         _facts(run),
         *tasks,
+        *(_surfaces(name, run.path, load_surface) if load_surface else ()),
         *_figures(name, run.path),
         tag(
             "div",
@@ -145,6 +151,7 @@ def _task(name: str, run: Run, task: TaskHeader, rows: report.Rows) -> Markup:
         table = report.table_of(header, task, rows, header.seeds)
         parts.append(_table(replace(table, notes=tuple(filter(None, [report.chosen(rows)])))))
         parts.append(tag("div", *_pictures(name, run, task, rows), class_="pictures"))
+        parts.extend(_curves(name, rows))
         parts.append(_table(_cost(rows)))
     return tag("section", *parts, id=name, aria_labelledby=f"{name}-title")
 
@@ -164,10 +171,10 @@ def _gaps(task: TaskHeader, rows: report.Rows, seeds: Sequence[int]) -> Iterator
             yield f"{label}: diverged with seeds {report.ranges(diverged)}."
 
 
-def _table(table: Table) -> Markup:
+def _table(table: Table, corner_text: str = "Method") -> Markup:
     """In a box of its own, in which it can be scrolled."""
     groups = [(name, len(list(columns))) for name, columns in groupby(c.group for c in table.columns)]
-    corner = tag("th", "Method", scope="col", rowspan=2 if len(groups) > 1 else 1)
+    corner = tag("th", corner_text, scope="col", rowspan=2 if len(groups) > 1 else 1)
     headings = [tag("th", column.heading, scope="col") for column in table.columns]
     if len(groups) > 1:
         above = [tag("th", name, scope="colgroup", colspan=count) for name, count in groups]
@@ -281,6 +288,70 @@ def _note(values: Mapping[int, float | None], seeds: int) -> str:
     if diverged:
         parts.append(f"{diverged} diverged")
     return ", ".join(parts)
+
+
+def _curves(name: str, rows: report.Rows) -> Iterator[Markup]:
+    """What was recorded over the training: a picture of every series, and its numbers."""
+    drawn = []
+    for i, (title, by_row) in enumerate(curves(rows).items()):
+        ends = {label: [m for _, m, _ in curve.points if m is not None] for label, curve in by_row.items()}
+        described = "; ".join(
+            f"{label}: " + (f"from {means[0]:.4g} to {means[-1]:.4g}" if means else "no mean")
+            for label, means in ends.items()
+        )
+        drawing = lines(by_row, name=f"{name}-series-{i}", title=title, description=described, across="step")
+        notes = [
+            f"{label}: left out at {curve.left_out} of {len(curve.points)} steps, where not all of its seeds have a "
+            "number."
+            for label, curve in by_row.items()
+            if curve.left_out
+        ]
+        if drawing is None:
+            drawn.append(_box(title, [*notes, "There is no number to draw."]))
+            continue
+        text = "Lines: means of the seeds. Bands: one standard deviation."
+        numbers = tag(
+            "details", tag("summary", f"Numbers of {title}"), _table(_of_series(title, by_row), "Step")
+        )
+        caption = tag("figcaption", tag("strong", title), " ", text)
+        drawn.append(tag("figure", caption, drawing, numbers, *([_box("Left out", notes)] if notes else [])))
+    if drawn:
+        yield tag("h4", "Over the training")
+        yield tag("div", *drawn, class_="pictures")
+
+
+def _of_series(title: str, by_row: Mapping[str, Curve]) -> Table:
+    """Means and deviations by step."""
+    texts = {
+        label: {
+            step: "" if mean is None else f"{mean:.4g}" + ("" if sd is None else f" ± {sd:.2g}")
+            for step, mean, sd in curve.points
+        }
+        for label, curve in by_row.items()
+    }
+    steps = sorted({step for of_row in texts.values() for step in of_row})
+    cells = {f"{step:g}": tuple(Cell(of_row.get(step, "")) for of_row in texts.values()) for step in steps}
+    columns = tuple(Column(f"{label} (seeds: {curve.seeds})") for label, curve in by_row.items())
+    return Table(title, columns, cells)
+
+
+def _surfaces(name: str, folder: Path, load: Load) -> Iterator[Markup]:
+    """The folder's loss surfaces."""
+    found = list(surfaces(f"{name}-surface", folder, load))
+    if not found:
+        return
+    drawn = [
+        tag("figure", tag("figcaption", tag("strong", file), " ", text), drawing)
+        for file, text, drawing in found
+        if drawing is not None
+    ]
+    yield tag(
+        "section",
+        tag("h3", "Loss around the model", id=f"{name}-surfaces"),
+        _box("Surfaces that are missing", [text for _, text, drawing in found if drawing is None]),
+        tag("div", *drawn, class_="pictures"),
+        aria_labelledby=f"{name}-surfaces",
+    )
 
 
 def _figures(name: str, folder: Path) -> Iterator[Markup]:

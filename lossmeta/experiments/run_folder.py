@@ -54,7 +54,10 @@ class Writer:
         Raises:
             OSError: where it does not fit; what was written before stays as it is.
         """
-        line = json.dumps(asdict(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        content = asdict(record)
+        if not record.series:  # so that an earlier lossmeta reads it too
+            del content["series"]
+        line = json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
             # One call: an interrupt comes before or after it, never within the line.

@@ -118,6 +118,12 @@ TRIALS: dict[str, Edit] = {
     "memory negative": put("peak_memory", value=-7),
     "memory huge": put("peak_memory", value=HUGE),
     "settings null": put("settings", value=None),
+    "series a list": put("series", value=[]),
+    "a series of numbers": put("series", value={"entropy": [1, 2]}),
+    "a point of three numbers": put("series", value={"entropy": [[1, 2, 3]]}),
+    "a point that is NaN": put("series", value={"entropy": [[1, math.nan]]}),
+    "a point that is a word": put("series", value={"entropy": [[1, "low"]]}),
+    "steps that go back": put("series", value={"entropy": [[2, 0.5], [1, 0.5]]}),
     "candidate a number": put("candidate", value=3),
     "a key that is unknown": put("colour", value="red"),
 }
@@ -146,6 +152,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Content:
 
     def train(trial: experiments.Trial) -> dict[str, float]:
         error = 0.1 + 0.1 * torch.rand(()).item()
+        for step in (10, 20):
+            trial.record("entropy", step, 1 / step)
         return {"error": error, "precision": 1 - error, "rate": 0.1}
 
     measures = (

@@ -59,6 +59,7 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 VOID = ("meta", "img")
+SERIES = ("third", "fourth", "fifth")
 
 
 def a_run(
@@ -507,8 +508,8 @@ def test_contrast_in_every_mode() -> None:
     ]
     assert len(modes) == 3, "in the light, in the dark, on paper"
     for mode in modes:
-        assert set(mode) == {"page", "panel", "line", "text", "soft", "mean", "seed"}
-        for front, back in itertools.product(("text", "soft", "mean", "seed"), ("page", "panel")):
+        assert set(mode) == {"page", "panel", "line", "text", "soft", "mean", "seed", *SERIES}
+        for front, back in itertools.product(("text", "soft", "mean", "seed", *SERIES), ("page", "panel")):
             assert contrast(mode[front], mode[back]) >= 4.5, (front, back)
 
 
