@@ -91,7 +91,7 @@ def report(
     html: Annotated[
         Path | None,
         typer.Option(
-            help="Write one page of HTML to this file instead: tables, pictures, loss surfaces, and the runs' figures. A "
+            help="Write one page of HTML to this file instead: tables, pictures, loss surfaces, the runs' figures. A "
             "folder that cannot be read is named in it."
         ),
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from lossmeta.experiments._markup import Markup, tag
 from lossmeta.experiments._svg import LINE, WIDTH, limits, ticks
@@ -25,11 +25,20 @@ BANDS = (
 )
 
 
-def lines(curves: Mapping[str, Curve], *, name: str, title: str, description: str, across: str) -> Markup | None:
+def lines(
+    curves: Mapping[str, Curve],
+    rows: Sequence[str],
+    *,
+    name: str,
+    title: str,
+    description: str,
+    across: str,
+) -> Markup | None:
     """A line for each row over the steps, with a band of one deviation to either side.
 
     Args:
         curves: by the label of the row; one without a label has no legend.
+        rows: all labels, by whose order colours are dealt out: a row has the same one in every picture.
         name: of the picture, which no other in the page has.
         title: its heading for those who do not see it.
         description: what it shows, for them.
@@ -45,8 +54,8 @@ def lines(curves: Mapping[str, Curve], *, name: str, title: str, description: st
         return None
     axes, at_x, at_y = scales
     bands, drawn = [], []
-    for i, curve in enumerate(curves.values()):
-        colour, dash = _line(i)
+    for label, curve in curves.items():
+        colour, dash = _line(rows.index(label))
         for piece in _pieces(curve):
             if any(d for _, _, d in piece):
                 edge = [(x, m + d) for x, m, d in piece] + [(x, m - d) for x, m, d in reversed(piece)]
@@ -57,9 +66,9 @@ def lines(curves: Mapping[str, Curve], *, name: str, title: str, description: st
                 x, y = at_x(piece[0][0]), at_y(piece[0][1])
                 drawn[-1] = tag("circle", class_=f"point {colour}", cx=x, cy=y, r=3)
     bottom = TOP + HEIGHT + BELOW
-    legend, height = _legend(list(curves), bottom + 4) if any(curves) else ([], 0.0)
-    label = tag("text", across, class_="tick", x=(LEFT + RIGHT) / 2, y=bottom - 6, text_anchor="middle")
-    return _svg(name, title, description, bottom + 4 + height, *axes, *bands, *drawn, label, *legend)
+    legend, height = _legend(list(curves), rows, bottom + 4) if any(curves) else ([], 0.0)
+    below = tag("text", across, class_="tick", x=(LEFT + RIGHT) / 2, y=bottom - 6, text_anchor="middle")
+    return _svg(name, title, description, bottom + 4 + height, *axes, *bands, *drawn, below, *legend)
 
 
 def cells(
@@ -124,7 +133,14 @@ def cells(
     width = 36
     for i, colour in enumerate(BANDS):
         drawn.append(
-            tag("rect", fill=colour, x=(WIDTH - 10 * width) // 2 + i * width, y=bottom + 26, width=width, height=12)
+            tag(
+                "rect",
+                fill=colour,
+                x=(WIDTH - 10 * width) // 2 + i * width,
+                y=bottom + 26,
+                width=width,
+                height=12,
+            )
         )
     for i in (0, 5, 10):
         at = (WIDTH - 10 * width) // 2 + i * width
@@ -199,12 +215,14 @@ def _line(i: int) -> tuple[str, str]:
     return f"line-{i % COLOURS}", DASHES[i // COLOURS % len(DASHES)]
 
 
-def _legend(labels: Sequence[str], top: float) -> tuple[list[Markup], float]:
+def _legend(labels: Sequence[str], rows: Sequence[str], top: float) -> tuple[list[Markup], float]:
     """A line for each label, and how high they are."""
     parts, y = [], top
-    for i, label in enumerate(labels):
-        colour, dash = _line(i)
-        line = tag("line", class_=f"curve {colour}", x1=0, x2=SWATCH - 8, y1=y + 8, y2=y + 8, stroke_dasharray=dash)
+    for label in labels:
+        colour, dash = _line(rows.index(label))
+        line = tag(
+            "line", class_=f"curve {colour}", x1=0, x2=SWATCH - 8, y1=y + 8, y2=y + 8, stroke_dasharray=dash
+        )
         parts.append(line)
         for text in textwrap.wrap(label, 52) or [""]:
             y += LINE
@@ -216,5 +234,5 @@ def _edges(places: Sequence[float]) -> list[float]:
     """Where the cells around the places meet."""
     if len(places) == 1:
         return [places[0] - 0.5, places[0] + 0.5]
-    between = [(a + b) / 2 for a, b in zip(places, places[1:], strict=False)]
+    between = [(a + b) / 2 for a, b in pairwise(places)]
     return [2 * places[0] - between[0], *between, 2 * places[-1] - between[-1]]

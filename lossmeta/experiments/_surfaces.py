@@ -94,7 +94,9 @@ def _picture(name: str, path: Path, surface: Surface) -> tuple[str, Markup | Non
             (x, value if math.isfinite(value) else None, None)
             for x, value in zip(surface.x.tolist(), surface.losses.tolist(), strict=True)
         ]
-        drawing = lines({"": Curve(tuple(points), 1, surface.holes)}, across="along the direction", **texts)
+        drawing = lines(
+            {"": Curve(tuple(points), 1, surface.holes)}, [""], across="along the direction", **texts
+        )
     else:
         said += " The circle is the model."
         drawing = cells(surface.losses.tolist(), surface.x.tolist(), surface.y.tolist(), **texts)

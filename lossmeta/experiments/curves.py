@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lossmeta.experiments.records import Record
 from lossmeta.experiments.statistics import summary
@@ -27,6 +27,14 @@ class Curve:
     points: tuple[tuple[float, float | None, float | None], ...]
     seeds: int
     left_out: int
+
+    def times(self, factor: float) -> Curve:
+        """The same in another unit."""
+        scaled = (
+            (x, None if m is None else factor * m, None if d is None else factor * d)
+            for x, m, d in self.points
+        )
+        return replace(self, points=tuple(scaled))
 
 
 def curves(rows: Mapping[str, Mapping[int, Record]]) -> dict[str, dict[str, Curve]]:

@@ -151,7 +151,7 @@ def _task(name: str, run: Run, task: TaskHeader, rows: report.Rows) -> Markup:
         table = report.table_of(header, task, rows, header.seeds)
         parts.append(_table(replace(table, notes=tuple(filter(None, [report.chosen(rows)])))))
         parts.append(tag("div", *_pictures(name, run, task, rows), class_="pictures"))
-        parts.extend(_curves(name, rows))
+        parts.extend(_curves(name, task, rows))
         parts.append(_table(_cost(rows)))
     return tag("section", *parts, id=name, aria_labelledby=f"{name}-title")
 
@@ -290,16 +290,23 @@ def _note(values: Mapping[int, float | None], seeds: int) -> str:
     return ", ".join(parts)
 
 
-def _curves(name: str, rows: report.Rows) -> Iterator[Markup]:
+def _curves(name: str, task: TaskHeader, rows: report.Rows) -> Iterator[Markup]:
     """What was recorded over the training: a picture of every series, and its numbers."""
     drawn = []
-    for i, (title, by_row) in enumerate(curves(rows).items()):
+    measures = {measure.name: measure for measure in task.measures}
+    for i, (series, by_row) in enumerate(curves(rows).items()):
+        title = series
+        if series in measures:
+            title = report.column_name(measures[series])
+            by_row = {k: c.times(100 if measures[series].percent else 1) for k, c in by_row.items()}
         ends = {label: [m for _, m, _ in curve.points if m is not None] for label, curve in by_row.items()}
         described = "; ".join(
             f"{label}: " + (f"from {means[0]:.4g} to {means[-1]:.4g}" if means else "no mean")
             for label, means in ends.items()
         )
-        drawing = lines(by_row, name=f"{name}-series-{i}", title=title, description=described, across="step")
+        drawing = lines(
+            by_row, list(rows), name=f"{name}-series-{i}", title=title, description=described, across="step"
+        )
         notes = [
             f"{label}: left out at {curve.left_out} of {len(curve.points)} steps, where not all of its seeds have a "
             "number."
@@ -309,7 +316,8 @@ def _curves(name: str, rows: report.Rows) -> Iterator[Markup]:
         if drawing is None:
             drawn.append(_box(title, [*notes, "There is no number to draw."]))
             continue
-        text = "Lines: means of the seeds. Bands: one standard deviation."
+        spread = any(sd for curve in by_row.values() for _, _, sd in curve.points)
+        text = "Lines: means of the seeds." + (" Bands: one standard deviation." if spread else "")
         numbers = tag(
             "details", tag("summary", f"Numbers of {title}"), _table(_of_series(title, by_row), "Step")
         )

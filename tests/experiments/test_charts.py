@@ -74,7 +74,7 @@ def test_measures_from_before_there_were_series() -> None:
 
 def test_lines_lie_where_their_numbers_are() -> None:
     points = ((0, 1.0, 0.5), (50, 3.0, 0.0), (100, 2.0, 0.5))
-    drawing = lines({"plain": Curve(points, 2, 0)}, **NAMES, across="step")
+    drawing = lines({"plain": Curve(points, 2, 0)}, ["plain"], **NAMES, across="step")
     assert drawing is not None
     (line,), (band,) = paths(drawing, "curve"), paths(drawing, "band")
     ticks = [
@@ -91,8 +91,15 @@ def test_lines_lie_where_their_numbers_are() -> None:
 
 
 def test_holes_are_no_lines() -> None:
-    points = ((0, 1.0, None), (1, 2.0, None), (2, None, None), (3, 1.0, None), (4, None, None), (5, 2.0, None))
-    drawing = lines({"": Curve(points, 1, 2)}, **NAMES, across="step")
+    points = (
+        (0, 1.0, None),
+        (1, 2.0, None),
+        (2, None, None),
+        (3, 1.0, None),
+        (4, None, None),
+        (5, 2.0, None),
+    )
+    drawing = lines({"": Curve(points, 1, 2)}, [""], **NAMES, across="step")
     assert drawing is not None
     assert [len(line) for line in paths(drawing, "curve")] == [2]
     assert drawing.count('class="point') == 2 and "nan" not in drawing
@@ -101,10 +108,12 @@ def test_holes_are_no_lines() -> None:
 @pytest.mark.parametrize("count", [1, 6, 7, 13, 24])
 def test_every_row_looks_its_own(count: int) -> None:
     many = {f"row {i}": Curve(((0, float(i), None), (1, float(i), None)), 1, 0) for i in range(count)}
-    drawing = lines(many, **NAMES, across="step")
+    drawing = lines(many, list(many), **NAMES, across="step")
     assert drawing is not None
     looks = re.findall(r'<path class="curve (line-\d)" d="[^"]*" stroke-dasharray="([^"]*)"', drawing)
     assert len(set(looks)) == count
+    last = lines({f"row {count - 1}": many[f"row {count - 1}"]}, list(many), **NAMES, across="step")
+    assert last is not None and f"curve {looks[-1][0]}" in last, "also where it is alone"
     legend = re.findall(r'<line class="curve (line-\d)" [^>]*stroke-dasharray="([^"]*)"', drawing)
     assert legend == looks
 
@@ -112,7 +121,7 @@ def test_every_row_looks_its_own(count: int) -> None:
 @pytest.mark.parametrize("values", [[], [None], [1e308, -1e308], [1.0]])
 def test_what_has_no_scale(values: list[float | None]) -> None:
     points = tuple((float(i), value, None) for i, value in enumerate(values))
-    drawing = lines({"plain": Curve(points, 1, 0)}, **NAMES, across="step")
+    drawing = lines({"plain": Curve(points, 1, 0)}, ["plain"], **NAMES, across="step")
     assert (drawing is None) == (values != [1.0])
 
 
@@ -120,9 +129,7 @@ def test_cells_have_the_colour_of_their_band() -> None:
     losses = [[0.0, 1.0, math.nan], [9.0, 9.99, 10.0]]
     drawing = cells(losses, [0.0, 1.0], [0.0, 1.0, 3.0], **NAMES)
     assert drawing is not None
-    found = {
-        colour: d for colour, d in re.findall(r'class="cells" fill="(#\w+)" d="([^"]*)"', drawing)
-    }
+    found = dict(re.findall(r'class="cells" fill="(#\w+)" d="([^"]*)"', drawing))
     assert list(found) == [BANDS[0], BANDS[1], BANDS[9]]
     # From left to right x, from bottom to top y; cells of one band in a column are one.
     (x, y, right, up) = map(float, re.findall(r"-?[\d.]+", found[BANDS[0]])[:4])
@@ -150,11 +157,17 @@ def test_series_on_the_page(tmp_path: Path) -> None:
     page = html([a_run(tmp_path, record(0, series), record(1, cut))])
     assert "plain: left out at 1 of 2 steps, where not all of its seeds have a number." in page
     assert "Over the training" not in html([a_run(tmp_path, record(0, {}))])
+    percent = TaskHeader("Task", (Measure("error", higher_is_better=False, percent=True),))
+    run = a_run(tmp_path, record(0, {"error": [(1, 0.5), (2, 0.25)]}))
+    page = html([replace(run, header=replace(run.header, tasks=(percent,)))])
+    assert "plain: from 50 to 25" in page and "Numbers of error (%)" in page
 
 
 def surface(*shape: int) -> LossSurface:
     axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in shape]
-    losses = sum(axis.square().reshape([-1 if i == d else 1 for i in range(len(shape))]) for d, axis in enumerate(axes))
+    losses = sum(
+        axis.square().reshape([-1 if i == d else 1 for i in range(len(shape))]) for d, axis in enumerate(axes)
+    )
     assert isinstance(losses, torch.Tensor)
     return LossSurface(losses, axes[0], axes[1] if len(axes) > 1 else None, torch.ones(shape).bool(), 9)
 
