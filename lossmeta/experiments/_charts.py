@@ -14,9 +14,10 @@ from lossmeta.experiments.curves import Curve
 # Of the plot in the picture, in units of the view box.
 LEFT, TOP, HEIGHT, BELOW = 62, 8, 190, 40
 RIGHT = WIDTH - 14
-# So many colours of lines are in the style; then they come again with other dashes.
+# So many colours of lines are in the style. Dashes change with them, so that a page in grey has them apart too, and
+# come with another colour in the next round.
 COLOURS = 6
-DASHES = ("none", "7 3", "2 3", "10 3 2 3")
+DASHES = ("none", "8 3", "2 2", "10 3 2 3")
 SWATCH = 34
 # Viridis from low to high, which tells its order to people with any kind of colour vision, and in grey.
 BANDS = (
@@ -212,7 +213,7 @@ def _path(points: Sequence[tuple[float, float]], at_x: Scale, at_y: Scale) -> st
 
 def _line(i: int) -> tuple[str, str]:
     """Class and dashes of the i-th row."""
-    return f"line-{i % COLOURS}", DASHES[i // COLOURS % len(DASHES)]
+    return f"line-{i % COLOURS}", DASHES[(i + i // COLOURS) % len(DASHES)]
 
 
 def _legend(labels: Sequence[str], rows: Sequence[str], top: float) -> tuple[list[Markup], float]:

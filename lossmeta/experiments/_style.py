@@ -85,6 +85,7 @@ text.tick { fill: var(--soft); font-size: 11px; }
   h2, h3, h4, caption { break-after: avoid; }
   table, figure, .box { break-inside: avoid; }
   .side-by-side { display: block; }
+  .pictures { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; }
   details { display: none; }
   table { font-size: 7pt; width: 100%; }

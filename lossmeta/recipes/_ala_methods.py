@@ -244,7 +244,9 @@ def record_values(trial: Trial, schedule: Schedule) -> None:
     start = schedule.coordinates.values(0 * schedule.path[0])
     for step, u in zip(schedule.steps, schedule.path, strict=True):
         for name, value in schedule.coordinates.values(u).items():
-            if value.dim():
+            if name == LEARNING_RATE:
+                trial.record("learning rate, times the start's", step, math.exp(value.item()))
+            elif value.dim():
                 trial.record(f"{name}: mean |change|", step, (value - start[name]).abs().mean().item())
             else:
                 trial.record(name, step, value.item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,9 +137,10 @@ def test_parameters_and_policy_over_the_training_are_recorded(make_trial: MakeTr
     )
     assert trial.series["q"][-1] == (60, pytest.approx(found["q"]))
     trial = make_trial(drawn, steps=60)
-    _ala_methods.population("population", 0.03).train(trial)
+    found = _ala_methods.population("population", 0.03).train(trial)
     assert [step for step, _ in trial.series["q"]] == [0, 20, 40]
-    assert "learning_rate" in trial.series
+    rates = [value for _, value in trial.series["learning rate, times the start's"]]
+    assert rates[-1] == pytest.approx(math.exp(found["learning_rate"]))
 
 
 def test_biases_and_stops_are_the_best_of_the_validation_part(
