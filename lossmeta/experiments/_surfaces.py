@@ -51,8 +51,8 @@ def surfaces(name: str, folder: Path, load: Load) -> Iterator[tuple[str, str, Ma
         except OSError as error:
             yield path.name, f"{path.name} could not be read: {error.strerror or error}.", None
             continue
-        except ValueError as error:
-            yield path.name, f"{error}.", None
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # whatever stands in the file
+            yield path.name, f"{error}." if path.name in str(error) else f"{path.name}: {error}.", None
             continue
         yield path.name, *_picture(f"{name}-{i}", path, surface)
 

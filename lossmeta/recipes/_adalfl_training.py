@@ -278,7 +278,7 @@ class Training:
         seconds = now(trial) - began + start.seconds
         errors = {f"{part} error": splits.evaluate(model, part) for part in ("selection", "test")}
         diverged = outcome.diverged or not all(map(math.isfinite, errors.values()))
-        _record_slopes(trial, model, start.loss, outcome.history)
+        _record_slopes(trial, model, start.loss, [] if diverged else outcome.history)
         if trial.seed == 0:
             self._draw(trial, outcome.history)
         return {

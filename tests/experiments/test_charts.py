@@ -84,6 +84,7 @@ def test_lines_lie_where_their_numbers_are() -> None:
     (y0, v0), (y1, v1) = ticks[0], ticks[-1]
     values = [v0 + (y - y0) * (v1 - v0) / (y1 - y0) for _, y in line]
     assert values == pytest.approx([1.0, 3.0, 2.0], abs=0.01)
+    assert line[1][1] < line[2][1] < line[0][1], "what is more lies higher"
     edge = [v0 + (y - y0) * (v1 - v0) / (y1 - y0) for _, y in band]
     assert edge == pytest.approx([1.5, 3.0, 2.5, 1.5, 3.0, 0.5], abs=0.01)
     assert line[1][0] - line[0][0] == pytest.approx(line[2][0] - line[1][0], abs=0.02)
@@ -131,10 +132,10 @@ def test_cells_have_the_colour_of_their_band() -> None:
     assert drawing is not None
     found = dict(re.findall(r'class="cells" fill="(#\w+)" d="([^"]*)"', drawing))
     assert list(found) == [BANDS[0], BANDS[1], BANDS[9]]
-    # From left to right x, from bottom to top y; cells of one band in a column are one.
-    (x, y, right, up) = map(float, re.findall(r"-?[\d.]+", found[BANDS[0]])[:4])
-    assert (x, right) == (70, 220) and y == 308 and up < y
-    assert found[BANDS[9]].startswith("M220.0 308.0H370.0V8.0H220.0Z")
+    # x goes from left to right and y from bottom to top; cells of one band in a column are one.
+    assert found[BANDS[0]] == "M70.0 308.0H220.0V241.33H70.0Z"
+    assert found[BANDS[1]] == "M70.0 241.33H220.0V141.33H70.0Z"
+    assert found[BANDS[9]] == "M220.0 308.0H370.0V8.0H220.0Z"
     assert "not finite" in drawing
     assert drawing.count(BANDS[4]) == 1, "the scale has all bands"
 
@@ -183,6 +184,7 @@ def test_surfaces_on_the_page(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
     replace(surface(2, 2), losses=torch.full((2, 2), math.inf)).save(tmp_path / "nothing.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
+    replace(surface(2, 2), error=10**400).save(tmp_path / "overflow.safetensors")
     run = a_run(tmp_path, record(0, {}))
     page = html([run], load_surface=LossSurface.load)
     assert page.count('class="cells"') >= 2 and page.count('class="frame"') == 1
@@ -195,6 +197,7 @@ def test_surfaces_on_the_page(tmp_path: Path) -> None:
         "half.safetensors must be a file that save wrote",
         "nothing.safetensors: there is no number to draw",
         "folder.safetensors could not be read",
+        "overflow.safetensors: int too large",
     ):
         assert words in missing
     assert "model.safetensors" not in page

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 pytest.importorskip("selenium", reason="needs selenium")
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
 
-from lossmeta import experiments, plot  # noqa: E402
-from lossmeta.cli import app  # noqa: E402
-from lossmeta.experiments import Diverged, Measure, Method, Task, Trial  # noqa: E402
-from lossmeta.landscape import loss_surface  # noqa: E402
+from lossmeta import experiments, plot
+from lossmeta.cli import app
+from lossmeta.experiments import Diverged, Measure, Method, Task, Trial
+from lossmeta.landscape import loss_surface
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -101,9 +101,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setattr(plot, "installed", lambda: False)
             status = experiments.run(
                 "toy",
-                [Task(f"{name} task with_a_word_that_is_so_long_that_it_has_to_be_broken", prepare, measures)],
                 [
-                    Method(f"plain, rate {rate:g}", lambda trial, rate=rate: train(trial, rate), {"rate": rate})
+                    Task(
+                        f"{name} task with_a_word_that_is_so_long_that_it_has_to_be_broken", prepare, measures
+                    )
+                ],
+                [
+                    Method(
+                        f"plain, rate {rate:g}", lambda trial, rate=rate: train(trial, rate), {"rate": rate}
+                    )
                     for rate in (0.01, 0.1, 0.3, 1.0)
                 ],
                 seeds=3,
@@ -172,7 +178,9 @@ def test_on_a_screen(width: int, scheme: str, browser: Any, page: Path) -> None:
         seen, faint = browser.execute_script(FAINT)
         assert seen > 100 and faint == []
         open_all(browser)
-    dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+    dark = (
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+    )
     assert dark == (scheme == "dark")
     assert browser.execute_script("return document.querySelectorAll('svg .cells').length") > 4
     assert browser.execute_script("return document.querySelectorAll('svg .curve').length") > 8
@@ -234,7 +242,10 @@ def test_on_paper(browser: Any, page: Path) -> None:
     assert browser.execute_script("return document.documentElement.scrollWidth") <= A4
     wide = "return [...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > innerWidth)"
     assert browser.execute_script(f"{wide}.length") == 0
-    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
     assert browser.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
     seen, faint = browser.execute_script(FAINT)
     assert seen > 100 and faint == []
@@ -244,7 +255,9 @@ def test_on_paper(browser: Any, page: Path) -> None:
 
 def test_a_page_that_is_too_wide_would_be_seen(browser: Any, page: Path, tmp_path: Path) -> None:
     """What the other tests look at, on a page that is wrong."""
-    wrong = page.read_text(encoding="utf-8").replace(".scroll { overflow-x: auto; }", "h1 { color: #eeeeee; }")
+    wrong = page.read_text(encoding="utf-8").replace(
+        ".scroll { overflow-x: auto; }", "h1 { color: #eeeeee; }"
+    )
     wrong = wrong.replace("default-src 'none'; ", "").replace(
         "</main>", '<img src="https://localhost:1/x.png" alt="x"></main>'
     )
