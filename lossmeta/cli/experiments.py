@@ -91,8 +91,8 @@ def report(
     html: Annotated[
         Path | None,
         typer.Option(
-            help="Write one page of HTML to this file instead: tables, pictures, and the runs' figures. A folder that "
-            "cannot be read is named in it."
+            help="Write one page of HTML to this file instead: tables, pictures, loss surfaces, the runs' figures. A "
+            "folder that cannot be read is named in it."
         ),
     ] = None,
 ) -> None:
@@ -104,6 +104,7 @@ def report(
     from lossmeta.experiments.html import html as page_of
     from lossmeta.experiments.records import FolderError, Run
     from lossmeta.experiments.run_folder import read
+    from lossmeta.landscape import LossSurface
 
     runs: list[Run] = []
     unreadable: list[str] = []
@@ -116,7 +117,7 @@ def report(
         raise typer.BadParameter("; ".join(unreadable), param_hint="FOLDER")
     try:
         if html:
-            write_text(html, page_of(runs, unreadable))
+            write_text(html, page_of(runs, unreadable, LossSurface.load))
             typer.echo(html)
         if markdown:
             write_text(markdown, "\n".join(map(report.page, runs)))

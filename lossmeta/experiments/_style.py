@@ -7,17 +7,19 @@ STYLE = """
   color-scheme: light dark;
   --page: #ffffff; --panel: #f4f6f8; --line: #d0d7de;
   --text: #1b1f23; --soft: #57606a; --mean: #0072b2; --seed: #b75000;
+  --third: #00735a; --fourth: #a3487c; --fifth: #7a5f00;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171a; --panel: #1f2429; --line: #3d454d;
     --text: #e6e9ec; --soft: #a8b1ba; --mean: #56b4e9; --seed: #e69f00;
+    --third: #2cc295; --fourth: #e08fbe; --fifth: #f0e442;
   }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 120rem; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1, h2, h3 { line-height: 1.25; margin: 1.5rem 0 0.5rem; }
+h1, h2, h3, h4 { line-height: 1.25; margin: 1.5rem 0 0.5rem; }
 h1 { margin-top: 0; }
 h2 { border-bottom: 1px solid var(--line); padding-bottom: 0.25rem; }
 h2 code { font-size: 0.7em; font-weight: normal; color: var(--soft); }
@@ -56,18 +58,36 @@ text.tick { fill: var(--soft); font-size: 11px; }
 .grid { stroke: var(--line); }
 .zero { stroke: var(--text); stroke-width: 1.5; }
 .interval { stroke: var(--mean); stroke-width: 2.5; }
+.curve { fill: none; stroke-width: 2; }
+.band { opacity: 0.13; }
+.line-0 { --colour: var(--mean); }
+.line-1 { --colour: var(--seed); }
+.line-2 { --colour: var(--third); }
+.line-3 { --colour: var(--fourth); }
+.line-4 { --colour: var(--text); }
+.line-5 { --colour: var(--fifth); }
+.curve { stroke: var(--colour); }
+.band, .point { fill: var(--colour); }
+.cells { shape-rendering: crispEdges; }
+.frame { fill: none; stroke: var(--text); }
+.model { fill: #ffffff; stroke: #000000; stroke-width: 1.5; }
 .mean { fill: var(--mean); }
 .seed { fill: none; stroke: var(--seed); stroke-width: 1.5; }
 @media print {
   :root { color-scheme: light; --page: #ffffff; --panel: #ffffff; --line: #999999;
-    --text: #000000; --soft: #000000; --mean: #000000; --seed: #000000; }
+    --text: #000000; --soft: #000000; --mean: #000000; --seed: #000000;
+    --third: #00735a; --fourth: #a3487c; --fifth: #7a5f00; }
+  .line-0 { --colour: #0072b2; }
+  .line-1 { --colour: #b75000; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   a { text-decoration: none; }
   nav, .skip { display: none; }
-  h2, h3, caption { break-after: avoid; }
+  h2, h3, h4, caption { break-after: avoid; }
   table, figure, .box { break-inside: avoid; }
   .side-by-side { display: block; }
+  .pictures { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; }
+  details { display: none; }
   table { font-size: 7pt; width: 100%; }
   th, td { white-space: normal; padding: 1pt 3pt; }
   th[scope=row] { position: static; min-width: 0; }

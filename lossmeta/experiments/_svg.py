@@ -57,7 +57,7 @@ def dots(
     found = [x for row in rows for x in row.numbers() if math.isfinite(x)]
     if not found:
         return None
-    low, high = _limits([*found, 0.0] if zero else found)
+    low, high = limits([*found, 0.0] if zero else found)
     if not math.isfinite(high - low):
         return None
 
@@ -69,11 +69,11 @@ def dots(
         part, height = _row(row, y, at)
         marks.append(part)
         y += height
-    ticks = [(at(value), text) for value, text in _ticks(low, high)]
-    grid = [tag("line", class_="grid", x1=x, x2=x, y1=4, y2=y + 4) for x, _ in ticks]
+    places = [(at(value), text) for value, text in ticks(low, high)]
+    grid = [tag("line", class_="grid", x1=x, x2=x, y1=4, y2=y + 4) for x, _ in places]
     if zero:
         grid.append(tag("line", class_="zero", x1=at(0), x2=at(0), y1=4, y2=y + 4))
-    texts = [tag("text", text, class_="tick", x=x, y=y + 18, text_anchor="middle") for x, text in ticks]
+    texts = [tag("text", text, class_="tick", x=x, y=y + 18, text_anchor="middle") for x, text in places]
     return tag(
         "svg",
         tag("title", title, id=f"{name}-title"),
@@ -109,7 +109,7 @@ def _row(row: Row, top: int, at: Callable[[float], float]) -> tuple[Markup, int]
     return tag("g", *parts), height
 
 
-def _limits(values: Sequence[float]) -> tuple[float, float]:
+def limits(values: Sequence[float]) -> tuple[float, float]:
     """Where the scale begins and ends: a little around the values, and never in one point."""
     low, high = min(values), max(values)
     largest = max(abs(low), abs(high))
@@ -119,7 +119,7 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
     """At most TICKS multiples of 1, 2 or 5 times a power of ten, and how they are written."""
     rough = (high - low) / (TICKS - 1)
     power = 10.0 ** math.floor(math.log10(rough))

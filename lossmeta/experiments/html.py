@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import statistics
+import struct
+import zlib
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from lossmeta.experiments import report
+from lossmeta.experiments._charts import lines
 from lossmeta.experiments._markup import Markup, tag
 from lossmeta.experiments._style import STYLE
+from lossmeta.experiments._surfaces import Load, surfaces
 from lossmeta.experiments._svg import Row, dots
+from lossmeta.experiments.curves import Curve, curves
 from lossmeta.experiments.records import Record, Run, TaskHeader
 from lossmeta.experiments.run_folder import TRIALS
 from lossmeta.experiments.statistics import summary
@@ -21,14 +25,14 @@ from lossmeta.experiments.table import Cell, Column, Table
 from lossmeta.experiments.trial import Measure
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+PNG = b"\x89PNG\r\n\x1a\n"
 SECONDS = Measure("seconds", higher_is_better=None, digits=2)
 MEMORY = Measure("peak memory (MiB)", higher_is_better=None, digits=0)
 COST = """\
 Seconds: mean of the trials. Peak memory: highest of the trials, of the whole process or, on a GPU, of its tensors."""
 
 
-def html(runs: Sequence[Run], unreadable: Sequence[str] = ()) -> str:
+def html(runs: Sequence[Run], unreadable: Sequence[str] = (), load_surface: Load | None = None) -> str:
     """One page for runs, made of what their folders hold, PNG figures included.
 
     Runs of one recipe stand side by side where there is room.
@@ -36,6 +40,8 @@ def html(runs: Sequence[Run], unreadable: Sequence[str] = ()) -> str:
     Args:
         runs: as :func:`~lossmeta.experiments.run_folder.read` gives them.
         unreadable: why further folders could not be read; the page says so.
+        load_surface: reads a loss surface, such as :meth:`lossmeta.landscape.LossSurface.load`; those in the folders
+            are drawn then.
 
     Example:
         >>> from lossmeta.experiments.run_folder import read
@@ -66,7 +72,7 @@ def html(runs: Sequence[Run], unreadable: Sequence[str] = ()) -> str:
             tag(
                 "main",
                 *(
-                    tag("div", *(_run(name, run) for name, run in group), class_="side-by-side")
+                    tag("div", *(_run(name, run, load_surface) for name, run in group), class_="side-by-side")
                     for group in groups
                 ),
                 id="results",
@@ -91,7 +97,7 @@ def _contents(named: Sequence[tuple[str, Run]]) -> Markup:
     return tag("nav", tag("h2", "Contents", id="contents"), tag("ol", *items), aria_labelledby="contents")
 
 
-def _run(name: str, run: Run) -> Markup:
+def _run(name: str, run: Run, load_surface: Load | None) -> Markup:
     header = run.header
     tasks = [
         _task(f"{name}-task-{i}", run, task, report.trials_of(run, task, header.seeds))
@@ -101,9 +107,10 @@ def _run(name: str, run: Run) -> Markup:
         "section",
         tag("h2", header.recipe, " ", tag("code", str(run.path)), id=f"{name}-title"),
         *([tag("p", header.about)] if header.about else []),
-        _box("Incomplete", _missing(run)),
+        _box("Incomplete", report.notes(run)),
         _facts(run),
         *tasks,
+        *(_surfaces(name, run.path, load_surface) if load_surface else ()),
         *_figures(name, run.path),
         tag(
             "div",
@@ -113,19 +120,6 @@ def _run(name: str, run: Run) -> Markup:
         id=name,
         aria_labelledby=f"{name}-title",
     )
-
-
-def _missing(run: Run) -> Iterator[str]:
-    """What was lost of the run as a whole."""
-    with suppress(OSError):
-        content = (run.path / TRIALS).read_bytes()
-        if content and not content.endswith(b"\n"):
-            yield (
-                f"The last line of {TRIALS} is cut off, as a process was stopped that wrote it. "
-                "Its trial is not in this page."
-            )
-    if not run.trials:
-        yield "No trial is finished."
 
 
 def _facts(run: Run) -> Markup:
@@ -157,6 +151,7 @@ def _task(name: str, run: Run, task: TaskHeader, rows: report.Rows) -> Markup:
         table = report.table_of(header, task, rows, header.seeds)
         parts.append(_table(replace(table, notes=tuple(filter(None, [report.chosen(rows)])))))
         parts.append(tag("div", *_pictures(name, run, task, rows), class_="pictures"))
+        parts.extend(_curves(name, task, rows))
         parts.append(_table(_cost(rows)))
     return tag("section", *parts, id=name, aria_labelledby=f"{name}-title")
 
@@ -176,10 +171,10 @@ def _gaps(task: TaskHeader, rows: report.Rows, seeds: Sequence[int]) -> Iterator
             yield f"{label}: diverged with seeds {report.ranges(diverged)}."
 
 
-def _table(table: Table) -> Markup:
+def _table(table: Table, corner_text: str = "Method") -> Markup:
     """In a box of its own, in which it can be scrolled."""
     groups = [(name, len(list(columns))) for name, columns in groupby(c.group for c in table.columns)]
-    corner = tag("th", "Method", scope="col", rowspan=2 if len(groups) > 1 else 1)
+    corner = tag("th", corner_text, scope="col", rowspan=2 if len(groups) > 1 else 1)
     headings = [tag("th", column.heading, scope="col") for column in table.columns]
     if len(groups) > 1:
         above = [tag("th", name, scope="colgroup", colspan=count) for name, count in groups]
@@ -295,19 +290,93 @@ def _note(values: Mapping[int, float | None], seeds: int) -> str:
     return ", ".join(parts)
 
 
+def _curves(name: str, task: TaskHeader, rows: report.Rows) -> Iterator[Markup]:
+    """What was recorded over the training: a picture of every series, and its numbers."""
+    drawn = []
+    measures = {measure.name: measure for measure in task.measures}
+    for i, (series, by_row) in enumerate(curves(rows).items()):
+        title = series
+        if series in measures:
+            title = report.column_name(measures[series])
+            by_row = {k: c.times(100 if measures[series].percent else 1) for k, c in by_row.items()}
+        ends = {label: [m for _, m, _ in curve.points if m is not None] for label, curve in by_row.items()}
+        described = "; ".join(
+            f"{label}: " + (f"from {means[0]:.4g} to {means[-1]:.4g}" if means else "no mean")
+            for label, means in ends.items()
+        )
+        drawing = lines(
+            by_row, list(rows), name=f"{name}-series-{i}", title=title, description=described, across="step"
+        )
+        notes = [
+            f"{label}: left out at {curve.left_out} of {len(curve.points)} steps, where not all of its seeds have a "
+            "number."
+            for label, curve in by_row.items()
+            if curve.left_out
+        ]
+        if drawing is None:
+            drawn.append(_box(title, [*notes, "There is no number to draw."]))
+            continue
+        spread = any(sd for curve in by_row.values() for _, _, sd in curve.points)
+        text = "Lines: means of the seeds." + (" Bands: one standard deviation." if spread else "")
+        numbers = tag(
+            "details", tag("summary", f"Numbers of {title}"), _table(_of_series(title, by_row), "Step")
+        )
+        caption = tag("figcaption", tag("strong", title), " ", text)
+        drawn.append(tag("figure", caption, drawing, numbers, *([_box("Left out", notes)] if notes else [])))
+    if drawn:
+        yield tag("h4", "Over the training")
+        yield tag("div", *drawn, class_="pictures")
+
+
+def _of_series(title: str, by_row: Mapping[str, Curve]) -> Table:
+    """Means and deviations by step."""
+    texts = {
+        label: {
+            step: "" if mean is None else f"{mean:.4g}" + ("" if sd is None else f" ± {sd:.2g}")
+            for step, mean, sd in curve.points
+        }
+        for label, curve in by_row.items()
+    }
+    steps = sorted({step for of_row in texts.values() for step in of_row})
+    cells = {f"{step:g}": tuple(Cell(of_row.get(step, "")) for of_row in texts.values()) for step in steps}
+    columns = tuple(Column(f"{label} (seeds: {curve.seeds})") for label, curve in by_row.items())
+    return Table(title, columns, cells)
+
+
+def _surfaces(name: str, folder: Path, load: Load) -> Iterator[Markup]:
+    """The folder's loss surfaces."""
+    found = list(surfaces(f"{name}-surface", folder, load))
+    if not found:
+        return
+    drawn = [
+        tag("figure", tag("figcaption", tag("strong", file), " ", text), drawing)
+        for file, text, drawing in found
+        if drawing is not None
+    ]
+    yield tag(
+        "section",
+        tag("h3", "Loss around the model", id=f"{name}-surfaces"),
+        _box("Surfaces that are missing", [text for _, text, drawing in found if drawing is None]),
+        tag("div", *drawn, class_="pictures"),
+        aria_labelledby=f"{name}-surfaces",
+    )
+
+
 def _figures(name: str, folder: Path) -> Iterator[Markup]:
     """The folder's PNG figures, in the page itself."""
     drawn, broken = [], []
+    trials = folder / TRIALS
+    newest = trials.stat().st_mtime if trials.exists() else 0.0
     for path in sorted(folder.glob("[!.]*.png")):
         try:
             content = path.read_bytes()
         except OSError as error:
             broken.append(f"{path.name} could not be read: {error.strerror}.")
             continue
-        if not (content.startswith(PNG) and content.endswith(PNG_END)):
+        if not _whole(content):
             broken.append(f"{path.name} is no whole PNG image.")
             continue
-        if path.stat().st_mtime < (folder / TRIALS).stat().st_mtime:
+        if path.stat().st_mtime < newest:
             broken.append(f"{path.name} is older than the last trial; finish the run to draw it anew.")
             continue
         words = path.stem.replace("-", " ")
@@ -323,6 +392,18 @@ def _figures(name: str, folder: Path) -> Iterator[Markup]:
             tag("div", *drawn, class_="pictures"),
             aria_labelledby=f"{name}-figures",
         )
+
+
+def _whole(image: bytes) -> bool:
+    """Whether it is a PNG image from its first chunk to its last, with the checksums that they name."""
+    place, kind = len(PNG), b""
+    while image.startswith(PNG) and place + 12 <= len(image) and kind != b"IEND":
+        (length,) = struct.unpack_from(">I", image, place)
+        kind, end = image[place + 4 : place + 8], place + 8 + length
+        if image[end : end + 4] != struct.pack(">I", zlib.crc32(image[place + 4 : end])):
+            return False
+        place = end + 4
+    return kind == b"IEND" and place == len(image)
 
 
 def _box(title: str, notes: Iterable[str], role: str = "note") -> Markup:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lossmeta.experiments._contents import check_header, check_record
 from lossmeta.experiments.records import REMEDY, FolderError, Header, Record, Run, TaskHeader
 from lossmeta.experiments.trial import Measure
 
@@ -52,6 +53,12 @@ def convert(path: Path, content: Any) -> Run:
             reported={},
             environment=content["versions"],
         )
+        check_header(header)
+        compared = [m.name for m in (QUICKSTART if quickstart else TABLE) if m.higher_is_better is not None]
+        for trial in trials:
+            check_record(trial)
+            if missing := [name for name in compared if name not in trial.measures]:
+                raise ValueError(f"a result must have {', '.join(missing)}, got {', '.join(trial.measures)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FolderError(
             f"{path / OLD} must hold results of a recipe, got {type(error).__name__}: {error}; {REMEDY}"
@@ -71,7 +78,7 @@ def _records(results: list[dict[str, Any]]) -> Iterator[Record]:
             measures={
                 name: value
                 for name, value in numbers.items()
-                if name not in ("seed", "seconds") and (value is None or isinstance(value, int | float))
+                if name not in ("seed", "seconds") and (value is None or type(value) in (int, float))
             },
             seconds=result["seconds"],
             peak_memory=None,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lossmeta.experiments.trial import Measure
+from lossmeta.experiments.trial import Measure, Point
 
 REMEDY = "choose another --output or remove it"
 
@@ -29,6 +29,7 @@ class Record:
         method: label of the row.
         seed: of the trial.
         candidate: what was trained, where the row is a tuned one.
+        series: numbers over the training, by name; there may be none.
         settings: of the task and of the method that was trained.
         measures: and further numbers; None where training diverged.
         seconds: of training.
@@ -44,6 +45,7 @@ class Record:
     seconds: float
     peak_memory: int | None
     candidate: str | None = None
+    series: Mapping[str, Sequence[Point]] = field(default_factory=dict)
 
     @property
     def identity(self) -> Identity:
@@ -90,11 +92,19 @@ class Header:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder as it was read."""
+    """A folder as it was read.
+
+    Attributes:
+        path: of the folder.
+        header: of the run.
+        trials: that are finished.
+        cut: whether the file of trials ends with half a line, as a process leaves it that is killed.
+    """
 
     path: Path
     header: Header
     trials: list[Record] = field(default_factory=list)
+    cut: bool = False
 
 
 def canonical(settings: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lossmeta import plot
 from lossmeta._files import write_json, write_text
 from lossmeta.experiments.records import Header, Record, Run, TaskHeader
+from lossmeta.experiments.run_folder import HEADER, TRIALS
 from lossmeta.experiments.statistics import Comparison, Summary, compare, summary
 from lossmeta.experiments.table import Cell, Column, Table
 from lossmeta.experiments.trial import Measure
@@ -57,8 +58,32 @@ def explanation(header: Header) -> list[str]:
     return [" ".join([NOTE, *directions] if header.references else directions), *legend]
 
 
+def notes(run: Run) -> Iterator[str]:
+    """What of the folder is missing, or is not shown."""
+    if run.cut:
+        yield f"The last line of {TRIALS} is cut off, as a process was stopped that wrote it. It is left out."
+    if not run.trials:
+        yield "No trial is finished."
+    header = run.header
+    tasks = [task.name for task in header.tasks]
+    trials = [trial for trial in run.trials if trial.role == "report"]
+    known: list[tuple[str, Sequence[Any], list[Any]]] = [
+        ("tasks", tasks, [trial.task for trial in trials]),
+        ("rows", header.rows, [trial.method for trial in trials if trial.task in tasks]),
+        ("seeds", header.seeds, [trial.seed for trial in trials if trial.task in tasks]),
+    ]
+    for what, named, of in known:
+        names = ", ".join(dict.fromkeys(str(name) for name in of if name not in named))
+        if names:
+            yield f"{TRIALS} has trials of {what} that {HEADER} does not name. They are left out: {names}."
+
+
 def show(run: Run, console: Console, seeds: Sequence[int] | None = None) -> None:
     """The tables for people, and what explains them."""
+    for note in notes(run):
+        console.print(
+            f"Incomplete: {note}", markup=False, highlight=False, width=min(console.width, TEXT_WIDTH)
+        )
     for table in tables(run, seeds):
         table.print(console)
     for paragraph in explanation(run.header):
@@ -71,12 +96,13 @@ def page(run: Run, seeds: Sequence[int] | None = None) -> str:
     shown = header.seeds if seeds is None else seeds
     settings = ", ".join(f"{name} {value}" for name, value in header.settings.items() if value is not None)
     versions = ", ".join(f"{name} {where[name]}" for name in ("lossmeta", "torch") if where.get(name))
-    facts = [f"Settings: {settings}"] if settings else []
-    facts += [f"seeds: {ranges(shown)}", versions, where.get("processor", ""), where.get("date", "")[:10]]
+    facts: list[str | None] = [f"Settings: {settings}"] if settings else []
+    facts += [f"seeds: {ranges(shown)}", versions, where.get("processor"), (where.get("date") or "")[:10]]
     parts = [
         f"# {header.recipe}",
         header.about,
         "; ".join(filter(None, facts)) + ".",
+        *(f"Incomplete: {note}" for note in notes(run)),
         *(table.markdown().rstrip() for table in tables(run, seeds)),
         *explanation(header),
     ]

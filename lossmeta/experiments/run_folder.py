@@ -13,17 +13,10 @@ from typing import Any
 
 import lossmeta
 from lossmeta._files import write_json
+from lossmeta.experiments._contents import header_of, parsed, record_of
 from lossmeta.experiments.lock import locked
 from lossmeta.experiments.old import OLD, convert
-from lossmeta.experiments.records import (
-    REMEDY,
-    FolderError,
-    Header,
-    Record,
-    Run,
-    TaskHeader,
-)
-from lossmeta.experiments.trial import Measure
+from lossmeta.experiments.records import REMEDY, FolderError, Header, Record, Run
 
 # 1 was results.json, all in one file.
 SCHEMA = 2
@@ -42,7 +35,8 @@ def read(path: Path) -> Run:
             return convert(path, _json(path / OLD))
         raise FolderError(f"{path} holds no run: it has neither {HEADER} nor {OLD}")
     header = _read_header(path / HEADER)
-    return Run(path, header, _read_trials(path / TRIALS)[0])
+    trials, good, size = _read_trials(path / TRIALS, header)
+    return Run(path, header, trials, cut=good < size)
 
 
 class Writer:
@@ -60,7 +54,10 @@ class Writer:
         Raises:
             OSError: where it does not fit; what was written before stays as it is.
         """
-        line = json.dumps(asdict(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        content = asdict(record)
+        if not record.series:  # so that an earlier lossmeta reads it too
+            del content["series"]
+        line = json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
             # One call: an interrupt comes before or after it, never within the line.
@@ -92,7 +89,7 @@ def opened(path: Path, header: Header) -> Iterator[Writer]:
             )
         earlier, kept = _plan(path, header)
         try:
-            trials, good = _read_trials(path / TRIALS)
+            trials, good, _ = _read_trials(path / TRIALS, kept)
             if kept != earlier:
                 write_json(path / HEADER, {"schema": SCHEMA, **asdict(kept)})
             file = os.open(path / TRIALS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -185,7 +182,7 @@ def _continued(path: Path, earlier: Header, now: Header) -> Header:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parsed(path.read_bytes())
     except ValueError as error:
         raise FolderError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
 
@@ -193,50 +190,32 @@ def _json(path: Path) -> Any:
 def _read_header(path: Path) -> Header:
     content = _json(path)
     schema = content.pop("schema", None) if isinstance(content, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        version = (content.get("environment") or {}).get("lossmeta", "?")
+    if type(schema) is int and schema > SCHEMA:
+        where = content.get("environment")
+        version = where.get("lossmeta", "?") if isinstance(where, dict) else "?"
         raise FolderError(
             f"{path} was written by lossmeta {version} with schema {schema}; lossmeta {lossmeta.__version__} reads "
             f"schemas up to {SCHEMA}: use the newer lossmeta, or choose another --output"
         )
-    if schema != SCHEMA:
+    if type(schema) is not int or schema != SCHEMA:
         raise FolderError(f"{path} must say schema {SCHEMA}, got {schema!r}; {REMEDY}")
     try:
-        tasks = tuple(
-            TaskHeader(task["name"], tuple(Measure(**measure) for measure in task["measures"]))
-            for task in content["tasks"]
-        )
-        lists = {name: tuple(content[name]) for name in ("rows", "references", "seeds")}
-        return Header(**{**content, **lists, "tasks": tasks})
+        return header_of(content)
     except (KeyError, TypeError, ValueError) as error:
         raise FolderError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
 
 
-def _read_trials(path: Path) -> tuple[list[Record], int]:
-    """The trials, and at which byte the last whole line ends: a process that is killed can leave half a line."""
+def _read_trials(path: Path, header: Header) -> tuple[list[Record], int, int]:
+    """The trials, where the last whole line ends, and the file: a process that is killed can leave half a line."""
     content = path.read_bytes() if path.exists() else b""
     good = content.rfind(b"\n") + 1
     trials = []
     for number, line in enumerate(content[:good].split(b"\n")[:-1], 1):
         try:
-            trials.append(_record(json.loads(line)))
+            trials.append(record_of(parsed(line), header.tasks))
         except (TypeError, ValueError) as error:
             raise FolderError(
                 f"{path}, line {number}, is damaged ({type(error).__name__}: {error}); "
                 "delete that line, and the same command trains its trial again"
             ) from error
-    return trials, good
-
-
-def _record(content: Any) -> Record:
-    if not isinstance(content, dict):
-        raise TypeError(f"a trial must be an object, got {type(content).__name__}")
-    record = Record(**content)
-    types = {"role": str, "task": str, "method": str, "seed": int, "settings": dict, "measures": dict}
-    for name, expected in types.items():
-        if not isinstance(getattr(record, name), expected):
-            raise TypeError(f"{name} must be {expected.__name__}, got {getattr(record, name)!r}")
-    for name, value in record.measures.items():
-        if not (value is None or isinstance(value, int | float)):
-            raise TypeError(f"{name} must be a number or null, got {value!r}")
-    return record
+    return trials, good, len(content)

@@ -19,9 +19,12 @@ import torch
 from lossmeta.experiments import memory, report, run_folder
 from lossmeta.experiments.progress import Progress
 from lossmeta.experiments.records import FolderError, Header, Record, Run, TaskHeader, canonical
-from lossmeta.experiments.trial import Diverged, Method, Task, Trial, Tuned, seeded
+from lossmeta.experiments.statistics import LARGEST
+from lossmeta.experiments.trial import Diverged, Method, Point, Task, Trial, Tuned, seeded
 
 Reported = Mapping[str, Mapping[str, Mapping[str, str]]]
+# Of a series that are kept.
+POINTS = 100
 # What a method may meet when it writes a figure, and what is no fault of it.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -261,7 +264,11 @@ class _Session:
         if latest is None or latest.identity != record.identity:
             same = self._trained.get(record.identity) or self._train(data, method, record)
             finished = replace(
-                record, measures=same.measures, seconds=same.seconds, peak_memory=same.peak_memory
+                record,
+                measures=same.measures,
+                seconds=same.seconds,
+                peak_memory=same.peak_memory,
+                series=same.series,
             )
             self.writer.append(finished)
             self._trained[finished.identity] = self._latest[key] = finished
@@ -298,6 +305,7 @@ class _Session:
             measures={name: _number(value) for name, value in numbers.items()},
             seconds=seconds,
             peak_memory=memory.peak(self.device),
+            series={name: _kept(points) for name, points in trial.series.items()},
         )
 
     def _now(self) -> float:
@@ -340,10 +348,18 @@ def _failure(where: str, error: Exception) -> str:
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has neither infinity nor NaN: what is not finite has diverged."""
-    if value is None or not math.isfinite(value):
+    """JSON has neither infinity nor NaN: what is not finite, or nearly so, has diverged."""
+    if value is None or not abs(value) <= LARGEST:
         return None
     return value if isinstance(value, int) else float(value)
+
+
+def _kept(points: Sequence[Point]) -> list[Point]:
+    """At most POINTS of them, evenly, with the first and the last."""
+    last = len(points) - 1
+    if last >= POINTS:
+        points = [points[round(i * last / (POINTS - 1))] for i in range(POINTS)]
+    return [(step, _number(value)) for step, value in points]
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

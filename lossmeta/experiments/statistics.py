@@ -11,6 +11,8 @@ Value = float | None
 CONFIDENCE = 0.95
 # Differences that agree to this share of the values are equal but for rounding.
 ROUNDING = 1e-12
+# Squares of what is larger overflow: such a number has diverged.
+LARGEST = 1e150
 
 
 @dataclass(frozen=True)

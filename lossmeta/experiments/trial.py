@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+# Of a series that is kept: (step, value), None where it is not finite.
+Point = tuple[float, float | None]
 # Seeds of one trial's streams of random numbers lie this far apart.
 STREAM = 1_000_003
 
@@ -121,6 +123,7 @@ class Trial:
             depend on which method comes first: fill it inside of :meth:`seeded`.
         progress: to be called now and then with the share that is done, in [0, 1].
         folder: for figures.
+        series: by name, what :meth:`record` was told.
     """
 
     task: Task
@@ -130,6 +133,26 @@ class Trial:
     scratch: dict[Any, Any]
     progress: Callable[[float], None]
     folder: Path
+    series: dict[str, list[Point]] = field(default_factory=dict)
+
+    def record(self, name: str, step: float, value: float | None) -> None:
+        """A number to be followed over the training, which is kept with the trial and drawn in its report.
+
+        It decides nothing, and a trial without it is as good. A step that is not after the last one begins the series
+        anew, so that of several trainings the last counts. A hundred points of a series are kept.
+
+        Args:
+            name: of the series, the same in all rows that are to be drawn together.
+            step: of training.
+            value: what is not finite is a hole.
+
+        Example:
+            >>> trial.record("validation error", 100, 0.12)
+        """
+        known = self.series.setdefault(name, [])
+        if known and step <= known[-1][0]:
+            known.clear()
+        known.append((step, value))
 
     def random_seed(self, stream: int) -> int:
         """The seed of one stream of random numbers, for a generator."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -277,6 +278,7 @@ class Training:
         seconds = now(trial) - began + start.seconds
         errors = {f"{part} error": splits.evaluate(model, part) for part in ("selection", "test")}
         diverged = outcome.diverged or not all(map(math.isfinite, errors.values()))
+        _record_slopes(trial, model, start.loss, [] if diverged else outcome.history)
         if trial.seed == 0:
             self._draw(trial, outcome.history)
         return {
@@ -307,6 +309,14 @@ class Training:
             predictions=(0.0, 1.0) if classes is None else None,
         )
         plot.save(figure, trial.folder / f"{plot.file_name(trial.task.name, self.label)}.png")
+
+
+def _record_slopes(trial: Trial, model: nn.Module, loss: nn.Module, history: list[Snapshot]) -> None:
+    """How steep the loss was over the training, against the task loss: all at the model that training ends with."""
+    loss = copy.deepcopy(loss)
+    for snapshot in history if any(True for _ in loss.parameters()) else ():
+        loss.load_state_dict(snapshot.state)
+        trial.record("slope of the learned loss", snapshot.step, slope_ratio(trial, model, loss))
 
 
 def slope_ratio(trial: Trial, model: nn.Module, loss: nn.Module) -> float:

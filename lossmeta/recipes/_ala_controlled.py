@@ -16,7 +16,7 @@ from lossmeta.experiments import Method, Trial
 from lossmeta.metrics import ErrorRate, Metric
 from lossmeta.recipes._ala_curves import Watch, Watching
 from lossmeta.recipes._ala_images import ImageFit, best_of, split
-from lossmeta.recipes._ala_methods import Fit
+from lossmeta.recipes._ala_methods import Fit, record_values, record_window
 from lossmeta.recipes._ala_tasks import CLASSES, CLEAN, DIGITS, SEARCH, Drawn, draw, task
 
 FIRST_RUN = 50  # the child whose network only serves to learn a policy
@@ -92,6 +92,8 @@ class Adaptive:
             fits = [ImageFit(trial, rate, child) for child in range(self.children)]
             controller = self._controller(fits[0], step_size, policy)
             run_controlled(controller, fits, watching(fits[0]) if watching else None)
+            if controller.windows and controller.paths is not None:
+                record_values(trial, controller.schedule())
             finally_(trial, controller)
             chosen = best_of(fits) if self.best else fits[0]
             moved = controller.losses[fits.index(chosen)].values
@@ -159,7 +161,7 @@ def run_controlled(controller: Controller, fits: list[Any], watch: Watch | None 
                 fit.step(value)
                 if watch and fit is fits[0]:
                     watch(i, value)
-            controller.step([fit.model for fit in fits])
+            record_window(fits[0].trial, i + 1, controller.step([fit.model for fit in fits]))
 
 
 def digits_policy(trial: Trial, space: str, step_size: float) -> Policy | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD
 
-from lossmeta.ala import Controller, LearningRate, LossSpace, Population
+from lossmeta.ala import Controller, ControllerReport, LearningRate, LossSpace, Population, Schedule
 from lossmeta.ala.space import LEARNING_RATE, Coordinates
 from lossmeta.experiments import Diverged, Method, Task, Trial, Tuned
 from lossmeta.metrics import Metric
@@ -233,6 +233,25 @@ def random_actions(
     return Method(label, train, {"rate": rate, "window": WINDOW})
 
 
+def record_window(trial: Trial, step: int, report: ControllerReport | None) -> None:
+    """How undecided the paper's policy is, at the end of a window; nothing elsewhere."""
+    if report is not None:
+        trial.record("policy entropy (nats)", step, report.entropy)
+
+
+def record_values(trial: Trial, schedule: Schedule) -> None:
+    """The loss's parameters over the training: numbers as they are, of vectors how far they are from their defaults."""
+    start = schedule.coordinates.values(0 * schedule.path[0])
+    for step, u in zip(schedule.steps, schedule.path, strict=True):
+        for name, value in schedule.coordinates.values(u).items():
+            if name == LEARNING_RATE:
+                trial.record("learning rate, times the start's", step, math.exp(value.item()))
+            elif value.dim():
+                trial.record(f"{name}: mean |change|", step, (value - start[name]).abs().mean().item())
+            else:
+                trial.record(name, step, value.item())
+
+
 class Shuffled(Metric):
     """Another metric's values, dealt out to the models by chance."""
 
@@ -286,6 +305,8 @@ def population(
         controller = _population(fit, shuffled=shuffled, **options)
         if controller.windows and (shuffled, *options.values()) == (False, 8, True, True):
             trial.scratch[new_fit, rate] = controller.schedule()
+        if controller.windows:
+            record_values(trial, controller.schedule())
         found = {name: v.item() for name, v in controller.values.items() if not v.dim()}
         return {**fit.measures(), **found, "fell back": float(bool(controller.fell_back))}
 
@@ -341,9 +362,11 @@ def controller(
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Controller: the metric has not changed")
-            for _, x, y in fit.batches():
+            for i, x, y in fit.batches():
                 fit.step(found(fit.model(x), y))
-                found.step(fit.model)
+                record_window(trial, i + 1, found.step(fit.model))
+        if found.windows:
+            record_values(trial, found.schedule())
         finally_(trial, found)
         return {**fit.measures(), **{name: v.item() for name, v in found.values.items() if not v.dim()}}
 

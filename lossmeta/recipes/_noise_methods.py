@@ -83,10 +83,12 @@ class Best:
     model: nn.Module | None = None
     about: Mapping[str, float] | None = None
 
-    def see(self, model: nn.Module, drawn: Drawn, **about: float) -> None:
+    def see(self, model: nn.Module, drawn: Drawn, **about: float) -> float:
+        """Gives its error."""
         found = drawn.source.judge(model, drawn.selection)
         if found < self.selection:
             self.selection, self.model, self.about = found, copy.deepcopy(model), about
+        return found
 
 
 def descend(optimizer: SGD, value: Tensor) -> None:
@@ -155,7 +157,8 @@ def _best_stop(
         average.update()
         if step in stops:
             for averaged, one in enumerate((model, average.model)):
-                best.see(one, drawn, stop=step, averaged=averaged)
+                error = best.see(one, drawn, stop=step, averaged=averaged)
+            trial.record(f"{SELECTION.name}, averaged weights", step, error)
     return best
 
 
@@ -289,8 +292,11 @@ def _to_the_end(
             raise Diverged from error
         if i in (steps // 4, steps // 2):
             found[f"error after {i}"] = judge(averaged, drawn.test)
+            trial.record("error", i, found[f"error after {i}"])
+    at_the_end = judge(averaged, drawn.test)
+    trial.record("error", steps, at_the_end)
     return {
-        drawn.source.measure.name: judge(averaged, drawn.test),
+        drawn.source.measure.name: at_the_end,
         SELECTION.name: judge(averaged, drawn.selection),
         "not averaged": judge(model, drawn.test),
         **found,

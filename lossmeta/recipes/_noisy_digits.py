@@ -19,6 +19,7 @@ from lossmeta.experiments import Method, Trial
 from lossmeta.experiments.trial import STREAM, seeded
 from lossmeta.losses import LossNetwork
 from lossmeta.metrics import ErrorRate
+from lossmeta.recipes._ala_methods import record_values
 from lossmeta.recipes._digits import CLASSES, digits, evaluate, network
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -238,6 +239,8 @@ def adapted(label: str, *, rate: float, steps: int) -> Method:
             for inputs, target in batches(trial, steps):
                 noisy, _ = target
                 population.step((inputs[: len(noisy)], noisy))
+        if population.windows:
+            record_values(trial, population.schedule())
         return {**evaluate(model, drawn.test), "q": population.values["q"].item()}
 
     settings = {"rate": rate, "steps": steps, "window": WINDOW, "adapted": "q"}

@@ -81,6 +81,11 @@ class Course:
         """At the epoch that is best on the validation part."""
         return self.at(min(range(len(self.valid)), key=self.valid.__getitem__))
 
+    def record(self, trial: Trial) -> None:
+        """The log loss on the validation part, over the epochs."""
+        for epoch, value in enumerate(self.valid, 1):
+            trial.record("log loss on the validation part", epoch, value)
+
     @torch.no_grad()
     def look(self, model: nn.Module, *of: Batch) -> None:
         """Takes an epoch in: the model on the training, the validation and the test part.

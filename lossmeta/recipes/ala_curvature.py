@@ -17,7 +17,7 @@ from lossmeta.experiments import Measure, Method, Task, Trial, report, run_folde
 from lossmeta.landscape import CurvatureTracker, plot_index
 from lossmeta.losses import LossNetwork
 from lossmeta.recipes import _ala_tasks as tasks
-from lossmeta.recipes._ala_methods import WINDOW, Fit
+from lossmeta.recipes._ala_methods import WINDOW, Fit, record_window
 from lossmeta.recipes._ala_tasks import CLASSES, CLEAN, NOISE, SEARCH, SELECTION
 
 RATE = 0.03
@@ -88,7 +88,7 @@ def controller(trial: Trial, fit: Fit) -> Step:
 
     def step(x: Tensor, y: Tensor) -> None:
         fit.step(found(fit.model(x), y))
-        found.step(fit.model)
+        record_window(trial, found.steps_done + 1, found.step(fit.model))
 
     return step
 

@@ -80,6 +80,7 @@ def rows(settings: dict[str, Setting]) -> tuple[Method, ...]:
                     fit(trial, setting) if plain else tuned(trial, setting, online=bool(online))
                 )
             course: Course = trial.scratch[shared]
+            course.record(trial)
             return course.end() if shared == label else course.stopped()
 
         return Method(label, train)

@@ -95,6 +95,7 @@ def _trained(
         courses[row] = fit(trial, settings[trial.task.name], regularizer=make and make())
         if not trial.seed and plot.installed():
             _draw(trial, courses, courses[row])
+    courses[row].record(trial)
     return courses[row]
 
 

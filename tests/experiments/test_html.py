@@ -59,6 +59,7 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 VOID = ("meta", "img")
+SERIES = ("third", "fourth", "fifth")
 
 
 def a_run(
@@ -455,6 +456,7 @@ def test_figures_are_in_the_page(tmp_path: Path) -> None:
     (folder / "learned-loss.png").write_bytes(PNG)
     (folder / "broken.png").write_bytes(PNG[1:])
     (folder / "cut.png").write_bytes(PNG[:-3])
+    (folder / "flipped.png").write_bytes(PNG[:45] + bytes([PNG[45] ^ 1]) + PNG[46:])
     (folder / ".7-half.png").write_bytes(PNG)
     (folder / "folder.png").mkdir()
     tree = parsed(html([run_folder.read(folder)]))
@@ -463,7 +465,7 @@ def test_figures_are_in_the_page(tmp_path: Path) -> None:
     assert base64.b64decode(image.attributes["src"].partition(",")[2]) == PNG
     assert notes(tree) == [
         "Figures that are missing: broken.png is no whole PNG image.: cut.png is no whole PNG image.: "
-        "folder.png could not be read: Is a directory."
+        "flipped.png is no whole PNG image.: folder.png could not be read: Is a directory."
     ]
 
 
@@ -506,8 +508,8 @@ def test_contrast_in_every_mode() -> None:
     ]
     assert len(modes) == 3, "in the light, in the dark, on paper"
     for mode in modes:
-        assert set(mode) == {"page", "panel", "line", "text", "soft", "mean", "seed"}
-        for front, back in itertools.product(("text", "soft", "mean", "seed"), ("page", "panel")):
+        assert set(mode) == {"page", "panel", "line", "text", "soft", "mean", "seed", *SERIES}
+        for front, back in itertools.product(("text", "soft", "mean", "seed", *SERIES), ("page", "panel")):
             assert contrast(mode[front], mode[back]) >= 4.5, (front, back)
 
 

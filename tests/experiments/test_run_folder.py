@@ -61,6 +61,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert finished(run.path) == 2
 
 
+def test_series(tmp_path: Path) -> None:
+    """Kept with the trial; where there are none the line is that of a lossmeta without series."""
+    series = {"entropy": [(10, 1.0), (20, None), (30.5, 0.5)]}
+    with opened(tmp_path, header()) as writer:
+        writer.append(record(0))
+        writer.append(record(1, series=series))
+    without, with_series = (tmp_path / "trials.jsonl").read_text().splitlines()
+    assert "series" not in without and json.loads(with_series)["series"]["entropy"][1] == [20, None]
+    assert read(tmp_path).trials == [record(0), record(1, series=series)]
+
+
 def test_a_run_goes_on_with_more(tmp_path: Path) -> None:
     write(tmp_path, 0)
     first = read(tmp_path).header

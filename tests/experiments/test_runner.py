@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import random
 from dataclasses import replace
@@ -457,3 +459,21 @@ def test_tables_are_written(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [table["title"] for table in json.loads((tmp_path / "tables.json").read_text())] == [
         "first, 3 seeds"
     ]
+
+
+def test_series_are_kept_with_the_trial(toy: Any, tmp_path: Path) -> None:
+    def before(trial: Trial, label: str) -> None:
+        for training in (7.0, 8.0):  # the last counts
+            for step in range(1, 1001):
+                trial.record("long", step, training + step)
+        for step, value in ((1, math.nan), (2, math.inf), (3, None), (4, 0.5)):
+            trial.record("with holes", step, value)
+
+    toy.before = before
+    assert toy(tmp_path) == 0
+    for trial in read(tmp_path).trials:
+        long = trial.series["long"]
+        assert len(long) == 100
+        assert long[0] == (1, 9.0) and long[-1] == (1000, 1008.0)
+        assert {10 <= b[0] - a[0] <= 11 for a, b in itertools.pairwise(long)} == {True}
+        assert trial.series["with holes"] == [(1, None), (2, None), (3, None), (4, 0.5)]

@@ -189,6 +189,17 @@ def test_what_is_learned_offline_is_learned_once_for_a_seed(
     assert without_times(Training("b", Offline(), Fixed())(shared)) == without_times(first)
 
 
+def test_the_slope_of_the_loss_is_recorded_over_the_training(make_trial: MakeTrial) -> None:
+    trial = make_trial(drawn(images()))
+    found = Training("a", Offline(), Online(1e-2))(trial)
+    points = trial.series["slope of the learned loss"]
+    assert points[0][0] == 0 and points[-1] == (12, found["slope"]) and len(set(points)) > 5
+    plain = make_trial(drawn(images()))
+    Training("b", Untrained(), Online(learning_rate=1e-3))(plain)
+    Training("c", Untrained(), Fixed())(plain)
+    assert plain.series == {}
+
+
 def test_learned_learning_rate_moves(make_trial: MakeTrial) -> None:
     trial = make_trial(drawn(images()))
     assert Training("a", Untrained(), Online(learning_rate=1e-3))(trial)["rate"] != 0.05

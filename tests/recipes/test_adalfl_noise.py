@@ -84,6 +84,20 @@ def test_the_rivals_end_as_their_best_stop_or_the_last_stage(make_trial: MakeTri
     assert best.model is None
 
 
+def test_errors_over_the_training_are_recorded(make_trial: MakeTrial) -> None:
+    trial = make_trial(draw(DIGITS, UNIFORM[1], 0, CPU), steps=40)
+    found = _noise_methods.learned("learned").train(trial)
+    assert trial.series["error"] == [
+        (10, found["error after 10"]),
+        (20, found["error after 20"]),
+        (40, found["error"]),
+    ]
+    _noise_methods.fixed("plain", _noise_methods.cross_entropy, 0.1, 0.0, 0.0).train(trial)
+    (name,) = set(trial.series) - {"error"}
+    assert name == "selection error, averaged weights"
+    assert [step for step, _ in trial.series[name]] == [1, 2, 5, 10, 20, 40]
+
+
 def test_training_that_diverges_is_said(make_trial: MakeTrial) -> None:
     trial = make_trial(draw(DIGITS, UNIFORM[1], 0, CPU), steps=100)
     trial.data.train[0][:] = torch.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_the_rows_without_an_adapted_loss_are_one_another(make_trial: MakeTrial)
     still = [make("b", 0.0).train(trial) for make in (plain, population, random_actions)]
     names = ("error", "validation")
     assert [{k: s[k] for k in names} for s in still[1:]] == [dict(still[0])] * 2
+
+
+def test_parameters_and_policy_over_the_training_are_recorded(make_trial: MakeTrial) -> None:
+    drawn = draw(DIGITS, NOISE, 0, CPU)
+    trial = make_trial(drawn, steps=60)
+    found = _ala_methods.controller("controller", 0.03).train(trial)
+    assert [step for step, _ in trial.series["policy entropy (nats)"]] == [20, 40, 60]
+    assert all(
+        value is not None and 0 < value <= 1.0987 for _, value in trial.series["policy entropy (nats)"]
+    )
+    assert trial.series["q"][-1] == (60, pytest.approx(found["q"]))
+    trial = make_trial(drawn, steps=60)
+    found = _ala_methods.population("population", 0.03).train(trial)
+    assert [step for step, _ in trial.series["q"]] == [0, 20, 40]
+    rates = [value for _, value in trial.series["learning rate, times the start's"]]
+    assert rates[-1] == pytest.approx(math.exp(found["learning_rate"]))
 
 
 def test_biases_and_stops_are_the_best_of_the_validation_part(
