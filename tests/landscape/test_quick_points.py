@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -309,6 +310,38 @@ def test_a_penalty_on_a_layer_moves_with_it(found: Found) -> None:
 
     close(both(model, data, loss))
     assert layers(found) == [model[0]]
+
+
+def test_points_that_are_made_one_by_one(monkeypatch: pytest.MonkeyPatch, found: Found) -> None:
+    """As those of large models."""
+    model, data = mlp().double(), wide(80)
+    whole = both(model, data)[0]
+    monkeypatch.setattr(_points, "BYTES", 1)
+    pair = both(model, data)
+    close(pair)
+    close((whole, pair[1]))
+    assert layers(found) == [model[0]]
+
+
+@pytest.mark.parametrize("refine", [None, 0.02])
+def test_a_surface_that_goes_on_is_the_same(tmp_path: Path, refine: float | None) -> None:
+    model, data, calls = mlp().double(), wide(80), 0
+    options: Any = {"points": 33, "refine": refine, "directions": random_directions(model)}
+    whole = both(model, data, **options)
+    torch.testing.assert_close(*whole, rtol=1e-12, atol=1e-12)
+
+    def once(prediction: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 70:
+            raise KeyboardInterrupt
+        return F.cross_entropy(prediction, target)
+
+    path = tmp_path / "surface.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        loss_surface(model, once, data, path=path, **options)
+    again = loss_surface(model, F.cross_entropy, data, path=path, **options)
+    torch.testing.assert_close(again.losses, whole[1], rtol=1e-12, atol=1e-12)
 
 
 def test_losses_without_a_derivative(found: Found) -> None:
