@@ -1,4 +1,9 @@
-"""A loss surface, against loss-landscapes and against moving the weights in place, on the same plane and samples."""
+"""A loss surface, against loss-landscapes and against moving the weights in place, on the same plane and samples.
+
+``loss_surface`` lets glibc keep freed memory, for the whole process: what is measured after it has no page faults
+either, which are half of the time of the CNN on 1,000 samples. Run a candidate alone to see it as it is for itself:
+``-k "CNN and loss-landscapes"``.
+"""
 
 from __future__ import annotations
 

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 from lossmeta._batches import Output, call_model, checked, prediction_of, samples
 from lossmeta._checks import check_scalar
 from lossmeta._model_state import ModelState, RandomState, ThreadModes, evaluating, refuse_shards
+from lossmeta.landscape.directions import inside, trainable
 
 Weights = dict[str, Tensor]
 """A tensor for each trainable parameter, by its name."""
@@ -58,19 +59,9 @@ class Objective:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.where, self.loss_fn, self.output, self.autocast = where, loss_fn, output, autocast
-        self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model = inside(model)
         refuse_shards(where, self.model, "gather it first")
-        self.parameters: Weights = {
-            name: p
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and _has_elements(where, name, p)
-        }
-        if not self.parameters:
-            frozen = sum(1 for _ in self.model.parameters())
-            raise ValueError(
-                f"{where}: model must have parameters that require a gradient, got {frozen} frozen ones and no other; "
-                "call requires_grad_() on what is to move"
-            )
+        self.parameters: Weights = trainable(where, self.model)
         for name, p in self.parameters.items():
             if p.layout is not torch.strided or not p.is_floating_point() or p.is_meta:
                 kind = "meta" if p.is_meta else f"{p.layout} {p.dtype}".replace("torch.", "")
@@ -148,7 +139,7 @@ class Objective:
         self.model.train()
         for module, training in kinds:
             module.training = training
-        if before != after:
+        if not np.array_equal(before, after, equal_nan=True):
             raise ValueError(
                 f"{self.where}: eval() must leave the weights as they are, got a model in which it changes them; call "
                 "eval() first"
@@ -208,16 +199,17 @@ class Objective:
             )
         return value
 
-    def value(self, weights: Weights | None = None) -> Tensor:
-        """The mean loss, ``[]``, in float64; without a gradient."""
+    def value(self, weights: Weights | None = None) -> float:
+        """The mean loss; without a gradient."""
         with torch.no_grad(), self.at(weights):
             return self.value_here()
 
-    def value_here(self) -> Tensor:
+    def value_here(self) -> float:
         """The same at the weights as they are; to be called where no gradient is recorded."""
         if len(self.batches) == 1:
-            return self.loss(self.batches[0]).double()
-        return torch.stack([share * self.loss(batch).double() for batch, share in self]).sum()
+            return self.loss(self.batches[0]).item()
+        # Read at the end, for which a GPU need not be waited for in between.
+        return torch.stack([share * self.loss(batch).double() for batch, share in self]).sum().item()
 
     def gradient(self, weights: Weights | None = None) -> Weights:
         """Of the mean loss, in the dtypes of the parameters."""
@@ -272,14 +264,6 @@ class Objective:
         cudnn: Any = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
         with sdpa_kernel(SDPBackend.MATH), cudnn:
             yield
-
-
-def _has_elements(where: str, name: str, p: Tensor) -> bool:
-    if isinstance(p, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"{where}: parameters must be initialised, got {name}, which is not yet; call the model once"
-        )
-    return p.numel() > 0
 
 
 def kept(data: Any) -> Any:

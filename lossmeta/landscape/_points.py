@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from lossmeta.landscape._affine_layers import AffineLayers
+from lossmeta.landscape._few_classes import by_class
 from lossmeta.landscape._objective import Objective, Weights
 from lossmeta.landscape.directions import Direction
 from lossmeta.ops import perturb
@@ -16,13 +19,21 @@ BYTES = 16 * 2**20
 MOST = 64
 AGREE = 1e-3
 """By how much a loss may be off where many points go through the model in one call, relative to it."""
+HEAP = 31 * 2**20
+"""Bytes of a block. Once it is freed, glibc keeps freed blocks up to that size (at most 32 MiB) for the next point.
+Otherwise it gives them back, and the kernel clears their pages anew for each, in the time of the arithmetic."""
+WORTH = 16
+"""Points from which on it is worth three more to find the layers of :class:`AffineLayers`."""
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""By how much a loss may be off with them, relative to it."""
 
 
 class Points:
     """Evaluates an objective at ``weights + sum_k c_k direction_k``.
 
     Beside the model and the directions it keeps the weights of one point, or of several where they are small. The
-    model's parameters are put there, not copied.
+    model's parameters are put there, not copied. Where points are evaluated one by one, :class:`AffineLayers` and
+    :func:`by_class` spare work, if the loss at a point far from the model is the same to rounding.
 
     Args:
         objective: to be used within its :meth:`~Objective.quiet`.
@@ -32,7 +43,11 @@ class Points:
 
     def __init__(self, objective: Objective, directions: Sequence[Direction], together: bool) -> None:
         self.objective, self.together, self._count = objective, together, len(directions)
+        self._given = directions
         parameters = objective.parameters
+        self._own = {name: p.data for name, p in parameters.items()}
+        self._affine: AffineLayers | None = None
+        self._looked = False
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         self.chunk = max(1, min(MOST, BYTES // size))
         self._single = directions if self.chunk == 1 else []
@@ -41,7 +56,7 @@ class Points:
             for name, p in parameters.items()
             if not self._single
         }
-        self._made: Weights = {name: p.new_empty((self.chunk, p.numel())) for name, p in parameters.items()}
+        self._made = self._room()
         if together:
             self._check_together()
 
@@ -52,27 +67,97 @@ class Points:
         Args:
             coefficients: of the points.
             seen: is told the number of a point and its loss as soon as it is known.
+
+        Raises:
+            torch.OutOfMemoryError: where there is no room for one point.
         """
-        for start in range(0, len(coefficients), self.chunk):
+        if self.together:
+            self._evaluate_together(coefficients, seen)
+            return
+        if not self._looked and len(coefficients) >= WORTH:
+            self._looked = True
+            self._affine = self._found_affine(coefficients)
+        torch.empty(HEAP, dtype=torch.uint8, device="cpu")
+        with self._quick():
+            for start in range(0, len(coefficients), self.chunk):
+                chunk = coefficients[start : start + self.chunk]
+                rows = [(self.objective.parameters[n], w.unbind()) for n, w in self._points(chunk).items()]
+                with self.objective.at(None):  # which puts the model's own weights back
+                    for i, point in enumerate(chunk.tolist()):
+                        for p, values in rows:
+                            p.data = values[i]
+                        seen(start + i, self._loss(point))
+
+    @torch.no_grad()
+    def centre(self) -> float:
+        """The loss at the model's own weights; to be called between points, too."""
+        with self.objective.at(self._own):
+            return self._loss([0.0] * self._count)
+
+    def _loss(self, point: Sequence[float]) -> float:
+        if self._affine is not None:
+            self._affine.at(point)
+        return self.objective.value_here()
+
+    @contextmanager
+    def _quick(self) -> Iterator[None]:
+        if self._affine is None:
+            yield
+            return
+        with by_class(self.objective), self._affine.used():
+            yield
+
+    def _found_affine(self, coefficients: Tensor) -> AffineLayers | None:
+        """``None`` where the loss at the furthest point is another with them."""
+        furthest = coefficients[coefficients.abs().sum(1).argmax()]
+        away = {name: w[0] for name, w in self._points(furthest[None]).items()}
+        affine = AffineLayers(self.objective, self._given)
+        with affine.watching():
+            alone = self.objective.value(away)
+        try:
+            with by_class(self.objective):
+                with affine.collecting():
+                    self.objective.value()
+                with affine.used():
+                    affine.at(furthest.tolist())
+                    found = self.objective.value(away)
+        except Exception:
+            return None  # one asks how a tensor lies in memory, say, and has no reason to fail without them
+        dtypes = {p.dtype for p in self.objective.parameters.values()}
+        off = max(ROUNDING.get(d, 0.0) for d in dtypes)
+        return affine if abs(found - alone) <= off * abs(alone) else None
+
+    def _evaluate_together(self, coefficients: Tensor, seen: Callable[[int, float], None]) -> None:
+        start = 0
+        while start < len(coefficients):
             chunk = coefficients[start : start + self.chunk]
-            made = self._points(chunk)
-            if self.together:
-                for i, loss in enumerate(self._losses_together(made, len(chunk)).tolist()):
-                    seen(start + i, loss)
+            try:
+                losses = self._losses_together(self._points(chunk), len(chunk)).tolist()
+            except torch.OutOfMemoryError:
+                if self.chunk == 1:
+                    raise
+                losses = []
+            if not losses:  # not while the error is handled, which holds what did not fit
+                self._halve()
                 continue
-            rows = [(self.objective.parameters[name], w.unbind()) for name, w in made.items()]
-            with self.objective.at(None):  # which puts the model's own weights back
-                for i in range(len(chunk)):
-                    for p, values in rows:
-                        p.data = values[i]
-                    seen(start + i, float(self.objective.value_here()))
+            for i, loss in enumerate(losses):
+                seen(start + i, loss)
+            start += len(chunk)
+
+    def _room(self) -> Weights:
+        return {name: p.new_empty((self.chunk, p.numel())) for name, p in self.objective.parameters.items()}
+
+    def _halve(self) -> None:
+        self.chunk //= 2
+        self._made.clear()
+        self._made = self._room()
 
     def _check_together(self) -> None:
         """At points away from the model: a loss that has weights from elsewhere would see them unmoved."""
         away = torch.full((min(2, self.chunk), self._count), 0.5, dtype=torch.float64, device="cpu")
         made = self._points(away)
         found = float(self._losses_together(made, len(away))[0])
-        alone = float(self.objective.value({name: w[0] for name, w in made.items()}))
+        alone = self.objective.value({name: w[0] for name, w in made.items()})
         if alone == alone and not abs(found - alone) <= AGREE * max(abs(alone), 1e-6):
             raise ValueError(
                 f"{self.objective.where}: with together=True the loss must come from the model's parameters alone, got "

@@ -7,8 +7,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from lossmeta.landscape.directions import Direction
 from lossmeta.landscape.surface import LossSurface, read, write
 
 WHERE = "loss_surface"
+EVERY = 5.0
+"""Seconds from one writing to the next, while it grows."""
 
 
 def fingerprint(
@@ -54,13 +56,19 @@ def _digest(tensors: Direction) -> str:
 
 @dataclass
 class SurfaceFile:
-    """Where a surface is kept while it grows."""
+    """Where a surface is kept while it grows.
+
+    Attributes:
+        check: says what is wrong with the points that have been evaluated, if anything is. It is asked before they are
+            written, so that a file has none that a later run would have to doubt.
+    """
 
     path: str | os.PathLike[str] | None
     surface: LossSurface
     fingerprint: dict[str, Any]
-    finished: bool = False
-    _written: float = field(default=0.0, init=False)
+    check: Callable[[], str | None]
+    finished: bool = field(default=False, init=False)
+    _written: float = field(default_factory=time.monotonic, init=False)
 
     def __post_init__(self) -> None:
         if self.path is None or not os.path.exists(self.path):
@@ -77,7 +85,8 @@ class SurfaceFile:
 
     def grown(self) -> None:
         """Writes what there is, from time to time."""
-        if self.path is not None and time.monotonic() - self._written > 5.0:
+        if self.path is not None and time.monotonic() - self._written > EVERY:
+            self._checked()
             self._try_to_write()
             self._written = time.monotonic()
 
@@ -99,11 +108,27 @@ class SurfaceFile:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Writes what there is at the end, however it comes."""
+        """Writes what there is at the end, however it comes, and none of it where the check finds it wrong.
+
+        Where what has ended it keeps the check from being made, too, the file stays as it was last.
+        """
         try:
             yield
-        finally:
+        except BaseException:
+            with suppress(BaseException):  # the first one is raised
+                self._checked()
+                self._try_to_write()
+            raise
+        self._checked()
+        self.finished = True
+        self._try_to_write()
+
+    def _checked(self) -> None:
+        wrong = self.check()
+        if wrong is not None:
+            self.surface.evaluated.fill_(False)
             self._try_to_write()
+            raise ValueError(wrong)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -91,7 +91,7 @@ def exact_curvature(
     with objective.quiet():
         for a, b in at.tolist():
             point = {n: p.detach() + a * one[n] + b * two[n] for n, p in objective.parameters.items()}
-            losses.append(float(objective.value(point)))
+            losses.append(objective.value(point))
             slope = objective.gradient(point)
             gradients.append([_dot(slope, one), _dot(slope, two)])
             of_one, of_two = objective.hessian_products([one, two], point)

@@ -18,19 +18,42 @@ Direction = dict[str, Tensor]
 NORMALIZATIONS = {"filter": "filter", "layer": "layer", "none": "none"}
 
 
-def trainable(where: str, model: nn.Module) -> Direction:
-    """The parameters with ``requires_grad``, by name; of ``DistributedDataParallel`` those of the module inside."""
-    inside: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    found: Direction = {n: p.detach() for n, p in inside.named_parameters() if p.requires_grad and p.numel()}
+def inside(model: nn.Module) -> nn.Module:
+    """Of ``DistributedDataParallel`` the module that it wraps, else the model."""
+    found: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return found
+
+
+def trainable(where: str, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters with ``requires_grad`` that have elements, by name, tied ones once.
+
+    Args:
+        where: who asks, for errors.
+        model: of ``DistributedDataParallel`` the module inside counts.
+
+    Raises:
+        ValueError: where there are none, and where some are not initialised yet.
+    """
+    named = dict(inside(model).named_parameters())
+    for name, p in named.items():
+        if p.requires_grad and isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{where}: parameters must be initialised, got {name}, which is not yet; call the model once"
+            )
+    found: dict[str, Tensor] = {n: p for n, p in named.items() if p.requires_grad and p.numel()}
     if not found:
         raise ValueError(
-            f"{where}: model must have parameters that require a gradient, got none; call requires_grad_() on what is "
-            "to move"
+            f"{where}: model must have parameters that require a gradient, got {len(named)} frozen or empty ones and "
+            "no other; call requires_grad_() on what is to move"
         )
     return found
 
 
-def check_directions(where: str, parameters: Direction, directions: Sequence[Direction]) -> None:
+def _weights(where: str, model: nn.Module) -> Direction:
+    return {name: p.detach() for name, p in trainable(where, model).items()}
+
+
+def check_directions(where: str, parameters: Mapping[str, Tensor], directions: Sequence[Direction]) -> None:
     """That each has finite tensors of the shapes of the parameters, and is not 0."""
     for i, direction in enumerate(directions):
         wrong = [n for n, p in parameters.items() if n not in direction or direction[n].shape != p.shape]
@@ -87,7 +110,7 @@ def random_directions(
     where = "random_directions"
     check_at_least_one(where, "count", count)
     choice(where, "normalization", normalization, NORMALIZATIONS)
-    weights = trainable(where, model)
+    weights = _weights(where, model)
     generator = torch.Generator("cpu").manual_seed(seed)
     found = []
     for _ in range(count):
@@ -130,12 +153,11 @@ def line(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction
         >>> one, other = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
         >>> torch.testing.assert_close(one.weight + line(one, other)["weight"], other.weight)
     """
-    weights = trainable("line", model)
+    weights = _weights("line", model)
     state = other.state_dict() if isinstance(other, nn.Module) else other
-    inside = model.module if isinstance(model, DistributedDataParallel) else model
     still = [
         name
-        for name, t in inside.state_dict().items()
+        for name, t in inside(model).state_dict().items()
         if name not in weights and name in state and not torch.equal(t.cpu(), state[name].cpu())
     ]
     if still:
@@ -149,9 +171,7 @@ def line(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction
 
 
 def _of_state(where: str, weights: Direction, other: nn.Module | Mapping[str, Tensor]) -> Direction:
-    if isinstance(other, DistributedDataParallel):
-        other = other.module
-    state = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
+    state = dict(inside(other).named_parameters()) if isinstance(other, nn.Module) else other
     wrong = [n for n, w in weights.items() if n not in state or state[n].shape != w.shape]
     if wrong:
         raise ValueError(
@@ -206,7 +226,7 @@ def pca_directions(
         raise ValueError(
             f"{where}: checkpoints must be at least count, got {len(checkpoints)} of them and count {count}"
         )
-    weights = trainable(where, model)
+    weights = _weights(where, model)
     states = [_of_state(where, weights, c) for c in checkpoints]
     gram = torch.zeros(len(states), len(states), dtype=torch.float64, device="cpu")
     for name, w in weights.items():

@@ -110,16 +110,20 @@ def loss_surface(
         if together is None:
             together = objective.device.type == "cuda" and _can_be_together(objective, directions)
         surface = _empty(axes, objective.samples)
-        file = SurfaceFile(path, surface, fingerprint(objective, directions, axes, refine, centre))
+        made = Points(objective, directions, together)
+        file = SurfaceFile(
+            path,
+            surface,
+            fingerprint(objective, directions, axes, refine, centre),
+            check=lambda: _moved(made, centre),
+        )
         file.write()
-        sampler = _Sampler(surface, Points(objective, directions, together), file, progress)
+        sampler = _Sampler(surface, made, file, progress)
         with file.kept():
             if refine is None:
                 sampler.evaluate(np.ones(surface.losses.shape, dtype=bool))
             else:
                 surface.error = refined(surface, sampler.evaluate, refine)
-            _check_unmoved(objective, centre, surface)
-            file.finished = True
     if surface.holes:
         warnings.warn(
             f"{WHERE}: the loss must be finite to be drawn, got {surface.holes} points of {surface.losses.numel()} at "
@@ -160,7 +164,7 @@ def _axes(count: int, span: Span, points: int | tuple[int, int]) -> list[Tensor]
 
 def _centre(objective: Objective) -> float:
     """The loss at the weights as they are, which must be the same again."""
-    first, second = (float(objective.value()) for _ in range(2))
+    first, second = (objective.value() for _ in range(2))
     if math.isfinite(first) and abs(first - second) > SAME * abs(first):
         raise ValueError(
             f"{WHERE}: the loss must be the same whenever it is evaluated, got {first} and {second} at the same "
@@ -169,15 +173,15 @@ def _centre(objective: Objective) -> float:
     return first
 
 
-def _check_unmoved(objective: Objective, centre: float, surface: LossSurface) -> None:
-    """Refuses what other points have changed, as the statistics of an observer for quantisation."""
-    after = float(objective.value())
-    if math.isfinite(centre) and not abs(after - centre) <= SAME * abs(centre):
-        surface.evaluated.fill_(False)  # a file must not hand them on
-        raise ValueError(
-            f"{WHERE}: the loss must depend on the weights alone, got {centre} before and {after} after the surface at "
-            "the same weights; look for buffers that move in evaluation mode"
-        )
+def _moved(points: Points, centre: float) -> str | None:
+    """What is wrong where other points have changed something, as the statistics of an observer for quantisation."""
+    after = points.centre()
+    if not math.isfinite(centre) or abs(after - centre) <= SAME * abs(centre):
+        return None
+    return (
+        f"{WHERE}: the loss must depend on the weights alone, got {centre} before and {after} after other points at "
+        "the same weights; look for buffers that move in evaluation mode"
+    )
 
 
 def _can_be_together(objective: Objective, directions: Sequence[Direction]) -> bool:

@@ -13,30 +13,22 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossmeta import plot
 from lossmeta._batches import Output
 from lossmeta._checks import check_at_least_one, check_positive_and_finite
-from lossmeta._model_state import RandomState, Watch
+from lossmeta.landscape._hessian import Hessian
 from lossmeta.landscape._krylov import Krylov
-from lossmeta.landscape._objective import Objective, Weights
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from lossmeta.landscape._objective import Weights
 
 ROUNDING = 32  # machine epsilons that products of a Hessian may be off, relative to its largest magnitude
 TOGETHER = 5  # probes of the trace that share the graph of a gradient
 LEAST_PROBES = 10  # before the trace may stop
-LEAST_POINTS = 10
-WIDTH = 1 / 200  # of a spectrum, in its broadening
-REACH = 5.0  # widths that a density goes beyond the outermost nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,63 +63,6 @@ class Estimate:
     value: float
     interval: tuple[float, float]
     probes: int
-
-
-@dataclass(frozen=True, eq=False)
-class SpectralDensity:
-    r"""What :func:`hessian_density` found: a distribution of eigenvalues, each of which has the mass 1/P.
-
-    Attributes:
-        values: ``[points]``, float64 on the CPU, ascending in equal steps; of eigenvalues.
-        density: ``[points]``, float64; the mass in the step around each value, over the length of a step. It integrates
-            to 1.
-        nodes: ``[probes, m]``, float64, ascending; the Ritz values of each probe.
-        weights: ``[probes, m]``, float64, the mass of each node; those of a probe sum to 1. Where a probe has fewer
-            nodes than m, because its Krylov space ended, the last is repeated with weight 0.
-        width: the standard deviation of the broadening.
-        size: P, the number of trainable parameters.
-    """
-
-    values: Tensor
-    density: Tensor
-    nodes: Tensor
-    weights: Tensor
-    width: float
-    size: int
-
-    def moment(self, k: int) -> float:
-        r"""An estimate of :math:`\operatorname{tr}(H^k) / P`, from nodes and weights; the width has no part in it.
-
-        Of each probe z it is :math:`z^\top H^k z / P`, but for rounding, where :math:`k < 2m`.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1, bias=False)
-            >>> data = torch.eye(2), torch.zeros(2, 1)
-            >>> found = lossmeta.landscape.hessian_density(model, torch.nn.functional.mse_loss, data)
-            >>> round(found.moment(1), 6), round(found.moment(2), 6)
-            (1.0, 1.0)
-        """
-        if k < 0:
-            raise ValueError(f"SpectralDensity: k must be at least 0, got {k}")
-        return float((self.weights * self.nodes**k).sum(1).mean())
-
-    def plot(self) -> Figure:
-        """Draws the density over the eigenvalues, logarithmically, down to a tenth of the peak of a single eigenvalue.
-
-        Returns:
-            A ``matplotlib.figure.Figure``: write it with its ``savefig``.
-
-        Raises:
-            ImportError: without matplotlib, which ``pip install "lossmeta[plot]"`` brings.
-        """
-        figure, (panel,) = plot.figure("SpectralDensity", size=(6.4, 3.6))
-        panel.semilogy(self.values.tolist(), self.density.tolist())
-        step = float(self.values[1] - self.values[0])
-        single = 1 / (self.size * max(step, self.width * math.sqrt(2 * math.pi)))
-        panel.set_ylim(single / 10, 2 * float(self.density.max()))
-        panel.set_xlabel("eigenvalue")
-        panel.set_ylabel("density")
-        return figure
 
 
 def hessian_eigenvalues(
@@ -196,7 +131,7 @@ def hessian_eigenvalues(
     check_positive_and_finite(where, "tolerance", tolerance)
     if max_steps is not None and max_steps < count:
         raise ValueError(f"{where}: max_steps must be at least count, {count}, got {max_steps}")
-    hessian = _Hessian(where, model, loss_fn, data, output)
+    hessian = Hessian(where, model, loss_fn, data, output)
     if count > hessian.size:
         raise ValueError(
             f"{where}: count must be at most the number of trainable parameters, {hessian.size}, got {count}"
@@ -290,7 +225,7 @@ def hessian_trace(
         check_positive_and_finite(where, "tolerance", tolerance)
     if not 0 < confidence < 1:
         raise ValueError(f"{where}: confidence must lie in (0, 1), got {confidence}")
-    hessian = _Hessian(where, model, loss_fn, data, output)
+    hessian = Hessian(where, model, loss_fn, data, output)
     generator = torch.Generator("cpu").manual_seed(seed)
     found: list[float] = []
     with hessian.opened():
@@ -311,101 +246,6 @@ def hessian_trace(
     return Estimate(value, (value - half, value + half), len(found))
 
 
-def hessian_density(
-    model: nn.Module,
-    loss_fn: Callable[..., Tensor] | None,
-    data: Any,
-    *,
-    steps: int = 80,
-    probes: int = 10,
-    points: int = 1024,
-    width: float | None = None,
-    seed: int = 0,
-    output: Output = None,
-) -> SpectralDensity:
-    r"""The density of the eigenvalues of the Hessian of the mean loss, by stochastic Lanczos quadrature.
-
-    Lanczos from a probe z of random signs gives a tridiagonal matrix. Its eigenvalues are nodes, and the squared first
-    entries of its eigenvectors weights, of a distribution whose moments k < 2 ``steps`` are :math:`z^\top H^k z / P`.
-    In expectation the mean over the probes has the moments of the eigenvalues. A normal distribution broadens it.
-    A single large eigenvalue is a peak of mass 1/P, of which a probe sees between nothing and several times as much.
-
-    The Hessian is that of :func:`hessian_eigenvalues`. A basis of ``steps`` vectors of P numbers is kept, for one probe
-    at a time, and orthogonalised in full.
-
-    Args:
-        model: see :func:`hessian_eigenvalues`.
-        loss_fn: see :func:`hessian_eigenvalues`.
-        data: see :func:`hessian_eigenvalues`.
-        steps: Hessian-vector products of each probe; P where that is less.
-        probes: how many.
-        points: at which the density is given; at least 10.
-        width: standard deviation of the broadening. ``None`` takes 1/200 of the range of the nodes and 0.
-        seed: of the probes. The same seed gives the same bits on the same machine.
-        output: see :func:`hessian_eigenvalues`.
-
-    Raises:
-        TypeError: for data that are neither a pair nor batches.
-        ValueError: for options out of range, a model without trainable parameters, no data, a loss or a Hessian that is
-            not finite at the model's weights, and a loss without a gradient.
-
-    Sources:
-        Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017); Ghorbani, Krishnan
-        and Xiao, "An investigation into neural net optimization via Hessian eigenvalue density" (2019).
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> data = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
-        >>> found = lossmeta.landscape.hessian_density(model, torch.nn.functional.mse_loss, data, probes=1)
-        >>> [round(node, 4) for node in found.nodes[0].tolist()]
-        [1.0, 4.0]
-        >>> found.plot().savefig("density.png")
-    """
-    where = "hessian_density"
-    check_at_least_one(where, "steps", steps)
-    check_at_least_one(where, "probes", probes)
-    if points < LEAST_POINTS:
-        raise ValueError(f"{where}: points must be at least {LEAST_POINTS}, got {points}")
-    if width is not None:
-        check_positive_and_finite(where, "width", width)
-    hessian = _Hessian(where, model, loss_fn, data, output)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    found = []
-    with hessian.opened():
-        for _ in range(probes):
-            krylov = Krylov(hessian.products, min(steps, hessian.size), hessian.signs(1, generator))
-            while len(krylov.next) and krylov.size < len(krylov.rows):
-                krylov.step()
-            values, vectors = krylov.ritz()
-            found.append((values, vectors[0].square()))
-            del krylov
-    most = max(len(values) for values, _ in found)
-    nodes = torch.stack([torch.cat([n, n[-1:].expand(most - len(n))]) for n, _ in found])
-    weights = torch.stack([torch.cat([w, w.new_zeros(most - len(w))]) for _, w in found])
-    if width is None:
-        # With 0, where most eigenvalues are: a spectrum of one value has a width, too.
-        span = float(nodes.max().clamp(min=0) - nodes.min().clamp(max=0))
-        width = WIDTH * (span or 1.0)
-    values, density = _broadened(nodes, weights, points, width)
-    return SpectralDensity(values, density, nodes, weights, width, hessian.size)
-
-
-def _broadened(nodes: Tensor, weights: Tensor, points: int, width: float) -> tuple[Tensor, Tensor]:
-    """Values in equal steps, and the mass of normal distributions around the nodes in each step, over its length.
-
-    Masses, not the density at the values: they sum to 1 for widths below a step, too.
-    """
-    low, high = float(nodes.min()) - REACH * width, float(nodes.max()) + REACH * width
-    step = (high - low) / (points - 5)  # two empty steps at either end
-    values = low + step * (torch.arange(points, dtype=torch.float64, device="cpu") - 2)
-    edges = torch.cat([values - step / 2, values[-1:] + step / 2])
-    below = torch.zeros_like(edges)
-    for node, weight in zip(nodes, weights, strict=True):
-        below += torch.special.ndtr((edges[:, None] - node) / width) @ weight
-    density = below.diff().clamp(min=0)
-    return values, density / (density.sum() * step)
-
-
 def _mean(found: list[float], confidence: float) -> tuple[float, float]:
     """And half of its confidence interval, by Student's t."""
     if len(found) < 2:
@@ -419,75 +259,3 @@ def _mean(found: list[float], confidence: float) -> tuple[float, float]:
 def _sums(rows: Tensor) -> Tensor:
     """Of each row, in float64 on the CPU."""
     return rows.sum(1, dtype=torch.float64).cpu()
-
-
-class _Hessian:
-    """Of the mean loss at a model's weights, on vectors of all trainable parameters one after another."""
-
-    def __init__(
-        self, where: str, model: nn.Module, loss_fn: Callable[..., Tensor] | None, data: Any, output: Output
-    ) -> None:
-        self.objective = Objective(where, model, loss_fn, data, output=output)
-        self.where, self.device = where, self.objective.device
-        self.parameters = self.objective.parameters
-        self.sizes = [p.numel() for p in self.parameters.values()]
-        self.size = sum(self.sizes)
-        double = any(p.dtype == torch.float64 for p in self.parameters.values())
-        self.dtype = torch.float64 if double else torch.float32
-        self.used = 0
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Products can be had; afterwards model and random numbers are as before."""
-        model, device = self.objective.model, self.device
-        with (
-            torch.inference_mode(False),
-            self.objective.quiet(),
-            torch.autocast(device.type, enabled=False),
-        ):
-            # Of a model that draws random numbers all products are to see the same ones.
-            self.start = RandomState(device, Watch(model, device), everything=True)
-            self._check_loss()
-            yield
-
-    def _check_loss(self) -> None:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch, share in self.objective:
-            with torch.enable_grad():
-                loss = self.objective.loss(batch)
-            if not loss.requires_grad:
-                raise ValueError(
-                    f"{self.where}: loss_fn must be differentiable in the model's weights, got no gradient"
-                )
-            total += share * loss.detach().double()
-        if not bool(total.isfinite()):
-            raise ValueError(f"{self.where}: loss is not finite at the model's weights, got {float(total)}")
-
-    def products(self, rows: Tensor) -> Tensor:
-        """``[r, P]``, the Hessian times each row."""
-        self.start.bring_back()
-        found = self.objective.hessian_products([self.parts(row) for row in rows])
-        self.used += len(rows)
-        moved = torch.stack(
-            [torch.cat([part.flatten().to(rows) for part in vector.values()]) for vector in found]
-        )
-        if not bool(moved.isfinite().all()):
-            raise ValueError(
-                f"{self.where}: the Hessian must be finite at the model's weights, got a product with NaN or infinity"
-            )
-        return moved
-
-    def parts(self, row: Tensor) -> Weights:
-        pieces = zip(self.parameters.items(), row.split(self.sizes), strict=True)
-        return {name: piece.view_as(p).to(p) for (name, p), piece in pieces}
-
-    def normal(self, count: int, seed: int) -> Tensor:
-        """``[count, P]``, of the normal distribution."""
-        generator = torch.Generator("cpu").manual_seed(seed)
-        drawn = torch.randn(count, self.size, generator=generator, dtype=self.dtype, device="cpu")
-        return drawn.to(self.device)
-
-    def signs(self, count: int, generator: torch.Generator) -> Tensor:
-        """``[count, P]``, of 1 and -1; the same ones for any division into counts."""
-        drawn = torch.randint(0, 2, (count, self.size), generator=generator, dtype=torch.int8, device="cpu")
-        return (2 * drawn - 1).to(self.device, self.dtype)

@@ -65,8 +65,12 @@ def test_frozen_parameters_have_no_direction() -> None:
     model = cnn()
     model[0].weight.requires_grad_(False)
     assert "0.weight" not in random_directions(model)[0]
-    with pytest.raises(ValueError, match="model must have parameters that require a gradient, got none"):
+    with pytest.raises(
+        ValueError, match="model must have parameters that require a gradient, got 6 frozen or empty"
+    ):
         random_directions(model.requires_grad_(False))
+    with pytest.raises(ValueError, match="random_directions: parameters must be initialised, got weight"):
+        random_directions(nn.LazyLinear(3))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lossmeta.landscape.spectrum import (
+from lossmeta.landscape import (
     Eigenpairs,
     SpectralDensity,
     hessian_density,
