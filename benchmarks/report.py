@@ -1,10 +1,13 @@
 """Turns what was measured into a page of results.
 
 python benchmarks/report.py SOURCE [TARGET] [--short]
+python benchmarks/report.py SOURCE --against PAGE
 
 SOURCE is the JSON of ``pytest benchmarks --benchmark-json=FILE``, a file of ``pytest benchmarks --lines FILE``, or a
 folder of the GPU check. TARGET is by default ``benchmarks/RESULTS.md`` for the CPU and ``benchmarks/RESULTS-<card>.md``
-for a GPU; a dry run, whose figures mean nothing, has none. ``--short`` prints some forty lines instead.
+for a GPU; a dry run, whose figures mean nothing, has none. ``--short`` prints some forty lines instead. ``--against``
+writes nothing: it prints the ratios that are more than a tenth worse than on a page that was written earlier, of the same
+kind of machine, and ends with status 1 if there are any.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import report_against
 import report_gpu
 import report_source
 from report_table import Row, candidates_of, median, memory, peak_memory_table, rows_of, table, variant_name
@@ -109,21 +113,36 @@ def slug(card: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", card.removeprefix("NVIDIA ")).strip("-")
 
 
+def compare(page: str, recorded: Path) -> None:
+    try:
+        found = report_against.compared(recorded.read_text(encoding="utf-8"), page)
+    except ValueError as error:
+        raise SystemExit(f"{recorded}: {error}") from error
+    print(found)
+    if not found.startswith("0 "):
+        raise SystemExit(1)
+
+
 def main(arguments: list[str]) -> None:
-    short = "--short" in arguments
-    paths = [Path(argument) for argument in arguments if argument != "--short"]
-    if len(paths) not in (1, 2) or (short and len(paths) == 2):
+    short, against = "--short" in arguments, "--against" in arguments
+    paths = [Path(argument) for argument in arguments if argument not in ("--short", "--against")]
+    if len(paths) not in (1, 2) or (short and len(paths) == 2) or (against and (short or len(paths) == 1)):
         raise SystemExit(__doc__)
-    if not paths[0].exists():
-        raise SystemExit(f"{paths[0]} does not exist")
+    for path in paths if against else paths[:1]:
+        if not path.exists():
+            raise SystemExit(f"{path} does not exist")
     source = report_source.load(paths[0])
     if short:
         print(report_gpu.short(source))
         return
     if not source.gpu and "machine_info" not in source.run:
         raise SystemExit(f"{paths[0]} does not say on what machine it was measured")
+    page = report_gpu.report(source) if source.gpu else report(source.run)
+    if against:
+        compare(page, paths[1])
+        return
     target = paths[1] if paths[1:] else target_for(source)
-    target.write_text(report_gpu.report(source) if source.gpu else report(source.run), encoding="utf-8")
+    target.write_text(page, encoding="utf-8")
     print(f"written: {target}")
 
 

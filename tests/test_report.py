@@ -131,6 +131,63 @@ def test_peak_memory_where_it_was_measured(run: dict[str, Any]) -> None:
     assert memory["2×2", "–"] == ["–"]
 
 
+# ---- Against an earlier page.
+
+
+def test_what_has_become_slower(
+    run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, page = tmp_path / "run.json", tmp_path / "RESULTS.md"
+    page.write_text(report.report(run))
+
+    def now(**medians: float) -> str:
+        for one in run["benchmarks"]:
+            info = one["extra_info"]
+            if info["operator"] == "op" and info["size"] == "8×3":
+                one["stats"]["median"] = medians.get(info["candidate"], one["stats"]["median"])
+        source.write_text(json.dumps(run))
+        report.main([str(source), "--against", str(page)])
+        return capsys.readouterr().out
+
+    assert now() == "0 of 2 ratios are worse by more than 10%\n"
+    # A machine that is half as fast in all, and a tenth less.
+    assert now(eager=8e-3, compile=6e-3, lossmeta=2.2e-3).startswith("0 of 2")
+    with pytest.raises(SystemExit) as ended:
+        now(eager=4e-3, compile=3e-3, lossmeta=1.2e-3)
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "2 of 2 ratios are worse by more than 10%",
+        "op, 8×3, 1: eager took 4 times as long, now 3.33",
+        "op, 8×3, 1: compile took 3 times as long, now 2.5",
+    ]
+    run["benchmarks"] = [b for b in run["benchmarks"] if b["extra_info"]["candidate"] != "eager"]
+    assert (
+        now(lossmeta=1e-3, compile=3e-3)
+        == "0 of 1 ratios are worse by more than 10%; 1 were not measured now\n"
+    )
+
+
+def test_pages_that_say_nothing_of_each_other(run: dict[str, Any], tmp_path: Path) -> None:
+    source, page = tmp_path / "run.json", tmp_path / "RESULTS.md"
+    source.write_text(json.dumps(run))
+    text = report.report(run)
+    for other, message in (
+        (
+            text.replace("Some CPU", "Other CPU"),
+            r"must be of the same kind of machine, Some CPU, .*, got one of Other",
+        ),
+        (text.replace("## op", "## another"), "must have figures that were measured now too, got none"),
+        ("", "must be of the same kind of machine, Some CPU, .*, got one of unknown"),
+    ):
+        page.write_text(other)
+        with pytest.raises(SystemExit, match=message):
+            report.main([str(source), "--against", str(page)])
+    with pytest.raises(SystemExit, match="missing.md does not exist"):
+        report.main([str(source), "--against", str(tmp_path / "missing.md")])
+    with pytest.raises(SystemExit, match="--against PAGE"):
+        report.main([str(source), "--against"])
+
+
 # ---- A run on a GPU.
 
 SCHEMA = {
