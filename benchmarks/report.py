@@ -6,7 +6,7 @@ python benchmarks/report.py SOURCE --against PAGE
 SOURCE is the JSON of ``pytest benchmarks --benchmark-json=FILE``, a file of ``pytest benchmarks --lines FILE``, or a
 folder of the GPU check. TARGET is by default ``benchmarks/RESULTS.md`` for the CPU and ``benchmarks/RESULTS-<card>.md``
 for a GPU; a dry run, whose figures mean nothing, has none. ``--short`` prints some forty lines instead. ``--against``
-writes nothing: it prints the ratios that are more than a tenth worse than on a page that was written earlier, of the same
+writes nothing: it prints the ratios that are more than a tenth worse than on an earlier page, of the same
 kind of machine, and ends with status 1 if there are any.
 """
 

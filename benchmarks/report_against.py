@@ -38,7 +38,8 @@ def compared(recorded: str, measured: str) -> str:
     worse = [key for key in both if now[key] < (1 - ALLOWED) * before[key]]
     missing = len(before) - len(both)
     lines = [
-        f"{', '.join(key[:-1])}: {key[-1]} took {before[key]:g} times as long, now {now[key]:g}" for key in worse
+        f"{', '.join(key[:-1])}: {key[-1]} took {before[key]:g} times as long, now {now[key]:g}"
+        for key in worse
     ]
     head = f"{len(worse)} of {len(both)} ratios are worse by more than {ALLOWED:.0%}"
     return "\n".join([head + (f"; {missing} were not measured now" if missing else ""), *lines])

@@ -259,6 +259,9 @@ class DifferentiableStep:
             clipped = self.clipping([p.grad for p in moved if p.grad is not None])
             before = [self._before[p] for p in moved]
             self.optimizer.step()
+            if not (self.options.keep_gradients or jacobian.needs_gradients or capturing):
+                for p in moved:  # their memory is that of v then
+                    p.grad = None
             after = ModelState(model.plain, model.device, self.watch)
             unseen = (
                 not self.watch.numpy

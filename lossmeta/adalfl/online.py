@@ -249,6 +249,7 @@ class OnlineLearner:
             output=output,
             clean_weight=clean_weight,
             slope_of=slope_of,
+            keep_gradients=keep_gradients,
         )
         self._step = DifferentiableStep(model, optimizer, loss, task_loss, options)
         self._guard = None

@@ -52,6 +52,7 @@ class StepOptions:
         output: what of the model's output is the prediction.
         clean_weight: of the task loss on the validation batches in the training step.
         slope_of: the loss whose slope on the training batch the slope ratio compares with; ``None``: the task loss.
+        keep_gradients: leave the training gradients in ``.grad``.
     """
 
     backend: str = "auto"
@@ -64,6 +65,7 @@ class StepOptions:
     output: Output = None
     clean_weight: float = 0.0
     slope_of: Loss | None = None
+    keep_gradients: bool = True
 
 
 @dataclass

@@ -79,9 +79,14 @@ class StepJacobian:
         """Whether the step hardly depends on the size of the gradient: the first one of an adaptive optimizer."""
         return self.adaptive and any(first for *_, first in self.stepped)
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether :meth:`products` reads the gradients of the step."""
+        return self.rule not in (_sgd, _identity, None)
+
     @torch.no_grad()
     def products(self, vectors: list[Tensor], before: list[Tensor]) -> tuple[list[Tensor], float]:
-        """The derivative times ``vectors``, after the step, when the gradients are still those of the step.
+        """The derivative times ``vectors``, after the step; where it ``needs_gradients`` they must be those of the step.
 
         Args:
             vectors: in the order of ``stepped``; they are overwritten.
