@@ -182,7 +182,7 @@ def test_pages_that_say_nothing_of_each_other(run: dict[str, Any], tmp_path: Pat
         page.write_text(other)
         with pytest.raises(SystemExit, match=message):
             report.main([str(source), "--against", str(page)])
-    with pytest.raises(SystemExit, match="missing.md does not exist"):
+    with pytest.raises(SystemExit, match=r"missing\.md does not exist"):
         report.main([str(source), "--against", str(tmp_path / "missing.md")])
     with pytest.raises(SystemExit, match="--against PAGE"):
         report.main([str(source), "--against"])
