@@ -86,7 +86,7 @@ class StepJacobian:
 
     @torch.no_grad()
     def products(self, vectors: list[Tensor], before: list[Tensor]) -> tuple[list[Tensor], float]:
-        """The derivative times ``vectors``, after the step; where it ``needs_gradients`` they must be those of the step.
+        """The derivative times ``vectors``, after the step; if it ``needs_gradients`` they must be those of the step.
 
         Args:
             vectors: in the order of ``stepped``; they are overwritten.
