@@ -63,9 +63,10 @@ LOSSMETA_SIMD void add_rows(const T* const* rows, const T* const* later, Vec<acc
   for (int r = 0; r < count; ++r) exponentials[first + r] = e[r];
 }
 
-// sums += what the samples order[0 .. count) of one class contribute.
+// sums += what the samples order[0 .. count) of one class contribute. Those of the next classes follow up to `known`, and
+// are fetched meanwhile: rows in random order, each a page or so, are no stream that the processor would see.
 template <class T>
-void add_class(const ClassConfusion& a, const int64_t* order, int64_t count, double* sums) {
+void add_class(const ClassConfusion& a, const int64_t* order, int64_t count, int64_t known, double* sums) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   // So many rows are looked at twice in cache, and the next ones fetched.
@@ -79,9 +80,9 @@ void add_class(const ClassConfusion& a, const int64_t* order, int64_t count, dou
     const T *rows[V::size], *later[V::size];
     V lanes[V::size];
     for (int r = 0; r < V::size; ++r) {
-      const int64_t next = o + block + r;
+      const int64_t next = o + n + r;
       rows[r] = logits + (r < n ? order[o + r] * a.classes : 0);
-      later[r] = next < count ? logits + order[next] * a.classes : rows[r];
+      later[r] = next < known ? logits + order[next] * a.classes : rows[r];
       lanes[r] = r < n ? maximum(rows[r], a.classes) : V(A(0));
     }
     const V m = reduce_max_rows(lanes);
@@ -113,7 +114,7 @@ void by_class(const ClassConfusion& a) {
                      memset(sums, 0, size_t(a.classes) * sizeof(double));
                      a.counts[k] = 0;
                    }
-                   add_class<T>(a, groups.order.data() + first, count, sums);
+                   add_class<T>(a, groups.order.data() + first, count, groups.offsets[a.classes] - first, sums);
                    a.counts[k] += count;
                  }
                });
