@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ inputs = torch.linspace(-1, 1, 80).view(20, 4)
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Path:
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "beside.py").write_text(BESIDE)
     (tmp_path / "task.py").write_text(TASK)
     return tmp_path / "task.py"
@@ -77,6 +79,51 @@ def test_computes_and_keeps(task: Path, name: str) -> None:
     assert result.exit_code == 0, result.output
     assert "5 x 5 points, the mean over 20 samples each" in result.output and str(out.name) in output(result)
     assert torch.equal(LossSurface.load(out).losses, expected(trained(), seed=3, span=0.5).losses)
+
+
+OWN_LOSS = """
+import torch
+from types import SimpleNamespace
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = torch.nn.Linear(4, 3)
+
+    def forward(self, x, labels):
+        import beside_late
+        return SimpleNamespace(loss=torch.nn.functional.cross_entropy(self.module(x), labels))
+
+
+def model():
+    torch.manual_seed(0)
+    return Own()
+
+
+batches = [{"x": torch.linspace(-1, 1, 80).view(20, 4), "labels": torch.arange(20) % 3}] * 2
+
+
+def data():
+    return DATA
+"""
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["batches", "tuple(batches)", "torch.utils.data.DataLoader(batches, batch_size=None)", "iter(batches)"],
+)
+def test_mappings_have_the_models_own_loss(task: Path, data: str) -> None:
+    """Its state dict begins with ``module.``, and it imports only when it is called."""
+    (task.parent / "beside_late.py").write_text("")
+    task.write_text(OWN_LOSS.replace("DATA", data))
+    torch.manual_seed(0)
+    linear, checkpoint = nn.Linear(4, 3), task.parent / "a.pt"
+    torch.save({f"module.{n}": t for n, t in linear.state_dict().items()}, checkpoint)
+    result = surface(task, checkpoint, "--points", 3)
+    sys.modules.pop("beside_late", None)
+    assert result.exit_code == 0, result.output
+    assert "the mean over 40 samples" in output(result)
 
 
 def test_draws_and_goes_on(task: Path) -> None:

@@ -103,21 +103,21 @@ template <class T>
 void by_class(const ClassConfusion& a) {
   const Groups groups(a.labels, a.samples, a.classes);
   // Threads share the samples evenly, up to a class: class k stands at the k-th of the classes and their samples.
-  parallel_for(groups.offsets[a.classes] + a.classes, grain_elements / a.classes + 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t k = 0; k < a.classes; ++k) {
-                   const int64_t first = groups.offsets[k],
-                                 count = k == a.ignore_index ? 0 : groups.offsets[k + 1] - first;
-                   if (first + k < begin || first + k >= end) continue;
-                   double* sums = a.sums + k * a.classes;
-                   if (!a.accumulate) {
-                     memset(sums, 0, size_t(a.classes) * sizeof(double));
-                     a.counts[k] = 0;
-                   }
-                   add_class<T>(a, groups.order.data() + first, count, groups.offsets[a.classes] - first, sums);
-                   a.counts[k] += count;
-                 }
-               });
+  parallel_for(
+      groups.offsets[a.classes] + a.classes, grain_elements / a.classes + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t k = 0; k < a.classes; ++k) {
+          const int64_t first = groups.offsets[k],
+                        count = k == a.ignore_index ? 0 : groups.offsets[k + 1] - first;
+          if (first + k < begin || first + k >= end) continue;
+          double* sums = a.sums + k * a.classes;
+          if (!a.accumulate) {
+            memset(sums, 0, size_t(a.classes) * sizeof(double));
+            a.counts[k] = 0;
+          }
+          add_class<T>(a, groups.order.data() + first, count, groups.offsets[a.classes] - first, sums);
+          a.counts[k] += count;
+        }
+      });
 }
 
 // Few classes: lanes across samples, and sums of their own for each chunk of samples, added up in their order.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,26 +46,21 @@ def read_task(path: Path) -> SurfaceTask:
     """
     if not path.is_file():
         raise TaskError(f"no such file: {path}")
-    sys.path.insert(
-        0, str(path.parent.absolute())
-    )  # what lies beside it can be imported, as with `python TASK.py`
-    try:
-        defined = _run(
-            f"{path} could not be run", lambda: runpy.run_path(str(path), run_name="lossmeta_task")
-        )
-        missing = [f"{name}()" for name in FUNCTIONS if not callable(defined.get(name))]
-        if missing:
-            raise TaskError(f"{path} must define model() and data(), got no {' and no '.join(missing)}")
-        model = _run(f"model() of {path} failed", defined["model"])
-        if not isinstance(model, nn.Module):
-            raise TaskError(f"model() of {path} must return a torch.nn.Module, got {type(model).__name__}")
-        data = _run(f"data() of {path} failed", defined["data"])
-    finally:
-        sys.path.pop(0)
+    beside = str(path.parent.absolute())
+    if beside not in sys.path:  # for good, as with `python TASK.py`: a model may import when it is called
+        sys.path.insert(0, beside)
+    defined = _run(f"{path} could not be run", lambda: runpy.run_path(str(path), run_name="lossmeta_task"))
+    missing = [f"{name}()" for name in FUNCTIONS if not callable(defined.get(name))]
+    if missing:
+        raise TaskError(f"{path} must define model() and data(), got no {' and no '.join(missing)}")
+    model = _run(f"model() of {path} failed", defined["model"])
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"model() of {path} must return a torch.nn.Module, got {type(model).__name__}")
+    data = _run(f"data() of {path} failed", defined["data"])
     loss = defined.get("loss")
     if loss is None:
-        one = data[0] if isinstance(data, list) and data else data
-        loss = None if isinstance(one, Mapping) else nn.functional.cross_entropy
+        first, data = _run(f"data() of {path} failed", lambda: _first(data))
+        loss = None if isinstance(first, Mapping) else nn.functional.cross_entropy
     elif not callable(loss):
         raise TaskError(f"loss in {path} must be a function, got {type(loss).__name__}")
     return SurfaceTask(model, data, loss)
@@ -77,9 +73,10 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         TaskError: where there is no such file, it holds something else than tensors, or they do not fit the model.
     """
     state = _state(path)
-    if all(name.startswith("module.") for name in state):  # of a model in DistributedDataParallel
-        state = {name.removeprefix("module."): t for name, t in state.items()}
     own = model.state_dict()
+    if state.keys() != own.keys() and all(name.startswith("module.") for name in state):
+        # of a model in DistributedDataParallel
+        state = {name.removeprefix("module."): t for name, t in state.items()}
     wrong = {
         "missing": [name for name in own if name not in state],
         "not in the model": [name for name in state if name not in own],
@@ -93,6 +90,17 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     if said:
         raise TaskError(f"{path} must fit model(), got {'; '.join(said)}")
     model.load_state_dict(state)
+
+
+def _first(data: Any) -> tuple[Any, Any]:
+    """The first batch, or what stands for it where the data is a pair; and the data."""
+    if isinstance(data, (Mapping, Tensor)) or not isinstance(data, Iterable):
+        return data, data
+    if isinstance(data, tuple) and not all(isinstance(one, Mapping) for one in data):
+        return data, data
+    batches = iter(data)
+    first = next(batches, None)
+    return first, itertools.chain([first], batches) if batches is data else data
 
 
 def _state(path: Path) -> dict[str, Tensor]:

@@ -99,6 +99,8 @@ def cells(
         return None
     low, high = min(finite), max(finite)
     across, up = _edges(x), _edges(y)
+    if not (_has_scale(across[0], across[-1]) and _has_scale(up[0], up[-1])):
+        return None
     left, size = (WIDTH - 300) // 2, 300
 
     def at_x(value: float) -> float:
@@ -179,7 +181,7 @@ def _scales(across: Sequence[float], up: Sequence[float]) -> tuple[list[Markup],
     low, high = limits(up)
     if first == last:
         first, last = limits([first])
-    if not math.isfinite(high - low) or not math.isfinite(last - first):
+    if not (_has_scale(low, high) and _has_scale(first, last)):
         return None
 
     def at_x(value: float) -> float:
@@ -198,6 +200,12 @@ def _scales(across: Sequence[float], up: Sequence[float]) -> tuple[list[Markup],
         parts.append(tag("line", class_="grid", x1=x, x2=x, y1=TOP, y2=TOP + HEIGHT))
         parts.append(tag("text", text, class_="tick", x=x, y=TOP + HEIGHT + 15, text_anchor="middle"))
     return parts, at_x, at_y
+
+
+def _has_scale(first: float, last: float) -> bool:
+    """Whether numbers can be told apart along it."""
+    length = last - first
+    return math.isfinite(length) and length > max(1e-12 * max(abs(first), abs(last)), 1e-300)
 
 
 def _pieces(curve: Curve) -> Iterator[list[tuple[float, float, float]]]:

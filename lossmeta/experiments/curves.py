@@ -11,7 +11,7 @@ from lossmeta.experiments.statistics import summary
 from lossmeta.experiments.trial import Point
 
 # How recipes named measures of a series before trials had series.
-AFTER = re.compile(r"(.+) after (\d+)")
+AFTER = re.compile(r"(.+) after (\d{1,15})")
 
 
 @dataclass(frozen=True)

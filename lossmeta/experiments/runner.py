@@ -355,10 +355,12 @@ def _number(value: float | None) -> float | None:
 
 
 def _kept(points: Sequence[Point]) -> list[Point]:
-    """At most POINTS of them, evenly, with the first and the last."""
-    last = len(points) - 1
-    if last >= POINTS:
-        points = [points[round(i * last / (POINTS - 1))] for i in range(POINTS)]
+    """At most POINTS of them: all, every second, every fourth and so on, as in trials of other lengths; and the last."""
+    if len(points) > POINTS:
+        stride = 2
+        while len(points[::stride]) >= POINTS:
+            stride *= 2
+        points = [*points[:-1:stride], points[-1]]
     return [(step, _number(value)) for step, value in points]
 
 

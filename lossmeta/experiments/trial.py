@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from lossmeta.experiments.statistics import LARGEST
 
 # Of a series that is kept: (step, value), None where it is not finite.
 Point = tuple[float, float | None]
@@ -143,12 +146,21 @@ class Trial:
 
         Args:
             name: of the series, the same in all rows that are to be drawn together.
-            step: of training.
+            step: of training; a finite number.
             value: what is not finite is a hole.
+
+        Raises:
+            ValueError: for a step that is no finite number.
 
         Example:
             >>> trial.record("validation error", 100, 0.12)
         """
+        number: Any = step
+        if isinstance(step, np.generic) or (isinstance(step, Tensor) and step.numel() == 1):
+            number = step.item()
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST:
+            raise ValueError(f"record: step of {name!r} must be a finite number, got {step!r}")
+        step = number
         known = self.series.setdefault(name, [])
         if known and step <= known[-1][0]:
             known.clear()

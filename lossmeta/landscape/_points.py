@@ -108,7 +108,10 @@ class Points:
             yield
 
     def _found_affine(self, coefficients: Tensor) -> AffineLayers | None:
-        """``None`` where the loss at the furthest point is another with them."""
+        """``None`` where the loss at the furthest point is another with them, and for weights in half precision."""
+        dtypes = {p.dtype for p in self.objective.parameters.values()}
+        if not dtypes <= ROUNDING.keys():
+            return None
         furthest = coefficients[coefficients.abs().sum(1).argmax()]
         away = {name: w[0] for name, w in self._points(furthest[None]).items()}
         affine = AffineLayers(self.objective, self._given)
@@ -123,8 +126,7 @@ class Points:
                     found = self.objective.value(away)
         except Exception:
             return None  # one asks how a tensor lies in memory, say, and has no reason to fail without them
-        dtypes = {p.dtype for p in self.objective.parameters.values()}
-        off = max(ROUNDING.get(d, 0.0) for d in dtypes)
+        off = max(ROUNDING[d] for d in dtypes)
         return affine if abs(found - alone) <= off * abs(alone) else None
 
     def _evaluate_together(self, coefficients: Tensor, seen: Callable[[int, float], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from lossmeta._build import _core
 from lossmeta._checks import check_fraction, check_positive_and_finite, check_tensors, choice
 from lossmeta.ops._operator import Operator
 from lossmeta.ops._precision import accumulation_dtype
-from lossmeta.ops._settled import is_settled, state_of
+from lossmeta.ops._settled import is_settled
 
 LINKS = {"identity": 0, "softmax": 1, "sigmoid": 2}
 HIDDEN = {"smooth_leaky_relu": True, "relu": False}
@@ -66,9 +65,8 @@ def loss_network(
     * The gradient of the slope with respect to ``pred`` has an error of about 1e-4 in float32: curvature comes from
       differences of neighbouring nodes.
 
-    The table of weights that require no gradient is kept until one of them changes in a way that torch counts:
-    ``weight.copy_(...)`` is, ``weight.data.copy_(...)`` is not. A compiled graph and a CUDA graph make it
-    in every call.
+    On the CPU the table of weights that require no gradient is kept until they have other values; a compiled graph
+    makes it in every call.
 
     On the CPU numbers below the smallest normal one (1e-38 in float32) count as 0.
 
@@ -195,7 +193,7 @@ def _is_tabulated(target: Tensor, link: int, smooth: bool, intervals: int) -> bo
     return intervals > 0 and link != LINKS["identity"] and smooth and not target.dtype.is_floating_point
 
 
-# Of a network's first weight: what all its weights and the options were at the last call, and their table from the
+# Of a network's first weight: the options and copies of all its weights at the last call, and their table from the
 # second such call on.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -206,23 +204,33 @@ def _kept_table(
     weights: Sequence[Tensor],
     options: tuple[int, bool, float, float, bool, int, int],
 ) -> Tensor | None:
-    """The table of a network that does not learn, which costs more than to read it."""
+    """The table of a network that does not learn, which costs more than to read it.
+
+    Weights are compared by their values: torch does not count the steps of fused optimizers or what other processes
+    send. On a GPU that would wait, and nothing is kept.
+    """
     link, smooth, leak, smoothness, has_softplus, _, intervals = options
     if not (
         _is_tabulated(target, link, smooth, intervals)
-        and all(isinstance(w, Tensor) and is_settled(w) for w in weights)
         and not torch.is_inference_mode_enabled()
+        and all(isinstance(w, Tensor) and is_settled(w) and w.device.type == "cpu" for w in weights)
+        and pred.device.type == "cpu"
     ):
         return None
-    state = [(id(w), state_of(w)) for w in weights]
-    key = (state, leak, smoothness, has_softplus, intervals, accumulation_dtype(pred.dtype), pred.device)
+    key = (
+        leak,
+        smoothness,
+        has_softplus,
+        intervals,
+        accumulation_dtype(pred.dtype),
+        [w.dtype for w in weights],
+    )
     kept = _tables.get(weights[0])
-    if kept is None or kept[0] != key or any(ref() is None for ref in kept[1]):
-        _tables[weights[0]] = key, [weakref.ref(w) for w in weights[1:]], None
+    if kept is None or kept[0] != key or not all(map(torch.equal, kept[1], weights)):
+        _tables[weights[0]] = key, [w.clone() for w in weights], None
         return None
     if kept[2] is None:
-        with torch.no_grad():
-            table = _operator.without_autograd(pred.detach(), target, *weights, None, *options)[2]
+        table = _operator.without_autograd(pred.detach(), target, *weights, None, *options)[2]
         _tables[weights[0]] = kept = (*kept[:2], table)
     return kept[2]  # type: ignore[no-any-return]
 

@@ -27,7 +27,7 @@ from lossmeta._checks import (
 )
 from lossmeta.ops._operator import Operator, looped
 from lossmeta.ops._precision import accumulation_dtype, in_full_precision
-from lossmeta.ops._settled import is_settled, state_of
+from lossmeta.ops._settled import is_settled
 
 NAME = "parametric_cross_entropy"
 ACTIVATIONS = {"sigmoid": True, "identity": False}
@@ -85,8 +85,9 @@ def parametric_cross_entropy(
 
     Nothing of the size of a dense :math:`\Phi` is made unless ``phi`` requires a gradient. Smoothed class indices need
     the sum of its rows. While there are fewer samples than classes that sum is kept until ``phi`` or ``weight`` changes
-    in a way that torch counts: ``phi.copy_(...)`` is, ``phi.data.copy_(...)`` is not. A compiled graph and a CUDA graph
-    sum anew in every call.
+    in a way that torch counts: ``phi.copy_(...)`` is; ``phi.data.copy_(...)``, steps of fused optimizers and collectives
+    are not. It is not kept over a call in which ``phi`` requires a gradient. A compiled graph and a CUDA graph sum
+    anew in every call.
 
     Args:
         logits: ``[C]``, ``[N, C]`` or ``[N, C, d...]``; float32, float64, bfloat16 or float16 (accumulated and returned
@@ -333,16 +334,20 @@ def _sum_of_rows(phi: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tens
         return phi.sum(-2, dtype=dtype) if weight is None else weight.to(dtype) @ phi.to(dtype)
 
     if not (is_settled(phi) and (weight is None or is_settled(weight))):
+        _sums.pop(phi, None)  # what learns in between may be moved in a way that torch does not count
         return summed()
-    state = (*state_of(phi), dtype)
-    weight_state = None if weight is None else state_of(weight)
+    stream = torch.cuda.current_stream(phi.device) if phi.is_cuda else None
+    state = (phi._version, phi.data_ptr(), dtype, stream)
+    weight_state = None if weight is None else (weight._version, weight.data_ptr())
     if (kept := _sums.get(phi)) is not None:
-        *states, kept_weight, total = kept
+        *states, kept_weight, total, _ = kept
         if states == [state, weight_state] and (weight is None or kept_weight() is weight):
             return total  # type: ignore[no-any-return]
     total = summed()
     if not total.is_inference():
-        _sums[phi] = state, weight_state, None if weight is None else weakref.ref(weight), total
+        # While the memory is held it does not become that of other values.
+        held = [t.detach() for t in (phi, weight) if t is not None]
+        _sums[phi] = state, weight_state, None if weight is None else weakref.ref(weight), total, held
     return total
 
 

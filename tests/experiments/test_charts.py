@@ -143,8 +143,17 @@ def test_cells_have_the_colour_of_their_band() -> None:
 def test_cells_without_numbers() -> None:
     assert cells([[math.nan]], [0.0], [0.0], **NAMES) is None
     assert cells([[1e308, -1e308]], [0.0], [0.0, 1.0], **NAMES) is None
+    three = [[1.0, 2.0, 3.0]] * 3
+    for axis in ([-1e308, 0.0, 1e308], [0.0, 5e-324, 1e-323], [1.0, 1 + 2e-16, 1 + 4e-16]):
+        assert cells(three, axis, [0.0, 1.0, 2.0], **NAMES) is None
+        assert cells(three, [0.0, 1.0, 2.0], axis, **NAMES) is None
     drawing = cells([[2.0]], [0.0], [0.0], **NAMES)
     assert drawing is not None and "nan" not in drawing
+
+
+def test_names_of_measures_with_endless_numbers() -> None:
+    for digits in (400, 5000):
+        assert curves({"plain": {0: record(0, {}, **{"error after " + "9" * digits: 1.0})}}) == {}
 
 
 def test_series_on_the_page(tmp_path: Path) -> None:

@@ -462,3 +462,38 @@ def test_points_that_do_not_fit_into_memory_are_halved(
     most = 0
     with pytest.raises(torch.OutOfMemoryError) if together else nullcontext():
         loss_surface(model, F.cross_entropy, data, points=9, together=together)
+
+
+def test_a_model_that_is_sure_is_the_same_between_points(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its loss is as small as the rounding of its logits, which is another one class by class."""
+    monkeypatch.setattr("lossmeta.landscape._surface_file.EVERY", 0)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
+        inputs = torch.randn(128, 20)
+        labels = model(inputs).argmax(1)
+        with torch.no_grad():
+            for p in model[2].parameters():
+                p.mul_(400)
+        assert 0 < F.cross_entropy(model(inputs), labels) < 0.1
+        directions = random_directions(model)
+        loss_surface(
+            model,
+            F.cross_entropy,
+            (inputs, labels),
+            points=(5, 6),
+            directions=directions,
+            path=tmp_path / f"{seed}.safetensors",
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_left_alone(found: Found, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10)).to(dtype)
+    data = torch.randn(128, 20, dtype=dtype), torch.randint(10, (128,))
+    plain, quick = both(model, data)
+    assert torch.equal(plain, quick)
+    assert found[-1] is None

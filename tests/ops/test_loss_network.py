@@ -20,6 +20,7 @@ from contract import (
 )
 from hypothesis import given
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossmeta.ops import loss_network
@@ -313,7 +314,7 @@ def test_table_of_a_network_that_does_not_learn_is_kept_until_it_changes() -> No
         assert all(map(torch.equal, run(), expected))
     # Of other weights, options, precision or size it is another one.
     table = _tables[w[0]][2]
-    other = [w[0], w[1], w[2].clone()]
+    other = [w[0], w[1], 0.5 * w[2]]
     for x, weights_, options in (
         (pred, other, {}),
         (pred, w, {"leak": 0.2}),
@@ -326,6 +327,45 @@ def test_table_of_a_network_that_does_not_learn_is_kept_until_it_changes() -> No
         exact, _ = loss_network(x, target, *weights_, link="softmax", exact=True, **options)
         assert_close(loss, exact, rtol=1e-4, atol=1e-6)
         assert _tables[w[0]][2] is not table
+
+
+def test_changes_that_torch_does_not_count_are_seen() -> None:
+    pred, target, w = inputs(*TABLE, 8, "indices", torch.float32)
+    pred, w = pred.detach(), [p.detach() for p in w]
+
+    def check() -> None:
+        for _ in range(3):
+            loss, _ = loss_network(pred, target, *w, link="softmax")
+        assert is_kept(w)
+        assert torch.equal(loss, loss_network(pred, target, *(p.clone() for p in w), link="softmax")[0])
+
+    check()
+    optimizer = torch.optim.Adam(w, 0.1, fused=True)
+    versions = [p._version for p in w]
+    for p in w:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert versions == [p._version for p in w]
+    check()
+    for p in w:
+        p.data.mul_(0.9)
+    check()
+    for _ in range(20):  # the same memory again and again, with other values
+        for p in w:
+            p.data = p + 0.1 * torch.randn_like(p)
+        check()
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_traced_by_make_fx(mode: str) -> None:
+    pred, target, w = inputs(*TABLE, 8, "indices")
+    arguments = (pred.detach(), target, *(p.detach() for p in w))
+
+    def run(x: Tensor, y: Tensor, *w: Tensor) -> Tensor:
+        return loss_network(x, y, *w, link="softmax")[0]
+
+    expected = [run(*arguments) for _ in range(3)][-1]
+    assert_close(make_fx(run, tracing_mode=mode)(*arguments)(*arguments), expected)
 
 
 def test_table_of_a_refused_network_is_kept_as_refused() -> None:
