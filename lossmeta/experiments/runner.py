@@ -355,7 +355,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _kept(points: Sequence[Point]) -> list[Point]:
-    """At most POINTS of them: all, every second, every fourth and so on, as in trials of other lengths; and the last."""
+    """At most POINTS of them: all, every second, every fourth, as in trials of other lengths; and the last."""
     if len(points) > POINTS:
         stride = 2
         while len(points[::stride]) >= POINTS:

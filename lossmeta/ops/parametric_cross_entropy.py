@@ -85,9 +85,9 @@ def parametric_cross_entropy(
 
     Nothing of the size of a dense :math:`\Phi` is made unless ``phi`` requires a gradient. Smoothed class indices need
     the sum of its rows. While there are fewer samples than classes that sum is kept until ``phi`` or ``weight`` changes
-    in a way that torch counts: ``phi.copy_(...)`` is; ``phi.data.copy_(...)``, steps of fused optimizers and collectives
-    are not. It is not kept over a call in which ``phi`` requires a gradient. A compiled graph and a CUDA graph sum
-    anew in every call.
+    in a way that torch counts. It counts ``phi.copy_(...)``, but not ``phi.data.copy_(...)``, the steps of fused
+    optimizers and collectives. The sum is not kept over a call in which ``phi`` requires a gradient. A compiled graph
+    and a CUDA graph sum anew in every call.
 
     Args:
         logits: ``[C]``, ``[N, C]`` or ``[N, C, d...]``; float32, float64, bfloat16 or float16 (accumulated and returned
