@@ -91,7 +91,7 @@ def compare(
         batch_size: of every training.
         seeds: number of them.
         device: ``"cpu"`` or ``"cuda"``.
-        folder: for the results; one that holds those of other settings, or of functions with another source, is refused.
+        folder: for the results; one with those of other settings, or of functions with another source, is refused.
         name: of the table.
 
     Returns:
@@ -190,8 +190,8 @@ def _legend(plan: Plan, left_out: dict[str, str]) -> str:
         f"methods for adapting the loss, and plain training for choosing its learning rate: from {min(FACTORS):g} to "
         f"{max(FACTORS):g} times its own, and once beyond, on {len(TUNING_SEEDS)} other seeds. All rows but the first "
         f"train at that rate. {BOTH!r} trains on the validation samples as well. So does {CLEAN!r}, which also "
-        "averages the weights and draws part of the labels anew. Seconds: of training. A method is recommended only where it is "
-        "ahead of the best plain row."
+        "averages the weights and draws part of the labels anew. Seconds: of training. A method is recommended only "
+        "where it is ahead of the best plain row."
     )
     if not left_out:
         return own

@@ -134,7 +134,7 @@ def method(plan: Plan, label: str, factor: float, training: Training, *, may_fai
         except Exception as error:
             if not may_fail:
                 raise
-            raise Failed(f"{type(error).__name__}: {error}") from error
+            raise Failed(": ".join(filter(None, [type(error).__name__, str(error)]))) from error
 
     return Method(label, train, {"factor": factor})
 

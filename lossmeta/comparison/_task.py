@@ -259,7 +259,8 @@ def _judge(task: OwnTask, classes: int | None, loss: Loss) -> Judge:
             "(higher_is_better= of lossmeta.compare)"
         )
     name = getattr(metric, "__name__", None) or type(metric).__name__
-    return Judge(name if name.isidentifier() else "metric", higher, metric, isinstance(metric, ErrorRate))
+    usable = name.isidentifier() and name != "seconds"  # which is a column already
+    return Judge(name if usable else "metric", higher, metric, isinstance(metric, ErrorRate))
 
 
 def _check_metric(task: OwnTask, judge: Judge, prediction: Tensor, target: Tensor) -> None:
