@@ -195,8 +195,11 @@ def _legend(plan: Plan, left_out: dict[str, str]) -> str:
     )
     if not left_out:
         return own
-    reasons = "; ".join(f"{label} needs {why}" for label, why in left_out.items())
-    return f"{own}\n\nNot compared: {reasons}."
+    by_reason: dict[str, list[str]] = {}
+    for label, why in left_out.items():
+        by_reason.setdefault(why, []).append(repr(label))
+    reasons = (f"for want of {why}: {', '.join(labels)}" for why, labels in by_reason.items())
+    return f"{own}\n\nNot compared {'; '.join(reasons)}."
 
 
 def _fingerprint(*functions: Any) -> str | None:
