@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # loaded when first used
     from lossmeta import (
         adalfl,
         ala,
+        comparison,
         data,
         diagnosis,
         experiments,
@@ -22,11 +23,14 @@ if TYPE_CHECKING:  # loaded when first used
         tuneloss,
     )
     from lossmeta._info import info
+    from lossmeta.comparison import compare
     from lossmeta.diagnosis import diagnose
 
 __all__ = [
     "adalfl",
     "ala",
+    "compare",
+    "comparison",
     "data",
     "diagnose",
     "diagnosis",
@@ -42,7 +46,11 @@ __all__ = [
     "tuneloss",
 ]
 __version__ = "0.1.0"
-FUNCTIONS = {"diagnose": "lossmeta.diagnosis", "info": "lossmeta._info"}  # and where they are
+FUNCTIONS = {
+    "compare": "lossmeta.comparison",
+    "diagnose": "lossmeta.diagnosis",
+    "info": "lossmeta._info",
+}  # and where they are
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ FLOORS = (
     ("adalfl", "ala", "tuneloss"),
     ("integrations",),
     ("experiments",),
+    ("comparison",),
     ("recipes",),
     ("cli", "__main__"),
 )
@@ -214,6 +215,7 @@ def test_import_is_quick() -> None:
     ]
     lazy = [
         "lossmeta.adalfl",
+        "lossmeta.comparison",
         "lossmeta.diagnosis",
         "lossmeta.recipes",
         "lossmeta.experiments",
@@ -225,10 +227,12 @@ def test_import_is_quick() -> None:
 def test_parts_are_attributes() -> None:
     code = "import lossmeta\nfor name in lossmeta.__all__: print(name, getattr(lossmeta, name).__name__)"
     shown = dict(line.split() for line in output(code).splitlines())
-    assert [shown.pop(name) for name in ("diagnose", "info")] == ["diagnose", "info"]
+    functions = ["compare", "diagnose", "info"]
+    assert [shown.pop(name) for name in functions] == functions
     parts = (
         "adalfl",
         "ala",
+        "comparison",
         "data",
         "diagnosis",
         "experiments",

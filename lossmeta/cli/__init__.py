@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lossmeta
-from lossmeta.cli import build, experiments, landscape
+from lossmeta.cli import build, comparison, experiments, landscape
 
 app = typer.Typer(
     help=lossmeta.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -32,5 +32,7 @@ app.command()(experiments.quickstart)
 app.command(name="list")(experiments.list_recipes)
 app.command()(experiments.run)
 app.command()(experiments.report)
+app.command()(comparison.compare)
+app.command()(comparison.new)
 app.command()(landscape.surface)
 app.command()(build.info)

@@ -1,6 +1,6 @@
 """Comparisons of methods on tasks, with seeds paired; knows no paper."""
 
 from lossmeta.experiments.runner import run
-from lossmeta.experiments.trial import Diverged, Measure, Method, Task, Trial, Tuned
+from lossmeta.experiments.trial import Diverged, Failed, Measure, Method, Task, Trial, Tuned
 
-__all__ = ["Diverged", "Measure", "Method", "Task", "Trial", "Tuned", "run"]
+__all__ = ["Diverged", "Failed", "Measure", "Method", "Task", "Trial", "Tuned", "run"]

@@ -52,6 +52,7 @@ def header_of(content: Any) -> Header:
         measures = _of("measures", _of("task", task, dict)["measures"], list)
         tasks.append(TaskHeader(task["name"], tuple(Measure(**_of("measure", m, dict)) for m in measures)))
     lists = {name: tuple(_of(name, content[name], list)) for name in ("rows", "references", "seeds")}
+    lists["corrected"] = tuple(_of("corrected", content.get("corrected", []), list))
     header = Header(**{**content, **lists, "tasks": tuple(tasks)})
     check_header(header)
     return header
@@ -71,9 +72,11 @@ def check_header(header: Header) -> None:
     _different("tasks", [task.name for task in header.tasks])
     _different("rows", [_text("row", row) for row in header.rows])
     _different("seeds", [_of("seed", seed, int) for seed in header.seeds])
-    for label in header.references:
-        if label not in header.rows:
-            raise ValueError(f"reference must be one of the rows, got {short(label)}")
+    for name, labels in (("reference", header.references), ("corrected", header.corrected)):
+        for label in labels:
+            if label not in header.rows:
+                raise ValueError(f"{name} must be one of the rows, got {short(label)}")
+    _different("corrected rows", header.corrected)
     _of("settings", header.settings, dict)
     for heading, by_task in _of("reported", header.reported, dict).items():
         for task_name, by_row in _of(heading, by_task, dict).items():
@@ -116,8 +119,9 @@ def check_record(record: Record) -> None:
         raise ValueError(f"role must be one of {', '.join(ROLES)}, got {short(record.role)}")
     for name in ("task", "method"):
         _text(name, getattr(record, name))
-    if record.candidate is not None:
-        _text("candidate", record.candidate)
+    for name in ("candidate", "failure"):
+        if getattr(record, name) is not None:
+            _text(name, getattr(record, name))
     _of("seed", record.seed, int)
     _of("settings", record.settings, dict)
     for name, value in _of("measures", record.measures, dict).items():

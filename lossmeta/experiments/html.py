@@ -107,6 +107,7 @@ def _run(name: str, run: Run, load_surface: Load | None) -> Markup:
         "section",
         tag("h2", header.recipe, " ", tag("code", str(run.path)), id=f"{name}-title"),
         *([tag("p", header.about)] if header.about else []),
+        *(tag("p", tag("strong", text)) for text in report.recommendations(run)),
         _box("Incomplete", report.notes(run)),
         _facts(run),
         *tasks,
@@ -166,9 +167,14 @@ def _gaps(task: TaskHeader, rows: report.Rows, seeds: Sequence[int]) -> Iterator
         if missing:
             yield f"{label}: not finished for seeds {report.ranges(missing)}."
         names = [measure.name for measure in report.compared_measures(task)]
-        diverged = [seed for seed, t in trials.items() if any(t.measures.get(key) is None for key in names)]
+        diverged = [
+            seed
+            for seed, t in trials.items()
+            if not t.failure and any(t.measures.get(key) is None for key in names)
+        ]
         if diverged:
             yield f"{label}: diverged with seeds {report.ranges(diverged)}."
+    yield from report.failures(rows)
 
 
 def _table(table: Table, corner_text: str = "Method") -> Markup:

@@ -30,6 +30,7 @@ class Record:
         seed: of the trial.
         candidate: what was trained, where the row is a tuned one.
         series: numbers over the training, by name; there may be none.
+        failure: why the method failed; None where it did not.
         settings: of the task and of the method that was trained.
         measures: and further numbers; None where training diverged.
         seconds: of training.
@@ -46,6 +47,7 @@ class Record:
     peak_memory: int | None
     candidate: str | None = None
     series: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    failure: str | None = None
 
     @property
     def identity(self) -> Identity:
@@ -76,6 +78,7 @@ class Header:
         legend: below the tables.
         reported: columns beside ours: heading, task, row, text.
         environment: where it began.
+        corrected: labels of the rows among which p is corrected for their number, and one is recommended or none.
     """
 
     recipe: str
@@ -88,6 +91,7 @@ class Header:
     legend: str
     reported: Mapping[str, Mapping[str, Mapping[str, str]]]
     environment: Mapping[str, Any]
+    corrected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

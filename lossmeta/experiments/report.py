@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from lossmeta import plot
 from lossmeta._files import write_json, write_text
 from lossmeta.experiments.records import Header, Record, Run, TaskHeader
 from lossmeta.experiments.run_folder import HEADER, TRIALS
-from lossmeta.experiments.statistics import Comparison, Summary, compare, summary
+from lossmeta.experiments.statistics import Comparison, Summary, compare, holm, summary
 from lossmeta.experiments.table import Cell, Column, Table
 from lossmeta.experiments.trial import Measure
 
@@ -24,11 +24,16 @@ TEXT_WIDTH = 100
 # From here on decimals become fewer, and then none are left.
 LARGE, HUGE = 1e3, 1e6
 COMPARISONS = ("difference", "95 % interval", "better", "p t-test", "p Wilcoxon")
+HOLM = "p t-test, Holm"
 NOTE = """\
 ±: standard deviation over the seeds. Difference: mean of the differences to the row that is named, seed by seed, \
 with a 95 % confidence interval. Better: in how many seeds (=: equal). p: of the paired t-test and of Wilcoxon's \
 signed-rank test."""
 
+CORRECTED = " Holm: that of the t-test, corrected for the number of rows that it is given of."
+
+# Below which a corrected p is not taken for chance.
+LEVEL = 0.05
 Rows = dict[str, dict[int, Record]]
 
 
@@ -55,7 +60,8 @@ def explanation(header: Header) -> list[str]:
         if names
     ]
     legend = [" ".join(paragraph.split()) for paragraph in header.legend.split("\n\n")]
-    return [" ".join([NOTE, *directions] if header.references else directions), *legend]
+    note = NOTE + (CORRECTED if header.corrected else "")
+    return [" ".join([note, *directions] if header.references else directions), *legend]
 
 
 def notes(run: Run) -> Iterator[str]:
@@ -78,6 +84,53 @@ def notes(run: Run) -> Iterator[str]:
             yield f"{TRIALS} has trials of {what} that {HEADER} does not name. They are left out: {names}."
 
 
+def recommendations(run: Run, seeds: Sequence[int] | None = None) -> list[str]:
+    """A sentence for each task, where rows of the run compete."""
+    seeds = run.header.seeds if seeds is None else seeds
+    if not run.header.corrected or not run.header.references:
+        return []
+    several = len(run.header.tasks) > 1
+    found = []
+    for task in run.header.tasks:
+        _, text = recommended(run.header, task, trials_of(run, task, seeds), seeds)
+        found.append(f"Recommended{f' for {task.name}' if several else ''}: {text}")
+    return found
+
+
+def recommended(header: Header, task: TaskHeader, rows: Rows, seeds: Sequence[int]) -> tuple[str | None, str]:
+    """The competing row that is furthest ahead of the best reference, where that is not chance, and why; or None.
+
+    Ahead by the mean difference of the first measure that is compared, with a Holm-corrected p below LEVEL.
+    """
+    if any(len(rows[label]) < len(seeds) for label in (*header.references, *header.corrected)):
+        return None, "none yet, for trials are missing."
+    measure = compared_measures(task)[0]
+    sign = -1 if measure.higher_is_better else 1
+
+    def badness(label: str) -> float:
+        values = [trial.measures.get(measure.name) for trial in rows[label].values()]
+        return math.inf if None in values else sign * math.fsum(v for v in values if v is not None)
+
+    best = min(header.references, key=badness)
+    compared = {label: comparison(measure, rows[label], rows[best]) for label in header.corrected}
+    p_values = corrected(header.corrected, compared)
+    ahead = [
+        (sign * c.difference, label)
+        for label, c in compared.items()
+        if c and c.difference is not None and sign * c.difference < 0
+    ]
+    sure = [(d, label) for d, label in ahead if (p := p_values[label]) is not None and p < LEVEL]
+    if not ahead:
+        return None, f"none; no row is ahead of {best}."
+    difference, label = min(sure or ahead)
+    p = p_values[label]
+    known = "no p" if p is None else f"p = {p:.2g}"
+    figures = f"{measure.name} {number(measure, sign * difference, '+')}, {known} corrected for {len(p_values)} rows"
+    if sure:
+        return label, f"{label}; it is ahead of {best}, the best of what it must beat ({figures})."
+    return None, f"none; {label} is ahead of {best} by what may be chance ({figures}). More seeds may tell."
+
+
 def show(run: Run, console: Console, seeds: Sequence[int] | None = None) -> None:
     """The tables for people, and what explains them."""
     for note in notes(run):
@@ -86,7 +139,7 @@ def show(run: Run, console: Console, seeds: Sequence[int] | None = None) -> None
         )
     for table in tables(run, seeds):
         table.print(console)
-    for paragraph in explanation(run.header):
+    for paragraph in (*recommendations(run, seeds), *explanation(run.header)):
         console.print(paragraph, markup=False, highlight=False, width=min(console.width, TEXT_WIDTH))
 
 
@@ -104,6 +157,7 @@ def page(run: Run, seeds: Sequence[int] | None = None) -> str:
         "; ".join(filter(None, facts)) + ".",
         *(f"Incomplete: {note}" for note in notes(run)),
         *(table.markdown().rstrip() for table in tables(run, seeds)),
+        *recommendations(run, seeds),
         *explanation(header),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -175,7 +229,9 @@ def _values(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple[Colu
             summary([trial.measures.get(measure.name) for trial in trials.values()])
             for trials in rows.values()
         ]
-        yield Column(column_name(measure)), [Cell(_spread(measure, s), _data(s)) for s in of_rows]
+        failed = [sum(trial.failure is not None for trial in trials.values()) for trials in rows.values()]
+        cells = [Cell(_spread(measure, s, n), _data(s)) for s, n in zip(of_rows, failed, strict=True)]
+        yield Column(column_name(measure)), cells
         if measure.ratio and header.references:
             name = header.references[0]
             base = of_rows[list(rows).index(name)].mean
@@ -200,6 +256,11 @@ def _comparisons(header: Header, task: TaskHeader, rows: Rows) -> Iterator[tuple
                 of_rows = [Cell(text[i], value) for text, value in zip(texts, values, strict=True)]
                 if i == 0 or any(cell.text for cell in of_rows):
                     yield Column(heading, group), of_rows
+            if header.corrected:
+                of_label = corrected(header.corrected, dict(zip(rows, compared, strict=True)))
+                found = [of_label.get(label) for label in rows]
+                if any(p is not None for p in found):
+                    yield Column(HOLM, group), [Cell("" if p is None else f"{p:.2g}", p) for p in found]
 
 
 def comparison(
@@ -215,6 +276,12 @@ def comparison(
     return compare(values, others, higher_is_better=bool(measure.higher_is_better))
 
 
+def corrected(labels: Sequence[str], compared: Mapping[str, Comparison | None]) -> dict[str, float | None]:
+    """p of the t-tests of these rows, corrected for their number."""
+    p_values = [c.t_test if (c := compared.get(label)) else None for label in labels]
+    return dict(zip(labels, holm(p_values), strict=True))
+
+
 def _texts(measure: Measure, c: Comparison) -> tuple[str, ...]:
     """In the order of COMPARISONS."""
     return (
@@ -227,12 +294,24 @@ def _texts(measure: Measure, c: Comparison) -> tuple[str, ...]:
 
 
 def _notes(rows: Rows, seeds: int) -> Iterator[str]:
-    """What was chosen, and what is missing."""
+    """What was chosen, what failed, and what is missing."""
     if best := chosen(rows):
         yield best
+    yield from failures(rows)
     partial = {label: len(trials) for label, trials in rows.items() if len(trials) < seeds}
     if partial:
         yield "Not finished: " + "; ".join(f"{label}: {n} of {seeds}" for label, n in partial.items()) + "."
+
+
+def failures(rows: Rows) -> Iterator[str]:
+    """Which methods failed, with which seeds, and why."""
+    for label, trials in rows.items():
+        seeds: dict[str, list[int]] = {}
+        for seed, trial in trials.items():
+            if trial.failure:
+                seeds.setdefault(trial.failure, []).append(seed)
+        for why, of in seeds.items():
+            yield f"{label} failed with seed{'s' * (len(of) > 1)} {ranges(of)}: {why}"
 
 
 def chosen(rows: Rows) -> str:
@@ -259,16 +338,18 @@ def number(measure: Measure, value: float, sign: str = "") -> str:
     return f"{value:{sign}.{max(0, digits)}f}"
 
 
-def _spread(measure: Measure, s: Summary) -> str:
+def _spread(measure: Measure, s: Summary, failed: int = 0) -> str:
     """Mean ± sd of what is finite, and how much is not."""
     compared = measure.higher_is_better is not None
     if s.mean is None:
-        return "diverged" if s.count and compared else ""
+        what = "failed" if failed == s.count else "diverged" if not failed else "diverged or failed"
+        return what if s.count and compared else ""
     text = number(measure, s.mean)
     # What is not compared is often a setting: the same in every trial, or in some of them none.
     if s.deviation is not None and (compared or number(measure, s.deviation) != number(measure, 0)):
         text += f" ± {number(measure, s.deviation)}"
-    return f"{text}, {s.diverged} diverged" if s.diverged and compared else text
+    without = {"diverged": s.diverged - failed, "failed": failed}
+    return ", ".join([text, *(f"{n} {what}" for what, n in without.items() if n)]) if compared else text
 
 
 def _data(numbers: Summary | Comparison) -> dict[str, Any]:

@@ -55,8 +55,9 @@ class Writer:
             OSError: where it does not fit; what was written before stays as it is.
         """
         content = asdict(record)
-        if not record.series:  # so that an earlier lossmeta reads it too
-            del content["series"]
+        for name in ("series", "failure"):
+            if not content[name]:  # so that an earlier lossmeta reads it too
+                del content[name]
         line = json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
@@ -91,7 +92,10 @@ def opened(path: Path, header: Header) -> Iterator[Writer]:
         try:
             trials, good, _ = _read_trials(path / TRIALS, kept)
             if kept != earlier:
-                write_json(path / HEADER, {"schema": SCHEMA, **asdict(kept)})
+                content = asdict(kept)
+                if not kept.corrected:  # so that an earlier lossmeta reads it too
+                    del content["corrected"]
+                write_json(path / HEADER, {"schema": SCHEMA, **content})
             file = os.open(path / TRIALS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 os.ftruncate(file, good)

@@ -20,7 +20,7 @@ from lossmeta.experiments import memory, report, run_folder
 from lossmeta.experiments.progress import Progress
 from lossmeta.experiments.records import FolderError, Header, Record, Run, TaskHeader, canonical
 from lossmeta.experiments.statistics import LARGEST
-from lossmeta.experiments.trial import Diverged, Method, Point, Task, Trial, Tuned, seeded
+from lossmeta.experiments.trial import Diverged, Failed, Method, Point, Task, Trial, Tuned, seeded
 
 Reported = Mapping[str, Mapping[str, Mapping[str, str]]]
 # Of a series that are kept.
@@ -51,6 +51,7 @@ def run(
     legend: str = "",
     reported: Reported | None = None,
     threads: int | None = None,
+    corrected: Sequence[str] = (),
 ) -> int:
     """Trains what is not yet in the folder, shows the tables and returns the exit status.
 
@@ -70,6 +71,8 @@ def run(
         legend: below the tables: what the rows are.
         reported: columns beside ours, what a paper reports: heading, task, label of the row, text.
         threads: on the CPU, while this runs; None leaves them as they are. 1 is fastest for small models.
+        corrected: labels of rows that compete: p is also corrected for their number, and the best of them is
+            recommended where it is ahead of the best reference, else none.
 
     Returns:
         0; 1 where the results could not be written; 2 for what the user must change; 130 after Ctrl-C.
@@ -88,7 +91,7 @@ def run(
     """
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     references = (reference,) if isinstance(reference, str) else tuple(reference or ())
-    _check(tasks, methods, references)
+    _check(tasks, methods, references, corrected)
 
     def fail(message: str, status: int) -> int:
         print(f"lossmeta {recipe}: {message}", file=sys.stderr)
@@ -115,6 +118,7 @@ def run(
                 legend=legend,
                 reported=_plain(reported or {}),
                 environment=run_folder.environment(where.type, torch.get_num_threads()),
+                corrected=tuple(corrected),
             )
             with run_folder.opened(folder, header) as writer:
                 session = _Session(recipe, tasks, methods, seeds, where, writer)
@@ -269,6 +273,7 @@ class _Session:
                 seconds=same.seconds,
                 peak_memory=same.peak_memory,
                 series=same.series,
+                failure=same.failure,
             )
             self.writer.append(finished)
             self._trained[finished.identity] = self._latest[key] = finished
@@ -286,12 +291,13 @@ class _Session:
         )
         where = f"{record.task}, {method.label}, seed {record.seed}"
         memory.reset_peak(self.device)
-        start = self._now()
+        start, failure = self._now(), None
         try:
             with trial.seeded(0):
                 numbers = method.train(trial)
-        except Diverged:
+        except (Diverged, Failed) as error:
             numbers = dict.fromkeys(measure.name for measure in data.task.measures)
+            failure = _line(str(error)) if isinstance(error, Failed) else None
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK:
                 raise
@@ -306,6 +312,7 @@ class _Session:
             seconds=seconds,
             peak_memory=memory.peak(self.device),
             series={name: _kept(points) for name, points in trial.series.items()},
+            failure=failure,
         )
 
     def _now(self) -> float:
@@ -314,14 +321,20 @@ class _Session:
         return time.perf_counter()
 
 
-def _check(tasks: Sequence[Task], methods: Sequence[Method | Tuned], references: Sequence[str]) -> None:
+def _check(
+    tasks: Sequence[Task],
+    methods: Sequence[Method | Tuned],
+    references: Sequence[str],
+    corrected: Sequence[str],
+) -> None:
     labels = [row.label for row in methods]
     for what, names in (("tasks", [task.name for task in tasks]), ("methods", labels)):
         if len(set(names)) < len(names):
             raise ValueError(f"run: {what} must have different names, got {', '.join(names)}")
-    for label in references:
-        if label not in labels:
-            raise ValueError(f"run: reference must be one of {', '.join(labels)}, got {label}")
+    for what, chosen in (("reference", references), ("corrected", corrected)):
+        for label in chosen:
+            if label not in labels:
+                raise ValueError(f"run: {what} must be one of {', '.join(labels)}, got {label}")
     for task in tasks:
         directions = {measure.name: measure.higher_is_better for measure in task.measures}
         settings: dict[str, str] = {}
@@ -345,6 +358,11 @@ def _candidates(row: Tuned, task: Task) -> tuple[Method, ...]:
 
 def _failure(where: str, error: Exception) -> str:
     return f"{where}: {type(error).__name__}: {error}"
+
+
+def _line(message: str) -> str:
+    """In one line of printable characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in message).split()) or "without a message"
 
 
 def _number(value: float | None) -> float | None:

@@ -116,6 +116,31 @@ def compare(values: Sequence[Value], reference: Sequence[Value], *, higher_is_be
     )
 
 
+def holm(p_values: Sequence[Value]) -> list[Value]:
+    r"""Corrects p values for their number, so that one below a level is due to chance no more often than that.
+
+    .. math:: \tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1)\, p_{(j)})
+
+    of the m values in ascending order. What is None counts as 1, and stays None.
+
+    Sources:
+        Holm, "A Simple Sequentially Rejective Multiple Test Procedure" (1979).
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03, None])
+        [0.04, 0.09, 0.09, None]
+    """
+    order = sorted(range(len(p_values)), key=lambda i: 1.0 if p_values[i] is None else p_values[i])  # type: ignore[arg-type,return-value]
+    found: list[Value] = [None] * len(p_values)
+    largest = 0.0
+    for place, i in enumerate(order):
+        p = p_values[i]
+        if p is not None:
+            largest = max(largest, min(1.0, (len(p_values) - place) * p))
+            found[i] = largest
+    return found
+
+
 def _student(
     mean: float, deviation: float, count: int, *, constant: bool
 ) -> tuple[tuple[float, float], Value]:

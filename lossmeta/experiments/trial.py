@@ -25,6 +25,10 @@ class Diverged(Exception):
     """Raised by a method whose training diverged: the trial is finished, and all its measures are None."""
 
 
+class Failed(Exception):
+    """Raised by a method that failed while the others shall go on: the trial is finished, and its message is kept."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One number that a trial gives.
