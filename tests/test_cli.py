@@ -30,7 +30,7 @@ def test_version() -> None:
 
 def test_help_lists_the_commands() -> None:
     text = lossmeta_command("--help")
-    for name in ("info", "list", "quickstart", "report", "run"):
+    for name in ("compare", "info", "list", "new", "quickstart", "report", "run"):
         assert name in text
 
 
