@@ -124,6 +124,7 @@ class Objective:
                     stack.enter_context(evaluating(module))
                 yield
         finally:
+            torch.clear_autocast_cache()
             modes.bring_back()
             for state in states:
                 state.bring_back()
@@ -171,6 +172,8 @@ class Objective:
         return self._loss_of(lambda *a, **k: functional_call(self.model, weights, a, k), batch)
 
     def _loss_of(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        # Around the call there may be another context, which keeps the cast weights of another point.
+        torch.clear_autocast_cache()
         context: Any = nullcontext()
         if self.autocast is not None:
             context = torch.autocast(self.device.type, dtype=self.autocast)

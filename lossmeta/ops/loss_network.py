@@ -209,6 +209,8 @@ def _kept_table(
     Weights are compared by their values: torch does not count the steps of fused optimizers or what other processes
     send. On a GPU that would wait, and nothing is kept.
     """
+    if torch.compiler.is_compiling():
+        return None
     link, smooth, leak, smoothness, has_softplus, _, intervals = options
     if not (
         _is_tabulated(target, link, smooth, intervals)

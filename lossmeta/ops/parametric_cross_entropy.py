@@ -334,7 +334,8 @@ def _sum_of_rows(phi: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tens
         return phi.sum(-2, dtype=dtype) if weight is None else weight.to(dtype) @ phi.to(dtype)
 
     if not (is_settled(phi) and (weight is None or is_settled(weight))):
-        _sums.pop(phi, None)  # what learns in between may be moved in a way that torch does not count
+        if not torch.compiler.is_compiling():
+            _sums.pop(phi, None)  # what learns in between may be moved in a way that torch does not count
         return summed()
     stream = torch.cuda.current_stream(phi.device) if phi.is_cuda else None
     state = (phi._version, phi.data_ptr(), dtype, stream)

@@ -292,6 +292,19 @@ def test_autocast() -> None:
     torch.testing.assert_close(half.losses, full.losses, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("own", [None, torch.bfloat16])
+def test_within_a_context_of_autocast(own: torch.dtype | None) -> None:
+    """It keeps cast weights as long as it lasts, which are those of one point."""
+    model, (x, y) = mlp().float(), samples()
+    pair = (x.float(), y)
+    expected = loss_surface(model, F.cross_entropy, pair, points=5, autocast=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(pair[0])
+        found = loss_surface(model, F.cross_entropy, pair, points=5, autocast=own)
+        assert torch.equal(model(pair[0]), before)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=2e-2, atol=2e-2)
+
+
 def test_large_models_are_moved_without_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pair = mlp(), samples()
     chunked = loss_surface(model, F.cross_entropy, pair, points=3)
