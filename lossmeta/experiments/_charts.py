@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 
 from lossmeta.experiments._markup import Markup, tag
-from lossmeta.experiments._svg import LINE, WIDTH, limits, ticks
+from lossmeta.experiments._svg import LINE, WIDTH, limits, picture, ticks
 from lossmeta.experiments.curves import Curve
 
 # Of the plot in the picture, in units of the view box.
@@ -69,7 +69,7 @@ def lines(
     bottom = TOP + HEIGHT + BELOW
     legend, height = _legend(list(curves), rows, bottom + 4) if any(curves) else ([], 0.0)
     below = tag("text", across, class_="tick", x=(LEFT + RIGHT) / 2, y=bottom - 6, text_anchor="middle")
-    return _svg(name, title, description, bottom + 4 + height, *axes, *bands, *drawn, below, *legend)
+    return picture(name, title, description, bottom + 4 + height, *axes, *bands, *drawn, below, *legend)
 
 
 def cells(
@@ -154,20 +154,7 @@ def cells(
         words = "Empty: the loss is not finite there."
         drawn.append(tag("text", words, class_="missing", x=left, y=bottom + 70))
         height += LINE
-    return _svg(name, title, description, height, *drawn)
-
-
-def _svg(name: str, title: str, description: str, height: float, *parts: Markup) -> Markup:
-    return tag(
-        "svg",
-        tag("title", title, id=f"{name}-title"),
-        tag("desc", description, id=f"{name}-desc"),
-        *parts,
-        viewBox=f"0 0 {WIDTH} {height}",
-        role="img",
-        aria_labelledby=f"{name}-title",
-        aria_describedby=f"{name}-desc",
-    )
+    return picture(name, title, description, height, *drawn)
 
 
 Scale = Callable[[float], float]

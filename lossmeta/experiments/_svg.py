@@ -74,14 +74,17 @@ def dots(
     if zero:
         grid.append(tag("line", class_="zero", x1=at(0), x2=at(0), y1=4, y2=y + 4))
     texts = [tag("text", text, class_="tick", x=x, y=y + 18, text_anchor="middle") for x, text in places]
+    return picture(name, title, description, y + AXIS, *grid, *marks, *texts)
+
+
+def picture(name: str, title: str, description: str, height: float, *parts: Markup) -> Markup:
+    """The parts, with a heading and a description for those who do not see them."""
     return tag(
         "svg",
         tag("title", title, id=f"{name}-title"),
         tag("desc", description, id=f"{name}-desc"),
-        *grid,
-        *marks,
-        *texts,
-        viewBox=f"0 0 {WIDTH} {y + AXIS}",
+        *parts,
+        viewBox=f"0 0 {WIDTH} {height}",
         role="img",
         aria_labelledby=f"{name}-title",
         aria_describedby=f"{name}-desc",
