@@ -178,7 +178,8 @@ def _moved(points: Points, centre: float) -> str | None:
     after = points.centre()
     # Of a model that is sure the loss is small, and its rounding is that of the logits.
     dtypes = {p.dtype for p in points.objective.parameters.values()}
-    rounding = 10 * max(torch.finfo(dtype).eps for dtype in dtypes)
+    exact = dtypes <= {torch.float64}
+    rounding = 10 * torch.finfo(torch.float64 if exact else torch.float32).eps
     if not math.isfinite(centre) or abs(after - centre) <= SAME * abs(centre) + rounding:
         return None
     return (
