@@ -1,8 +1,10 @@
 """The learned loss with its slope, and the mixed second derivative that its meta-gradient needs.
 
 Everybody gets the loss and the slope with respect to the logits, then the gradient of <slope, u> with respect to the
-weights. Eager PyTorch takes the slope by autograd and the mixed derivative by double backward; the compiled candidate
-is the strongest that a user could write, the slope by a forward tangent, which torch.compile can differentiate once.
+weights. Weights do not learn in "value and slope", where lossmeta keeps its table from call to call; they do in "and
+mixed derivative". Eager PyTorch takes the slope by autograd and the mixed derivative by double backward; the compiled
+candidate is the strongest that a user could write, the slope by a forward tangent, which torch.compile can
+differentiate once.
 """
 
 from __future__ import annotations

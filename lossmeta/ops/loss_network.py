@@ -63,7 +63,8 @@ def loss_network(
       256, for weights as they are drawn. Those of a loss that learns grow: after 1,600 steps on MNIST it was 6e-5 and
       7e-4. Where its estimate is above 1e-3 the table is refused, and every element goes through the network.
     * The gradient of the slope with respect to ``pred`` has an error of about 1e-4 in float32: curvature comes from
-      differences of neighbouring nodes.
+      differences of neighbouring nodes. After those 1,600 steps it was 4e-4 of its largest value with 512 intervals and
+      4e-3 with 256, and that of the weights' gradients 3e-4 and 2e-3.
 
     On the CPU the table of weights that require no gradient is kept until they have other values; a compiled graph
     makes it in every call.
@@ -215,7 +216,7 @@ def _kept_table(
     if not (
         _is_tabulated(target, link, smooth, intervals)
         and not torch.is_inference_mode_enabled()
-        and all(isinstance(w, Tensor) and is_settled(w) and w.device.type == "cpu" for w in weights)
+        and all(is_settled(w) and w.device.type == "cpu" for w in weights)
         and pred.device.type == "cpu"
     ):
         return None

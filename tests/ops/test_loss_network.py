@@ -225,6 +225,22 @@ def test_table_keeps_its_bound_or_is_refused(scale: float, seed: int, table_size
     assert error <= 2 * 1e-3 * largest
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.2, 1.4])
+def test_derivatives_of_the_table_of_a_network_that_has_grown(factor: float) -> None:
+    pred, target, _ = inputs(600, 10, 4, "indices")
+    w = [factor * p.detach() for p in weights(40, scale=2**0.5)]
+    w = [p.requires_grad_() for p in w]
+    u = torch.randn_like(pred)
+    found = []
+    for exact in (False, True):
+        _, slope = loss_network(pred, target, *w, link="softmax", table_size=256, exact=exact)
+        found.append([slope, *torch.autograd.grad(slope, [pred, *w], u)])
+    assert is_accepted(table_of(pred, target, w, 256))
+    for (a, e), bound in zip(zip(*found, strict=True), (1e-3, 2e-2, 1e-2, 1e-2, 1e-2), strict=True):
+        assert not torch.equal(a, e)
+        assert (a - e).abs().max() <= bound * e.abs().max()
+
+
 def test_table_is_refused_for_rough_networks_and_used_for_usual_ones() -> None:
     pred, target, _ = inputs(*TABLE, 4, "indices")
     for _ in range(5):  # Kaiming-normal: gain sqrt(2)
